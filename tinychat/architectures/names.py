@@ -1,0 +1,27 @@
+"""TensorNames: how a family's checkpoint names the tensors that `weights.py` knows by their canonical names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """Module names of a checkpoint, without `.weight` or `.bias`; per-layer ones follow `layer` with `{}` its index.
+
+    A tuple lists the segments that are fused into one canonical linear, in order.
+    """
+
+    embed: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    layer: str = "model.layers.{}."
+    norm1: str = "input_layernorm"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    out: tuple[str, ...] = ("self_attn.o_proj",)
+    norm2: str = "post_attention_layernorm"
+    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: tuple[str, ...] = ("mlp.down_proj",)
+    ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)  # endings of tensors that carry nothing

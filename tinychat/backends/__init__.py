@@ -1,0 +1,59 @@
+"""Backends: one file per device, found by its name; each turns a `WeightSource` into a `Runner`.
+
+A backend module has `available() -> str | None` (None, or why it cannot be used), `describe() -> str` (one line: what
+runs and why) and `build(source, **options) -> Runner`. `reference` is the specification; the others are checked
+against it, op by op and model by model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Protocol
+
+import numpy as np
+
+from tinychat.cache import KVCache, Rows
+from tinychat.config import ModelConfig
+from tinychat.errors import BackendError
+
+PREFERENCE = ("cpu", "reference")  # what "auto" tries, in order
+
+
+class Runner(Protocol):
+    """A model ready to run on one device."""
+
+    config: ModelConfig
+    cache: KVCache
+    weight_bytes: int  # of the packed weights, resident
+
+    def step(self, rows: Rows) -> np.ndarray:
+        """Run `rows` (see `cache.py`), extend the cache, return fp32 logits [len(rows.wanted), vocab_size]."""
+        ...
+
+
+def backend(name: str) -> ModuleType:
+    """The module of backend `name`; BackendError where there is none or it cannot run here."""
+    try:
+        module = importlib.import_module(f"tinychat.backends.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"tinychat.backends.{name}":
+            raise
+        raise BackendError(f"no backend {name!r}; there are: auto, {', '.join(PREFERENCE)}") from None
+    if reason := module.available():
+        raise BackendError(f"backend {name!r} cannot be used here: {reason}")
+    return module
+
+
+def choose(device: str = "auto") -> tuple[ModuleType, str]:
+    """(backend module, why): the one asked for, or the first of `PREFERENCE` that runs here."""
+    if device != "auto":
+        return backend(device), "asked for"
+    reasons = []
+    for name in PREFERENCE:
+        module = importlib.import_module(f"tinychat.backends.{name}")
+        reason = module.available()
+        if reason is None:
+            return module, "; ".join(reasons) or "the fastest available"
+        reasons.append(f"{name} not used: {reason}")
+    raise BackendError("no backend can be used here: " + "; ".join(reasons))

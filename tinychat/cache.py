@@ -1,0 +1,96 @@
+"""The step contract: rows in, a preallocated KV cache that they read and extend.
+
+A step takes T rows; each has a token id (or an embedding vector), a position and a cache slot; it returns logits for
+the rows asked for. A prefill chunk, a decoded token, several chats at once, the verification of a draft and image
+embeddings are all this one call, the same in PyTorch and in C++.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The input of one step.
+
+    tokens     int32 [T], or None where `embeddings` is given
+    positions  int32 [T]
+    slots      int32 [T]
+    wanted     int32 [R]: the rows whose logits are returned, in this order
+    embeddings fp32 [T, hidden_size], or None
+    """
+
+    tokens: np.ndarray | None
+    positions: np.ndarray
+    slots: np.ndarray
+    wanted: np.ndarray
+    embeddings: np.ndarray | None = None
+
+    @staticmethod
+    def of(tokens: list[int] | np.ndarray, start: int, slot: int = 0, wanted: str = "last") -> Rows:
+        """Consecutive tokens of one slot from position `start`; `wanted` is 'last', 'all' or 'none'."""
+        count = len(tokens)
+        which = {"last": np.arange(count - 1, count), "all": np.arange(count), "none": np.arange(0)}[wanted]
+        return Rows(
+            np.asarray(tokens, np.int32),
+            np.arange(start, start + count, dtype=np.int32),
+            np.full(count, slot, np.int32),
+            which.astype(np.int32),
+        )
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+class KVCache:
+    """Keys (rotated) and values of every layer and slot, allocated once.
+
+    keys, values  [n_layers, n_slots, n_kv_heads, capacity, head_dim] in fp16 or fp32; entry j of a slot is position j
+    lengths       int32 [n_slots]: positions filled
+    """
+
+    def __init__(self, n_layers: int, n_slots: int, n_kv_heads: int, capacity: int, head_dim: int, dtype: str = "fp16"):
+        self.dtype = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}[dtype]
+        shape = (n_layers, n_slots, n_kv_heads, capacity, head_dim)
+        self.keys = np.zeros(shape, self.dtype)
+        self.values = np.zeros(shape, self.dtype)
+        self.lengths = np.zeros(n_slots, np.int32)
+        self.capacity = capacity
+        self.n_slots = n_slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def check(self, rows: Rows) -> np.ndarray:
+        """The lengths after `rows`, int32 [n_slots]. Raises ValueError where a slot's rows do not continue it.
+
+        Within a step a slot's rows come in order and their positions start at the slot's length.
+        """
+        lengths = self.lengths.copy()
+        for slot, position in zip(rows.slots.tolist(), rows.positions.tolist(), strict=True):
+            if not 0 <= slot < self.n_slots:
+                raise ValueError(f"slot {slot} of a cache of {self.n_slots}")
+            if position != lengths[slot]:
+                raise ValueError(f"slot {slot} holds {lengths[slot]} positions; a row continues it at {position}")
+            lengths[slot] += 1
+        if len(lengths) and lengths.max() > self.capacity:
+            raise ValueError(f"{lengths.max()} positions in a cache of {self.capacity}")
+        return lengths
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget the positions of `slot` from `length` on."""
+        if not 0 <= length <= self.lengths[slot]:
+            raise ValueError(f"slot {slot} holds {self.lengths[slot]} positions; cannot be cut to {length}")
+        self.lengths[slot] = length
+
+    def copy(self, source: int, target: int) -> None:
+        """Make `target` hold what `source` holds."""
+        length = self.lengths[source]
+        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
+        self.values[:, target, :, :length] = self.values[:, source, :, :length]
+        self.lengths[target] = length

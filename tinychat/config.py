@@ -1,0 +1,91 @@
+"""ModelConfig: a frozen description of a decoder. Data, not code.
+
+It is made from Hugging Face's `config.json` by one translator per family (`tinychat/architectures/`) and read by the
+loader, the quantizer, the PyTorch decoder and the lowered C++ decoder; none of them ever asks for a model's name.
+Exclusive choices are enums; every field is used by a family that ships and has a test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Activation(Enum):
+    """The non-linearity of the MLP. `SILU` is gated: down(silu(gate(x)) * up(x))."""
+
+    SILU = "silu"
+
+
+class RopeScaling(Enum):
+    """How rotary frequencies are stretched past the trained context; `rope.py` has the formulas."""
+
+    NONE = "default"
+    LINEAR = "linear"
+    DYNAMIC = "dynamic"
+    YARN = "yarn"
+    LLAMA3 = "llama3"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (arXiv 2104.09864), rotating halves: dimension j pairs with j + dim/2.
+
+    The scaling parameters keep Hugging Face's names and meaning; those a scaling does not use stay at their default.
+    """
+
+    theta: float = 10000.0
+    dim: int = 0  # rotated dimensions of each head
+    scaling: RopeScaling = RopeScaling.NONE
+    factor: float = 1.0
+    original_max_positions: int = 0  # dynamic, yarn, llama3: the context before stretching
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    mscale: float = 0.0  # yarn, DeepSeek's spelling; 0: absent
+    mscale_all_dim: float = 0.0  # yarn, likewise
+    attention_factor: float | None = None  # yarn; None: derived from factor
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only transformer: pre-norm RMSNorm blocks, grouped-query attention with rotary positions, gated MLP."""
+
+    model_type: str  # for messages only
+    vocab_size: int
+    hidden_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    norm_eps: float
+    rope: Rope
+    activation: Activation = Activation.SILU
+    sliding_window: int | None = None  # a token sees itself and the sliding_window - 1 before it
+    windowed_layers: frozenset[int] = field(default_factory=frozenset)  # layers to which the window applies
+    qk_norm: bool = False  # RMSNorm over head_dim on each head of q and k, before rotary
+    biases: frozenset[str] = field(default_factory=frozenset)  # canonical linears that have a bias: qkv, out, up, down
+    tied_head: bool = False  # the output head is the embedding table
+    dtype: str = "float16"  # of the unquantized weights, as the config states it
+
+    @property
+    def q_size(self) -> int:
+        """Rows of the query projection."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Rows of the key projection, and of the value projection."""
+        return self.n_kv_heads * self.head_dim
+
+    def window(self, layer: int) -> int:
+        """Positions visible to a token of `layer`, itself included; 0 means all."""
+        return self.sliding_window if self.sliding_window and layer in self.windowed_layers else 0
+
+    def kv_bytes(self, ctx_size: int, itemsize: int = 2) -> int:
+        """Bytes of the KV cache of one slot of `ctx_size` positions."""
+        return 2 * self.n_layers * self.kv_size * ctx_size * itemsize
