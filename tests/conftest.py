@@ -1,0 +1,30 @@
+"""What all tests share: where the optional test data lies, and one thread per worker."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real weights, tokenizers, templates and texts; tests that need them skip where they are absent."""
+    path = Path(os.environ.get("TINYCHAT_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not (path / "README.md").exists():
+        pytest.skip(f"test data not found at {path} (set TINYCHAT_TEST_DATA)")
+    return path
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow, GPU and network tests run only when asked for by name (-m slow, ...)."""
+    asked = config.getoption("-m") or ""
+    for item in items:
+        for mark in ("slow", "gpu", "network"):
+            if item.get_closest_marker(mark) and mark not in asked:
+                item.add_marker(pytest.mark.skip(reason=f"{mark}: run with -m {mark}"))
