@@ -1,8 +1,8 @@
 """The forward pass of a decoder, in PyTorch, for every architecture: what the lowered C++ decoder is checked against.
 
 The block is a handful of free functions over an `Ops` (a backend's operations) and a `Context` (who attends to whom),
-so that the quantizer runs one layer alone and sees what each linear sees by wrapping `Ops.linear`. Rows are always flat,
-[T, hidden_size]; a `Context` says which rows belong together. It knows no device layout and no model's name.
+so that the quantizer runs one layer alone and sees what each linear sees by wrapping `Ops.linear`. Rows are always
+flat, [T, hidden_size]; a `Context` says which rows belong together. It knows no device layout and no model's name.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Context:
         return Context(spans, torch.from_numpy(cos), torch.from_numpy(sin))
 
     def extend(self, span: Span, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the keys and values [n, n_kv_heads, head_dim] of a span; return all it sees, [n_kv_heads, L, head_dim]."""
+        """Keep a span's keys and values [n, n_kv_heads, head_dim]; return all it sees, [n_kv_heads, L, head_dim]."""
         k, v = k.transpose(0, 1), v.transpose(0, 1)
         if self.keys is None or self.values is None:
             return k, v

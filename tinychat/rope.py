@@ -46,15 +46,15 @@ def angles(rope: Rope, positions: np.ndarray, seq_lens: np.ndarray) -> tuple[np.
 
 
 def _frequencies(theta: float, dim: int) -> np.ndarray:
-    """theta ** (-2j / dim) for each j. The power is rounded once, from float64: numpy's float32 power is off by a bit."""
+    """theta ** (-2j / dim) for each j; the power is rounded once, from float64: numpy's in float32 is a bit off."""
     exponents = np.arange(0, dim, 2, dtype=F32) / F32(dim)
     return F32(1) / np.power(np.float64(theta), exponents.astype(np.float64)).astype(F32)
 
 
-def _dynamic_theta(rope: Rope, seq_len: int) -> np.float32:
+def _dynamic_theta(rope: Rope, seq_len: int) -> float:
     """NTK-aware: the base that stretches the slowest dimension to `seq_len`, and leaves the fastest as it is."""
     stretch = F32(F32(rope.factor * seq_len) / F32(rope.original_max_positions)) - F32(rope.factor - 1)
-    return F32(rope.theta) * F32(np.power(np.float64(stretch), rope.dim / (rope.dim - 2)))
+    return float(F32(rope.theta) * F32(np.power(np.float64(stretch), rope.dim / (rope.dim - 2))))
 
 
 @lru_cache(maxsize=64)
