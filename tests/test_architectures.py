@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import memory_weights, tiny
 
-from tinychat import architectures
+from tinychat import architectures, decoder, rope
 from tinychat.backends import reference
 from tinychat.cache import Rows
 from tinychat.config import RopeScaling
@@ -88,7 +88,9 @@ def ours(weights, ids: np.ndarray, chunks: list[int]) -> np.ndarray:
 def test_every_family_has_models_here():
     assert set(architectures.supported()) == set(OWN)
     helpers = set(architectures._files()) - set(OWN)
-    assert helpers == {"config_reader", "names"}, "a file of a family needs NAMES and translate, and models in this test"
+    assert helpers == {"config_reader", "names"}, (
+        "a file of a family needs NAMES and translate, and models in this test"
+    )
 
 
 @pytest.mark.parametrize(("family", "name", "change"), CASES, ids=[f"{f}: {n}" for f, n, _ in CASES])
@@ -131,11 +133,32 @@ def test_long_positions_under_every_scaling(family, scaling):
     assert np.abs(ours(weights, ids, [700]) - want).max() < TOLERANCE
     chunks = [200, 57, 1, 1, 300, 141]
     if scaling == "dynamic":  # frequencies follow the length, and keys stay as they were stored: chunks matter
-        model, _ = tiny(family, **STRETCHED, rope_parameters=SCALINGS[scaling])  # transformers' keeps the longest length
+        model, _ = tiny(
+            family, **STRETCHED, rope_parameters=SCALINGS[scaling]
+        )  # transformers' keeps the longest length
         in_chunks = theirs(model, ids, chunks)
         assert np.abs(in_chunks - want).max() > 100 * TOLERANCE
         want = in_chunks
     assert np.abs(ours(weights, ids, chunks) - want).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_sequence_that_starts_at_position_100000(scaling):
+    model, config = tiny("llama", **STRETCHED, rope_parameters=SCALINGS[scaling])
+    weights = memory_weights(model, config)
+    ids, positions = tokens(40), np.arange(100_000, 100_040, dtype=np.int32)
+    with torch.no_grad():
+        want = (
+            model(torch.from_numpy(ids)[None], position_ids=torch.from_numpy(positions)[None].long()).logits[0].numpy()
+        )
+    ops = reference.TorchOps()
+    turned = map(torch.from_numpy, rope.angles(weights.config.rope, positions, np.full(40, 100_040)))
+    context = decoder.Context(decoder.Context.of_sequences(weights.config.rope, [40]).spans, *turned)
+    x = torch.from_numpy(weights.embedding[ids])
+    for index, layer in enumerate(weights.layers):
+        x = decoder.block(weights.config, ops, decoder.pack_layer(ops, layer), index, x, context)
+    x = ops.norm(x, ops.vector(weights.final_norm), weights.config.norm_eps)
+    assert np.abs(ops.linear(x, ops.pack(weights.output_head)).numpy() - want).max() < TOLERANCE
 
 
 def test_scalings_change_the_logits():
