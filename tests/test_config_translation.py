@@ -375,7 +375,7 @@ def test_no_value_of_any_key_ends_in_another_exception(base):
             try:
                 translate(base, **{key: value})
             except ConfigError as error:
-                assert str(error).startswith("config.json")  # noqa: PT017
+                assert str(error).startswith("config.json")
 
 
 def test_not_an_object():
