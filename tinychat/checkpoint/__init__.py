@@ -1,0 +1,7 @@
+"""Reading and writing model directories: Hugging Face's layout, safetensors, AWQ. Strict, streamed, never a pickle."""
+
+from tinychat.checkpoint.awq import AwqFormat
+from tinychat.checkpoint.locate import locate
+from tinychat.checkpoint.reader import Checkpoint, open
+
+__all__ = ["AwqFormat", "Checkpoint", "locate", "open"]
