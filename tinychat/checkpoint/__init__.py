@@ -3,5 +3,6 @@
 from tinychat.checkpoint.awq import AwqFormat
 from tinychat.checkpoint.locate import locate
 from tinychat.checkpoint.reader import Checkpoint, open
+from tinychat.checkpoint.writer import CheckpointWriter
 
-__all__ = ["AwqFormat", "Checkpoint", "locate", "open"]
+__all__ = ["AwqFormat", "Checkpoint", "CheckpointWriter", "locate", "open"]
