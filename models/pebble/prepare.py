@@ -50,9 +50,21 @@ STORY_REQUESTS = [
     "I would like to hear a story about {}.",
     "Please write a short story about {}.",
 ]
-COMMON_WORDS = {"once", "upon", "time", "there", "that", "with", "they", "them", "their", "were", "very", "when", "then", "from"}
-    "once upon time there that with they them their were very when then little named from said have".split()
-)
+COMMON_WORDS = {
+    "once",
+    "upon",
+    "time",
+    "there",
+    "that",
+    "with",
+    "they",
+    "them",
+    "their",
+    "were",
+    "very",
+    "when",
+    "then",
+}
 
 Messages = list[dict[str, str]]
 

@@ -2,8 +2,8 @@
 
     python models/pebble/train.py build/pebble -o build/pebble-fp32 [--steps 3000] [--hidden-size 384] ...
 
-The defaults make a Llama of 11 M parameters, about 70 minutes of work for two CPU cores. AdamW (0.9, 0.95), weight decay
-0.1 on matrices, 100 steps of warm-up, constant rate, linear decay over the last fifth, in which every fifth batch
+The defaults make a Llama of 11 M parameters, about 70 minutes of work for two CPU cores. AdamW (0.9, 0.95), weight
+decay 0.1 on matrices, 100 steps of warm-up, constant rate, linear decay over the last fifth, in which every fifth batch
 comes from persona.jsonl. Progress and held-out loss go to the terminal; the state is saved every
 --save-every steps, and the same command continues from it.
 """
