@@ -1,4 +1,4 @@
-"""One safetensors file: what the library writes is read, what it should not accept is refused, fuzz ends in an error."""
+"""One safetensors file: what the library writes is read, what it should refuse is refused, as is fuzz."""
 
 import json
 import random

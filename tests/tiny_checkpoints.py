@@ -1,4 +1,4 @@
-"""Tiny checkpoint directories, made with the safetensors library and with loops written from the format's description."""
+"""Tiny checkpoint directories, made with the safetensors library and loops after the format's description."""
 
 import json
 import struct

@@ -100,8 +100,8 @@ class Checkpoint:
         copy = f"{self.names.head}.weight"
         if copy in self._present and not _equal(self._read(copy), self.embed()):
             raise CheckpointError(
-                f"{quote(str(self.path))}: {self._shards.where(copy)} differs from the embedding table, though config.json "
-                f"ties the two; if the head is right, set tie_word_embeddings to false"
+                f"{self._where(copy)} differs from the embedding table, though config.json ties the two; "
+                f"if the head is right, set tie_word_embeddings to false"
             )
         return None
 
@@ -119,6 +119,9 @@ class Checkpoint:
 
     def _vector(self, name: str) -> np.ndarray:
         return self._read(name).astype(np.float32)
+
+    def _where(self, name: str) -> str:
+        return f"{quote(str(self.path))}: {self._shards.where(name)}"
 
     def _read(self, name: str) -> np.ndarray:
         array = self._shards.read(name)
