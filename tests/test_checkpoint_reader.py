@@ -5,6 +5,7 @@ import pickle
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,6 +162,33 @@ def test_layers_are_read_anew_and_stay_valid(tmp_path):
     assert np.array_equal(first.up.segments[0], copy)
     with pytest.raises(IndexError):
         found.layer(2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_holds_one_layer_at_a_time(tmp_path):
+    def mapped():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile"))
+
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12, "head_dim": 128}
+    tensors = {
+        "model.embed_tokens.weight": np.ones((40, 512), np.float32),
+        "model.norm.weight": np.ones(512, np.float32),
+    }
+    linears = {"gate_proj": (1024, 512), "up_proj": (1024, 512), "down_proj": (512, 1024)}
+    for i in range(12):
+        at = f"model.layers.{i}."
+        tensors |= {f"{at}{norm}_layernorm.weight": np.ones(512, np.float32) for norm in ("input", "post_attention")}
+        tensors |= {f"{at}mlp.{name}.weight": np.ones(shape, np.float32) for name, shape in linears.items()}
+        for name, n in (("q", 512), ("k", 256), ("v", 256), ("o", 512)):
+            tensors[f"{at}self_attn.{name}_proj.weight"] = np.ones((n, 512), np.float32)
+    found = checkpoint.open(tiny.write(tmp_path, tensors, **sizes, tie_word_embeddings=True))
+    layer_bytes = found.file_bytes / 12
+    before, most = mapped(), 0
+    for i in range(12):
+        found.layer(i)
+        most = max(most, mapped() - before)
+    assert layer_bytes / 2 < most < 2 * layer_bytes
 
 
 # ---- refused at open, before any value is read
