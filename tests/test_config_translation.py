@@ -1,6 +1,7 @@
 """config.json to ModelConfig: configs as they lie on the hub, both spellings, and what is refused and how."""
 
 import copy
+import json
 
 import pytest
 from transformers import AutoConfig
@@ -232,6 +233,7 @@ def test_what_transformers_writes_is_read(model_type):
     config = translate(theirs.to_dict())
     assert (config.vocab_size, config.head_dim) == (theirs.vocab_size, getattr(theirs, "head_dim", 128))
     assert (config.sliding_window or None) == getattr(theirs, "sliding_window", None)
+    assert translate(json.loads(theirs.to_json_string())) == config  # as save_pretrained writes it
     # and its defaults are ours, where the file leaves a key out
     minimal = dict.fromkeys(("attention_bias", "hidden_act", "head_dim", "rms_norm_eps", "tie_word_embeddings"), ...)
     more = dict.fromkeys(("num_key_value_heads", "sliding_window", "use_sliding_window", "rope_parameters"), ...)
