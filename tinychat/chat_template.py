@@ -1,13 +1,14 @@
 """Chat templates: which one a checkpoint brings, and messages to text with it.
 
-The template is always the checkpoint's own Jinja; none is ever guessed. It is rendered by `template_worker` in a process
-apart, which bounds its time and memory and leaves this process unharmed whatever the template does. The process
+The template is always the checkpoint's own Jinja; none is ever guessed. It is rendered by `template_worker` in a
+process apart, which bounds its time and memory and leaves this one unharmed whatever the template does. That process
 starts with the first rendering (or `start()`, to overlap with loading weights), stays for the following ones, and
 ends with its owner. This module knows nothing of tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -263,10 +264,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:
-            try:
+            with contextlib.suppress(OSError):  # what was never written cannot be flushed any more
                 stream.close()
-            except OSError:  # what was never written cannot be flushed any more
-                pass
 
 
 def _import_folders(*modules: str) -> list[str]:

@@ -89,10 +89,17 @@ class IncrementalDecoder:
         return self._shown(self._bytes.decode(self.scheme.token_bytes(token)))
 
     def flush(self) -> str:
-        """The text still held back when no more tokens come, and be as new. Bytes of an incomplete character are dropped."""
+        """The text still held back when no more tokens come; afterwards the decoder is as new.
+
+        Bytes of an incomplete character are dropped: they were on their way to be text, and would show as garbage.
+        """
+        held = self._bytes.getstate()[0]
+        # Python's decoder also waits for the third byte of a surrogate, which no UTF-8 text has.
+        is_surrogate = held[:1] == b"\xed" and held[1:2] >= b"\xa0"
+        text = self._shown(self._bytes.decode(b"", final=True)) if is_surrogate else ""
         self._bytes.reset()
         self._is_first_token = self._is_first_text = True
-        return ""
+        return text
 
     def _shown(self, text: str) -> str:
         if self._is_first_text and text:
@@ -127,8 +134,8 @@ def read_scheme(decoder: Any) -> Scheme:
                 found["drop_in_first"] = step["replacement"]
         else:
             raise TokenizerError(
-                f"the tokenizer decodes with {' then '.join(s['type'] for s in steps)}, which is not supported: known are "
-                f"ByteLevel, Metaspace, and Replace, ByteFallback, Fuse, Strip in this order"
+                f"the tokenizer decodes with {' then '.join(s['type'] for s in steps)}, which is not supported: "
+                f"known are ByteLevel, Metaspace, and Replace, ByteFallback, Fuse, Strip in this order"
             )
     return Scheme(**found)
 

@@ -18,11 +18,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _UNIGRAM, _BPE = 1, 2
 _MODEL_KINDS: dict[int | bytes, str] = {_UNIGRAM: "unigram", _BPE: "bpe", 3: "word", 4: "char"}
-_SPECIAL_PIECES = (
-    (40, 0, 45, b"<unk>"),
-    (41, 1, 46, b"<s>"),
-    (42, 2, 47, b"</s>"),
-)  # id field, its default, the piece's
+_SPECIAL_PIECES = ((40, 0, 45, b"<unk>"), (41, 1, 46, b"<s>"), (42, 2, 47, b"</s>"))
+"""Of the unknown, beginning and end piece: the field of its id, the default, the field of its text, the default."""
+
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
@@ -69,6 +67,8 @@ def read_model(path: Path) -> SentencePieceModel:
         raise TokenizerError(f"{path} is not a SentencePiece model, or is damaged: {error}") from None
     if not pieces:
         raise TokenizerError(f"{path} is not a SentencePiece model: it holds no pieces")
+    if not trainer:
+        raise TokenizerError(f"{path} is not a SentencePiece model, or is damaged: it has no trainer settings")
     kind = trainer.get(3, _UNIGRAM)
     if kind != _BPE:
         raise TokenizerError(

@@ -1,8 +1,9 @@
 """Text to token ids and back: what a checkpoint's tokenizer files say, as transformers reads them.
 
-`load` builds one `tokenizers.Tokenizer` from `tokenizer.json` or from a SentencePiece `tokenizer.model`; token ids equal
-those of transformers' AutoTokenizer (5.23) on the same directory. Decoding one token after another, where a character may
-be spread over several, is in `detokenizer`; chat templates in `chat_template`. It knows nothing of models.
+`load` builds one `tokenizers.Tokenizer` from `tokenizer.json` or from a SentencePiece `tokenizer.model`; token ids
+equal those of transformers' AutoTokenizer (5.23) on the same directory. Decoding one token after another, where a
+character may be spread over several, is in `detokenizer`; chat templates in `chat_template`. It knows nothing of
+models.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Tokenizer:
         used = set(vocabulary.values())
         if len(used) < len(vocabulary):
             raise TokenizerError(
-                f"the tokenizer's vocabulary is damaged: {len(vocabulary) - len(used)} token ids are used more than once"
+                f"the tokenizer's vocabulary is damaged: {len(vocabulary) - len(used)} token ids are used twice or more"
             )
         self.vocab_size: int = max(used) + 1
         """One more than the highest token id; a model may have more rows than that, never fewer."""
@@ -213,10 +214,9 @@ class _Settings:
         tokens = [token for _, token in sorted(again.items())]
         known = {token.content for token in [*added.values(), *tokens]}
         named = {_content(token) for token in self.named_tokens.values()}
-        for token in [*self.named_tokens.values(), *extra_tokens]:
-            if _content(token) not in known:
-                known.add(_content(token))
-                tokens.append(_added_token(token))
+        # A token both named and extra is told twice: of two spellings the latter, the extra one, holds.
+        others = [*self.named_tokens.values(), *extra_tokens]
+        tokens += [_added_token(token) for token in others if _content(token) not in known]
         for token in tokens:
             token.special = token.special or token.content in named
         if tokens:
@@ -283,10 +283,8 @@ def _from_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, _Settings]:
                     byte_fallback=source.byte_fallback,
                 )
             )
-            spaces = [normalizers.Replace(" ", "▁")]
-            if source.character_map:
-                spaces.insert(0, normalizers.Precompiled(source.character_map))
-            core.normalizer = normalizers.Sequence(spaces)
+            mapped = [normalizers.Precompiled(source.character_map)] if source.character_map else []
+            core.normalizer = normalizers.Sequence([*mapped, normalizers.Replace(" ", "▁")])
             joined = [decoders.ByteFallback(), decoders.Fuse()] if source.byte_fallback else []
             core.decoder = decoders.Sequence([decoders.Replace("▁", " "), *joined])
         unsplit = [
