@@ -1,105 +1,32 @@
-# ruff: noqa: RUF001  # the texts mean the characters that they hold
-"""Ids and text equal transformers'; damaged files and text end in clear errors; streams never break a character."""
+# the texts mean the characters that they hold
+"""Token ids and text equal transformers'; damaged files and text that is not Unicode end in clear errors."""
 
 import json
 import random
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from tokenizer_files import (
+    LLAMA,
+    PIECES,
+    SEPARATOR,
+    TEXTS,
+    byte_level_core,
+    field,
+    load,
+    make_directory,
+    sentencepiece_model,
+    stream,
+)
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Core
 
 from tinychat import tokenizer
-from tinychat.detokenizer import IncrementalDecoder, Scheme
 from tinychat.errors import TokenizerError
-from tinychat.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
-
-LLAMA = {"tokenizer_class": "LlamaTokenizer"}
-SEPARATOR = "\n__ggml_vocab_test__\n"
-TEXTS = [
-    *("", " ", "  ", "\n", "\t", "\n\n a", " Hello", "   Hello", "Hello  world \n\n", "a\u00a0b", "\x00\x01", "<0x0A>"),
-    *("<s>", "</s>x<s> y", "<|user|> hi <|end|>\n<|assistant|>", "a<|user|>   b", "<|endoftext|> <unk> ▁a ▁", "\ufffd"),
-    *("👨‍👩‍👧‍👦 🇩🇪 🦙", "नमस्ते दुनिया", "ภาษาไทยไม่มีช่องว่าง", "中文字符，没有空格。", "e\u0301 é ﬁ Å", "1234567 3.14 0x1F"),
-    *("def f(x):\n\treturn x  # y\n", "I'll don't we've", "Ⅷ ½ ² 𝒳", "plain token xyzzyxyzzy", "<image>[PAD]"),
-]
-
-
-def varint(number: int) -> bytes:
-    out = bytearray()
-    number %= 1 << 64
-    while number >= 0x80:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*out, number])
-
-
-def field(number: int, value: int | bytes) -> bytes:
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def sentencepiece_model(
-    pieces: list[tuple[str, int]], kind: int = 2, byte_fallback: bool = True, **trainer: int
-) -> bytes:
-    """A tokenizer.model, written field by field."""
-    body = b"".join(
-        field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", -i) + field(3, piece_kind))
-        for i, (text, piece_kind) in enumerate(pieces)
-    )
-    spec = field(3, kind) + field(35, int(byte_fallback)) + b"".join(field(int(k[1:]), v) for k, v in trainer.items())
-    return body + field(2, spec) + field(3, field(1, b"identity"))
-
-
-PIECES = [
-    *(("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), ("<|user|>", USER_DEFINED), ("<|end|>", CONTROL)),
-    *((f"<0x{byte:02X}>", BYTE) for byte in range(256)),
-    *(
-        (text, NORMAL)
-        for text in ("▁t", "he", "▁the", "in", "▁a", "er", "ing", "▁▁", "▁H", "ell", "▁Hell", "▁Hello", "é")
-    ),
-    *((text, NORMAL) for text in ("▁", *"etaoinshrdlucmfwypvbgkqjxzHW.,")),
-]
-
-
-def make_directory(
-    path: Path, tokenizer_config: dict | None = None, model: bytes | Path | None = None, **files: dict
-) -> Path:
-    """A checkpoint directory with a tokenizer.model and JSON files by name."""
-    path.mkdir(exist_ok=True)
-    if isinstance(model, Path):
-        shutil.copy(model, path / "tokenizer.model")
-    elif model is not None:
-        (path / "tokenizer.model").write_bytes(model)
-    for name, content in {"config": {"model_type": "llama"}, "tokenizer_config": tokenizer_config, **files}.items():
-        if content is not None:
-            (path / f"{name}.json").write_text(json.dumps(content))
-    return path
-
-
-def byte_level_core(vocab: dict[str, int] | None = None, merges: list[tuple[str, str]] | None = None) -> Core:
-    if vocab is None:
-        vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    core = Core(models.BPE(vocab=vocab, merges=merges or []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return core
-
-
-def load(directory: Path) -> tokenizer.Tokenizer:
-    loaded = tokenizer.load(directory)
-    assert loaded is not None
-    return loaded
-
-
-def stream(decoder: IncrementalDecoder, ids: list[int]) -> str:
-    return "".join(map(decoder.step, ids)) + decoder.flush()
+from tinychat.sentencepiece_model import BYTE
 
 
 def differences(directory: Path, texts: list[str]) -> list[str]:
@@ -324,19 +251,7 @@ def test_ids_of_gpt_2_phi_3_and_llama_2(data_dir, tmp_path):
                 assert ours.encode(text, add_bos=False) == ids, (name, text)
 
 
-# Streaming
-
-
-def test_pebble_streams_every_split_of_unicode(data_dir):
-    ours = load(data_dir / "pebble-11m")
-    for text in TEXTS:
-        ids = ours.encode(text)
-        decoder = ours.decoder()
-        for cut in range(len(ids) + 1):
-            begun = "".join(map(decoder.step, ids[:cut]))
-            rest = "".join(map(decoder.step, ids[cut:])) + decoder.flush()
-            assert begun + rest == ours.decode(ids)
-            assert "\ufffd" not in begun or "\ufffd" in text
+# Errors
 
 
 @pytest.fixture(scope="module")
@@ -346,111 +261,6 @@ def byte_level(tmp_path_factory):
     core.add_tokens([AddedToken("<|special|>", special=True), AddedToken("zwei Wörter")])
     core.save(str(directory / "tokenizer.json"))
     return load(directory)
-
-
-@pytest.fixture(scope="module")
-def byte_fallback(tmp_path_factory):
-    directory = make_directory(tmp_path_factory.mktemp("spm"), LLAMA, sentencepiece_model(PIECES))
-    return load(directory)
-
-
-def whole_characters(data: bytes) -> bytes:
-    """Without an incomplete character at the end."""
-    for n in (1, 2, 3):
-        try:
-            data[-n:].decode()
-        except UnicodeDecodeError as error:
-            if error.reason == "unexpected end of data" and error.start == 0 and len(data) >= n:
-                return data[:-n]
-    return data
-
-
-@settings(max_examples=100, deadline=None)
-@given(data=st.one_of(st.binary(max_size=40), st.text(max_size=20).map(lambda text: text.encode(errors="replace"))))
-def test_byte_level_stream_equals_decoding_at_once(byte_level, data):
-    ids = [byte_level.token_id(byte_level_character(byte)) for byte in data]
-    assert b"".join(byte_level.token_bytes(i) for i in ids) == data
-    assert byte_level.decode(ids) == data.decode(errors="replace")
-    assert stream(byte_level.decoder(), ids) == whole_characters(data).decode(errors="replace")
-
-
-def byte_level_character(byte: int) -> str:
-    from tinychat.detokenizer import _BYTE_OF_CHARACTER
-
-    return next(character for character, value in _BYTE_OF_CHARACTER.items() if value == byte)
-
-
-@settings(max_examples=100, deadline=None)
-@given(ids=st.lists(st.integers(0, len(PIECES) + 3), max_size=30), skip=st.booleans())
-def test_byte_fallback_stream_equals_decoding_at_once(byte_fallback, ids, skip):
-    whole = byte_fallback.decode(ids, skip_special=skip)
-    pieces = stream(byte_fallback.decoder(skip_special=skip), ids)
-    # Decoding at once spoils a whole run of bytes for one bad one, and shows what an incomplete end would have been.
-    if "\ufffd" not in whole:
-        assert pieces == whole
-    assert (
-        pieces.replace("\ufffd", "").isprintable() or not whole.replace("\ufffd", "").isprintable() or pieces != whole
-    )
-    good = [i for i in ids if PIECES[min(i, len(PIECES) - 1)][1] != BYTE]
-    assert stream(byte_fallback.decoder(skip_special=skip), good) == byte_fallback.decode(good, skip_special=skip)
-
-
-@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
-def test_bytes_that_are_never_valid_come_out_within_three(request, kind):
-    ours = request.getfixturevalue(kind)
-    for bad in (b"\xff", b"\x80", b"\xf0\x9f", b"\xe4\xbd", b"\xf0\x9f\xa6\xff"):
-        spelled = [byte_level_character(b) if kind == "byte_level" else f"<0x{b:02X}>" for b in bad]
-        ids = [ours.token_id(token) for token in spelled] * 2000
-        decoder, shown = ours.decoder(), 0
-        for n, token_id in enumerate(ids, 1):
-            shown += len(bad) * decoder.step(token_id).count("\ufffd")
-            assert shown >= n - 3 - len(bad)
-        last = ours.token_id("a")
-        assert decoder.step(last).endswith("a")
-
-
-def test_an_incomplete_character_at_the_end_is_dropped(byte_level, byte_fallback):
-    for ours, token in ((byte_level, byte_level_character), (byte_fallback, "<0x{:02X}>".format)):
-        ids = [ours.token_id(token(byte)) for byte in b"ok" * (ours is byte_level) + "é🦙".encode()[:-1]]
-        assert stream(ours.decoder(), ids) == ("oké" if ours is byte_level else "é")
-
-
-def test_the_decoder_is_as_new_after_flush(byte_fallback):
-    ids = byte_fallback.encode("the")
-    decoder = byte_fallback.decoder()
-    assert [stream(decoder, ids), stream(decoder, ids)] == ["the", "the"]
-
-
-def test_special_tokens_in_a_stream(byte_level):
-    special, plain = byte_level.token_id("<|special|>"), byte_level.token_id("zwei Wörter")
-    assert byte_level.special_ids == {special}
-    assert stream(byte_level.decoder(), [special, plain, 9999]) == "zwei Wörter"
-    assert stream(byte_level.decoder(skip_special=False), [special, plain]) == "<|special|>zwei Wörter"
-
-
-def test_other_decoders_of_the_library():
-    for decoder, vocab in (
-        (None, ["a", "b", "▁c"]),
-        (decoders.Metaspace(), ["▁a", "▁b▁", "c"]),
-        (decoders.Metaspace(prepend_scheme="never"), ["▁a", "▁b▁", "c"]),
-    ):
-        core = Core(models.WordLevel({token: i for i, token in enumerate(vocab)}, unk_token="a"))
-        core.decoder = decoder
-        ours = tokenizer.Tokenizer(core, {})
-        for ids in ([], [0], [0, 1, 2], [1, 0], [2, 2, 1]):
-            assert stream(ours.decoder(), ids) == core.decode(ids)
-    core.decoder = decoders.CTC()
-    with pytest.raises(TokenizerError, match="CTC"):
-        tokenizer.Tokenizer(core, {})
-
-
-def test_scheme_writes_special_tokens_as_they_are():
-    assert Scheme(byte_level=True).token_bytes("Ġthe") == b" the"
-    assert Scheme(byte_level=True).token_bytes("<｜end of sentence｜>") == "<｜end of sentence｜>".encode()
-    assert Scheme(byte_fallback=True).token_bytes("<0xZZ>") == b"<0xZZ>"
-
-
-# Errors
 
 
 def test_a_directory_without_tokenizer_files(tmp_path):
