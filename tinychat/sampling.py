@@ -208,19 +208,19 @@ def sample(
 
 
 def penalize(logits: np.ndarray, params: SamplingParams, history: History) -> np.ndarray:
-    """A copy of `logits` with the penalties applied, kept finite whatever their size."""
-    out = logits.astype(np.float64)
-    if params.repetition_penalty != 1.0:
-        ids = np.flatnonzero(history.seen)
-        values = out[ids]
-        with np.errstate(over="ignore"):
-            out[ids] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if params.presence_penalty or params.frequency_penalty:
-        ids = np.flatnonzero(history.counts)
-        out[ids] -= params.presence_penalty + params.frequency_penalty * history.counts[ids]
-    masked = logits == -np.inf
+    """A copy of `logits` with the penalties applied. What was finite stays so, whatever the size of the penalty."""
+    out = logits.copy()
+    ids = np.flatnonzero(history.seen)
+    ids = ids[logits[ids] > -np.inf]
+    values = logits[ids].astype(np.float64)
+    penalty = params.repetition_penalty
+    with np.errstate(over="ignore"):
+        values = np.where(values > 0, values / penalty, values * penalty)
+    counts = history.counts[ids]
+    values -= params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
     limit = np.finfo(np.float32).max
-    return np.where(masked, -np.inf, np.clip(out, -limit, limit)).astype(np.float32)
+    out[ids] = np.clip(values, -limit, limit)
+    return out
 
 
 def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
