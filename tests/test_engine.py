@@ -117,6 +117,13 @@ def test_wrong_prompts_are_refused_at_once(prompt, words):
         make(template=Template()).stream(prompt)
 
 
+def test_a_tokenizer_larger_than_the_model_is_an_error_before_any_step():
+    llm = make()
+    llm.tokenizer.encode = lambda text, add_bos=True: [1, VOCAB + 5]
+    with pytest.raises(TokenizerError, match=f"token id {VOCAB + 5}.*0 to {VOCAB - 1}"):
+        llm.stream("Hi")
+
+
 def test_messages_need_a_template_and_completion_does_not():
     llm = make()
     with pytest.raises(TemplateError, match=r"no chat template.*plain completion works"):
