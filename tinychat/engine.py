@@ -74,7 +74,7 @@ def load(
     source = checkpoint.open(path, ignore_config=ignore_config)
     config = source.config
     size = context_size(config, ctx_size)
-    memory.check(memory.estimate(config, path, size, n_slots, KV_ITEMSIZE[kv_dtype]), size)
+    memory.check(memory.estimate(config, source.file_bytes, size, n_slots, KV_ITEMSIZE[kv_dtype]), size)
     words = tokenizer.load(path)
     runner = module.build(source, n_slots=n_slots, ctx_size=size, threads=threads, kv_dtype=kv_dtype, progress=progress)
     if device == "auto" and module.__name__.rpartition(".")[2] != PREFERENCE[0]:
@@ -85,7 +85,7 @@ def load(
             stacklevel=2,
         )
     name = path.resolve().name if Path(model).is_dir() else Path(model).name
-    weights = memory.parameters_text(memory.n_parameters(config))
+    weights = memory.parameters_text(source.n_parameters)
     return Engine(
         runner,
         words,
