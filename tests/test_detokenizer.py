@@ -75,9 +75,6 @@ def test_byte_fallback_stream_equals_decoding_at_once(byte_fallback, ids, skip):
     # Decoding at once spoils a whole run of bytes for one bad one, and shows what an incomplete end would have been.
     if "\ufffd" not in whole:
         assert pieces == whole
-    assert (
-        pieces.replace("\ufffd", "").isprintable() or not whole.replace("\ufffd", "").isprintable() or pieces != whole
-    )
     good = [i for i in ids if PIECES[min(i, len(PIECES) - 1)][1] != BYTE]
     assert stream(byte_fallback.decoder(skip_special=skip), good) == byte_fallback.decode(good, skip_special=skip)
 
