@@ -11,7 +11,7 @@ from tinychat.decoder import Context, block
 from tinychat.errors import CheckpointError, UsageError
 from tinychat.quantize import awq, quantize_in_memory
 from tinychat.quantize.activations import Activations
-from tinychat.quantize.dense import DenseOps, dense_layer
+from tinychat.quantize.dense import LINEARS, DenseOps, dense_layer
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.groups import scaling_groups
 from tinychat.quantize.report import BLOCK
@@ -156,7 +156,7 @@ def test_the_loss_reported_is_the_loss_of_what_is_written():
     plain = Layer(
         norm1=written.norm1,
         norm2=written.norm2,
-        **{n: Linear(tuple(s.dequantize() for s in getattr(written, n).segments)) for n in ("qkv", "out", "up", "down")},
+        **{n: Linear(tuple(s.dequantize() for s in getattr(written, n).segments)) for n in LINEARS},
     )
     expected = block(config, DenseOps(), layer, 0, sample.x, sample.context)
     found = block(config, DenseOps(), dense_layer(plain, lambda n, i, s: (n, None)), 0, sample.x, sample.context)

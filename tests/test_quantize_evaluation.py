@@ -6,11 +6,13 @@ import pytest
 
 from tinychat.quantize import evaluation
 
+SHARPNESS = math.log(91)
+
 
 class Counting:
     """A runner whose next token is the last one plus one (of ten), with probability 0.91; it checks its cache."""
 
-    def __init__(self, sharpness=math.log(91)):
+    def __init__(self, sharpness=SHARPNESS):
         self.filled = 0
         self.sharpness = sharpness
         self.cache = SimpleNamespace(truncate=self._truncate)

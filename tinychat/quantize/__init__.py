@@ -1,7 +1,7 @@
 """The offline half of tinychat: an unquantized checkpoint in, a 4-bit AWQ checkpoint out, and the proof of its quality.
 
-Layout: a method is one file (`rtn`, `awq`); both end on a `grid`. `groups` says where scales fold, from ModelConfig
-alone; `activations` carries `calibration` tokens through the model layer by layer; `pipeline` joins them to a checkpoint,
+A method is one file (`rtn`, `awq`); both end on a `grid`. `groups` says where scales fold, from ModelConfig alone;
+`activations` carries `calibration` tokens through the model layer by layer; `pipeline` joins them to a checkpoint;
 `report` tells what was done, `evaluation` what it cost. It knows no device layout and no architecture's name.
 """
 

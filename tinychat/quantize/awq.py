@@ -8,14 +8,13 @@ ends up worse than that by its own measure. Statistics and losses are fp32, over
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
 from tinychat.config import ModelConfig
 from tinychat.decoder import PackedLayer, block, mlp, self_attention
 from tinychat.quantize.activations import Observed
-from tinychat.quantize.dense import LINEARS, Dense, DenseOps
+from tinychat.quantize.dense import LINEARS, Dense, DenseOps, changed
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.groups import Group, scaling_groups
 from tinychat.quantize.report import BLOCK, GroupResult
@@ -52,7 +51,7 @@ def transform(
         results.append(GroupResult(index, group.name, alpha, identity, best))
     if not results:
         return layer, []
-    before, after = (_block_loss(config, layer, changed, index, grid, observed) for changed in (layer, folded))
+    before, after = (_block_loss(config, layer, other, index, grid, observed) for other in (layer, folded))
     results.append(GroupResult(index, BLOCK, None, before, after))
     return folded, results
 
@@ -74,11 +73,11 @@ def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, obs
     ops = DenseOps()
 
     def run(consumer: Dense) -> list[torch.Tensor]:
-        changed = replace(layer, **{group.consumer: consumer})
+        candidate_layer = changed(layer, **{group.consumer: consumer})
         return [
-            self_attention(config, ops, changed, index, sample.inputs[group.consumer], sample.context)
+            self_attention(config, ops, candidate_layer, index, sample.inputs[group.consumer], sample.context)
             if group.block == "attention"
-            else mlp(config, ops, changed, sample.inputs[group.consumer])
+            else mlp(config, ops, candidate_layer, sample.inputs[group.consumer])
             for sample in observed.samples
         ]
 
@@ -109,10 +108,10 @@ def _power(outputs: list[torch.Tensor]) -> float:
 
 @torch.inference_mode()
 def _block_loss(
-    config: ModelConfig, layer: PackedLayer, changed: PackedLayer, index: int, grid: Grid, observed: Observed
+    config: ModelConfig, layer: PackedLayer, other: PackedLayer, index: int, grid: Grid, observed: Observed
 ) -> float:
-    """The relative error of what block `index` adds to its input, once all linears of `changed` are on the grid."""
-    rounded = replace(changed, **{n: getattr(changed, n).rounded(grid) for n in LINEARS})
+    """The relative error of what block `index` adds to its input, once all linears of `other` are on the grid."""
+    rounded = changed(other, **{name: getattr(other, name).rounded(grid) for name in LINEARS})
     ops = DenseOps()
     error = power = 0.0
     for sample in observed.samples:

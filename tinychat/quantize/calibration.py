@@ -26,14 +26,16 @@ PIECE_CHARACTERS = 8  # per token: more than any common tokenizer's average, so 
 def from_file(path: str | Path, model: Path, *, n_sequences: int, length: int) -> list[list[int]]:
     """Sequences of at most `length` tokens from a text file, or from JSON lines (*.jsonl).
 
-    A line is {"text": ...}, or {"messages": [...]}, rendered with the chat template of the checkpoint in `model`. What is
-    taken lies evenly over the file. Each sequence begins with the tokenizer's beginning token, where it has one.
+    A line is {"text": ...}, or {"messages": [...]}, rendered with the chat template of the checkpoint in `model`. What
+    is taken lies evenly over the file. Each sequence begins with the tokenizer's beginning token, where it has one.
     Raises UsageError for a file that is not such text, TokenizerError where the checkpoint has no tokenizer.
     """
     loaded = tokenizers.load(model)
     if loaded is None:
-        raise TokenizerError(f"{model} has no tokenizer, which calibration text needs; leave the text out to calibrate "
-                             f"on tokens sampled from the model itself")
+        raise TokenizerError(
+            f"{model} has no tokenizer, which calibration text needs; leave the text out to calibrate "
+            f"on tokens sampled from the model itself"
+        )
     begin = [] if loaded.bos_id is None else [loaded.bos_id]
     width = length - len(begin)
     sequences = []
@@ -77,7 +79,7 @@ def self_generated(
 
 
 def start_tokens(*configs: Mapping[str, Any]) -> list[int]:
-    """The beginning token that the first of these configs names, else the end token (it separates documents), else none."""
+    """The first beginning token that these configs name, else the end token (it separates documents), else none."""
     for key in ("bos_token_id", "eos_token_id"):
         for config in configs:
             if found := _ids(config.get(key)):
@@ -126,9 +128,9 @@ def _record(line: str, where: str, loaded: tokenizers.Tokenizer) -> str:
         return str(record["text"])
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
         if loaded.chat_template is None:
-            raise UsageError(f"{where} holds messages, and the checkpoint has no chat template; give {{\"text\": ...}}")
+            raise UsageError(f'{where} holds messages, and the checkpoint has no chat template; give {{"text": ...}}')
         return loaded.chat_template.render(record["messages"], add_generation_prompt=False)
-    raise UsageError(f"{where} is neither {{\"text\": \"...\"}} nor {{\"messages\": [...]}}")
+    raise UsageError(f'{where} is neither {{"text": "..."}} nor {{"messages": [...]}}')
 
 
 def _evenly(items: Sequence[Any], count: int) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:
         found: Linear = getattr(layer, name)
         parts, modules, kept = [], [], []
         for i, segment in enumerate(found.segments):
-            module, reason = plan(name, i, segment.shape)  # type: ignore[arg-type]
+            module, reason = plan(name, i, segment.shape)
             if isinstance(segment, QTensor):
                 raise UsageError(
                     f"{module} is quantized already, to {segment.bits} bits; quantize the original checkpoint instead"
@@ -93,11 +94,11 @@ def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:
         weight = torch.cat(parts) if len(parts) > 1 else parts[0]
         return Dense(name, weight, bias, tuple(len(p) for p in parts), tuple(modules), tuple(kept))
 
-    norms = {name: getattr(layer, name) for name in NORMS}
-    return PackedLayer(
-        **{name: linear(name) for name in LINEARS},
-        **{name: None if values is None else as_float(values) for name, values in norms.items()},
-    )
+    made: dict[str, Any] = {name: linear(name) for name in LINEARS}
+    for name in NORMS:
+        values = getattr(layer, name)
+        made[name] = None if values is None else as_float(values)
+    return PackedLayer(**made)
 
 
 def quantized_layer(layer: PackedLayer, grid: Grid) -> Layer:
@@ -113,11 +114,17 @@ def quantized_layer(layer: PackedLayer, grid: Grid) -> Layer:
         return Linear(tuple(segments), bias)
 
     where = f"of the layer of {layer.qkv.modules[0]}"
-    norms = {name: getattr(layer, name) for name in NORMS}
-    return Layer(
-        **{name: linear(getattr(layer, name)) for name in LINEARS},
-        **{n: None if v is None else half(v.numpy(), f"{n} {where}").astype(np.float32) for n, v in norms.items()},
-    )
+    made: dict[str, Any] = {name: linear(getattr(layer, name)) for name in LINEARS}
+    for name in NORMS:
+        values = getattr(layer, name)
+        made[name] = None if values is None else half(values.numpy(), f"{name} {where}").astype(np.float32)
+    return Layer(**made)
+
+
+def changed(layer: PackedLayer, **parts: torch.Tensor | Dense) -> PackedLayer:
+    """`layer` with some of its linears and norms replaced."""
+    replaced: dict[str, Any] = dict(parts)
+    return replace(layer, **replaced)
 
 
 def half(array: np.ndarray, name: str) -> np.ndarray:

@@ -6,7 +6,7 @@ Everything is measured through `Runner.step`, on any backend. A window is scored
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,9 +40,9 @@ class Difference:
 
 
 def windows(ids: Sequence[int], size: int, begin: int | None = None) -> list[list[int]]:
-    """`ids` cut into windows of `size` tokens, each after the token `begin` if given (which counts); a short last one stays.
+    """`ids` cut into windows of `size` tokens, each after the token `begin` if given (which counts).
 
-    One of a single token, which predicts nothing, is left out.
+    The last may be shorter; one of a single token, which predicts nothing, is left out.
     """
     given = [] if begin is None else [begin]
     width = size - len(given)
@@ -63,9 +63,15 @@ def logits(runner: Runner, ids: Sequence[int], slot: int = 0) -> np.ndarray:
 
 def score(runner: Runner, token_windows: Sequence[Sequence[int]]) -> Score:
     """The log-likelihood of every token but the first of each window."""
+    return score_logits((logits(runner, window[:-1]) for window in token_windows), token_windows)
+
+
+def score_logits(window_logits: Iterable[np.ndarray], token_windows: Sequence[Sequence[int]]) -> Score:
+    """The same from each window's logits; those after its last token may be missing."""
     found = []
-    for window in token_windows:
-        found.append(np.take_along_axis(_log_softmax(logits(runner, window[:-1])), _column(window[1:]), 1)[:, 0])
+    for window, values in zip(token_windows, window_logits, strict=True):
+        given = _log_softmax(values[: len(window) - 1])
+        found.append(np.take_along_axis(given, np.asarray(window[1:], np.int64)[:, None], 1)[:, 0])
     return Score(np.concatenate(found), np.asarray([len(part) for part in found]))
 
 
@@ -97,7 +103,3 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
     x = x.astype(np.float64)
     x -= x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def _column(ids: Sequence[int]) -> np.ndarray:
-    return np.asarray(ids, np.int64)[:, None]

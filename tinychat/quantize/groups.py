@@ -12,7 +12,7 @@ import torch
 
 from tinychat.config import Activation, ModelConfig
 from tinychat.decoder import PackedLayer
-from tinychat.quantize.dense import Dense
+from tinychat.quantize.dense import Dense, changed
 
 # down(act(gate) * up) is linear in up; what passes through the non-linearity itself could not be scaled exactly.
 GATED = frozenset({Activation.SILU})
@@ -38,7 +38,7 @@ class Group:
     @property
     def name(self) -> str:
         """For reports."""
-        return f"{ {'qkv': 'v'}.get(self.producer, self.producer)} -> {self.consumer}"
+        return f"{ {'qkv': 'v'}.get(self.producer, self.producer) } -> {self.consumer}"
 
     @property
     def ends_block(self) -> bool:
@@ -85,9 +85,10 @@ class Group:
             made = replace(producer, weight=weight, bias=bias)
         else:
             made = producer / scales
-        layer = replace(layer, **{self.producer: made})
+        layer = changed(layer, **{self.producer: made})
         consumer: Dense = getattr(layer, self.consumer)
-        return replace(layer, **{self.consumer: replace(consumer, weight=consumer.weight * self.spread(scales))})
+        scaled = replace(consumer, weight=consumer.weight * self.spread(scales))
+        return changed(layer, **{self.consumer: scaled})
 
 
 def scaling_groups(config: ModelConfig) -> tuple[Group, ...]:
