@@ -1,0 +1,83 @@
+"""Tiny random models of transformers, and the same weights under our canonical names."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tinychat import architectures
+from tinychat.weights import Layer, Linear, MemoryWeights
+
+# Awkward on purpose: nothing is a power of two or a multiple of 64 but what a test sets.
+BASE = {
+    "vocab_size": 97,
+    "hidden_size": 60,
+    "intermediate_size": 107,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def tiny(model_type: str, *, seed: int = 0, scale: float = 0.1, **overrides) -> tuple[AutoModelForCausalLM, dict]:
+    """(model, its config.json as a dict): fp32, eager attention, every parameter random, norms and biases too.
+
+    `scale` is the standard deviation of matrices; logits then have a standard deviation near 1.
+    """
+    config = AutoConfig.for_model(model_type, **{**BASE, **overrides})
+    config._attn_implementation = "eager"
+    config.dtype = torch.float32
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else scale * noise)
+    return model, {**config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"}
+
+
+def memory_weights(model: AutoModelForCausalLM, hf_config: dict) -> MemoryWeights:
+    """The model's weights under our names: every tensor of its state dict is used, or an assertion fails."""
+    config, names = architectures.translate(hf_config)
+    state = {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
+    if config.tied_head:
+        assert np.array_equal(state.pop(f"{names.head}.weight"), state[f"{names.embed}.weight"])
+
+    def linear(*modules: str) -> Linear:
+        biases = [state.pop(f"{m}.bias") for m in modules if f"{m}.bias" in state]
+        assert len(biases) in (0, len(modules))
+        return Linear(tuple(state.pop(f"{m}.weight") for m in modules), np.concatenate(biases) if biases else None)
+
+    def layer(index: int) -> Layer:
+        at = names.layer.format(index)
+        made = Layer(
+            norm1=state.pop(f"{at}{names.norm1}.weight"),
+            qkv=linear(*(at + m for m in names.qkv)),
+            out=linear(*(at + m for m in names.out)),
+            norm2=state.pop(f"{at}{names.norm2}.weight"),
+            up=linear(*(at + m for m in names.up)),
+            down=linear(*(at + m for m in names.down)),
+            q_norm=state.pop(f"{at}{names.q_norm}.weight") if config.qk_norm else None,
+            k_norm=state.pop(f"{at}{names.k_norm}.weight") if config.qk_norm else None,
+        )
+        present = {n for n in ("qkv", "out", "up", "down") if getattr(made, n).bias is not None}
+        assert present == config.biases
+        return made
+
+    weights = MemoryWeights(
+        config=config,
+        embedding=state.pop(f"{names.embed}.weight"),
+        layers=[layer(index) for index in range(config.n_layers)],
+        final_norm=state.pop(f"{names.norm}.weight"),
+        output_head=None if config.tied_head else linear(names.head),
+    )
+    assert not state, f"left over: {sorted(state)}"
+    return weights

@@ -1,0 +1,177 @@
+"""The reference backend: plain PyTorch, every operation spelled out. It specifies what the other backends compute.
+
+Codes, scales and zeros stay as they are and are dequantized at each call: slow, small and hard to get wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinychat.cache import KVCache
+from tinychat.config import Activation
+from tinychat.errors import UsageError
+from tinychat.qtensor import QTensor, Weight, bfloat16
+from tinychat.weights import Linear, WeightSource
+
+try:
+    import torch
+
+    from tinychat.decoder import Context, Decoder
+except (ImportError, OSError) as error:  # OSError: a shared library of an incomplete installation
+    _missing: str | None = f"PyTorch does not load ({error}); install it with: pip install torch"
+else:
+    _missing = None
+
+
+def available() -> str | None:
+    """None, or why this backend cannot be used."""
+    return _missing
+
+
+def describe() -> str:
+    """One line: what runs."""
+    return f"reference: PyTorch {torch.__version__}, {torch.get_num_threads()} threads; the specification, not fast"
+
+
+def build(
+    source: WeightSource,
+    *,
+    ctx_size: int,
+    n_slots: int = 1,
+    kv_dtype: str = "fp32",
+    dtype: str = "fp32",
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoder:
+    """A runner of `source` with `n_slots` caches of `ctx_size` positions each.
+
+    kv_dtype fp32 or fp16; dtype (of activations and arithmetic) fp32 or fp64; threads: PyTorch's, for the process;
+    progress(done, total): called after each layer. Raises UsageError for another dtype.
+    """
+    if kv_dtype not in ("fp32", "fp16"):
+        raise UsageError(f"kv_dtype {kv_dtype!r}; the reference backend has fp32 and fp16")
+    config = source.config
+    cache = KVCache(config.n_layers, n_slots, config.n_kv_heads, ctx_size, config.head_dim, kv_dtype)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return Decoder(source, TorchOps(dtype), cache, progress)
+
+
+@dataclass(frozen=True, eq=False)
+class QSegment:
+    """A `QTensor` in tensors."""
+
+    codes: torch.Tensor  # uint8 [N, K]
+    scales: torch.Tensor  # [N, groups]
+    zeros: torch.Tensor  # uint8 [N, groups]
+    group_size: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes resident."""
+        return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """w = (q - z) * s, [N, K]."""
+        groups = torch.arange(self.codes.shape[1], device=self.codes.device) // self.group_size  # [K]
+        return (self.codes.to(dtype) - self.zeros.to(dtype)[:, groups]) * self.scales.to(dtype)[:, groups]
+
+
+@dataclass(frozen=True, eq=False)
+class TorchLinear:
+    """A `Linear` in tensors: segments stacked along the outputs."""
+
+    segments: tuple[QSegment | torch.Tensor, ...]
+    bias: torch.Tensor | None
+
+
+class TorchOps:
+    """The operations of a decoder (see `decoder.Ops`) in `dtype`, fp32 or fp64."""
+
+    def __init__(self, dtype: str = "fp32"):
+        if dtype not in ("fp32", "fp64"):
+            raise UsageError(f"dtype {dtype!r}; the reference backend computes in fp32 or fp64")
+        self.dtype = torch.float32 if dtype == "fp32" else torch.float64
+
+    def pack(self, linear: Linear) -> TorchLinear:
+        """The same numbers in tensors."""
+        bias = None if linear.bias is None else self.vector(linear.bias)
+        return TorchLinear(tuple(_segment(s) for s in linear.segments), bias)
+
+    def vector(self, values: np.ndarray) -> torch.Tensor:
+        """A norm's weight, or a bias."""
+        return _tensor(values).to(self.dtype)
+
+    def table(self, values: np.ndarray) -> torch.Tensor:
+        """An embedding table, in the dtype it is stored in."""
+        return _tensor(values)
+
+    def packed_bytes(self, packed: TorchLinear) -> int:
+        """Bytes resident."""
+        return sum(s.nbytes for s in packed.segments) + (0 if packed.bias is None else packed.bias.nbytes)
+
+    def linear(self, x: torch.Tensor, weight: TorchLinear) -> torch.Tensor:
+        """y = x W^T + b: [T, K] -> [T, N]."""
+        parts = []
+        for segment in weight.segments:
+            plain = segment.dequantize(self.dtype) if isinstance(segment, QSegment) else segment.to(self.dtype)
+            parts.append(x @ plain.T)
+        y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        return y if weight.bias is None else y + weight.bias
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+    def activation(self, gate_up: torch.Tensor, kind: Activation) -> torch.Tensor:
+        """silu(gate) * up: [T, 2 * intermediate_size] -> [T, intermediate_size]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return {Activation.SILU: torch.nn.functional.silu}[kind](gate) * up
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: int, window: int, context: Context
+    ) -> torch.Tensor:
+        """See `decoder.Ops.attention`. Spans one by one; the heads of a group are one batch entry, stacked as rows."""
+        cos, sin = context.cos.to(q.dtype), context.sin.to(q.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        n_heads, n_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
+        mixed = torch.empty(len(q), n_heads * head_dim, dtype=q.dtype)
+        for span in context.spans:
+            keys, values = context.extend(span, index, k[span.rows], v[span.rows])  # [n_kv_heads, L, head_dim]
+            n = len(span.rows)
+            grouped = q[span.rows].view(n, n_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [n_kv_heads, group, n, dim]
+            mask = visible(span.start, n, keys.shape[1], window).repeat(grouped.shape[1], 1)  # [group * n, L]
+            out = torch.nn.functional.scaled_dot_product_attention(grouped.flatten(1, 2), keys, values, attn_mask=mask)
+            mixed[span.rows] = out.view(n_kv_heads, -1, n, head_dim).permute(2, 0, 1, 3).reshape(n, -1)
+        return mixed
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of [T, heads, head_dim] by angles [T, head_dim / 2]: dimension j pairs with j + head_dim / 2."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def visible(start: int, n: int, length: int, window: int) -> torch.Tensor:
+    """bool [n, length]: row i, at position start + i, sees itself and the window - 1 before it (0: all before it)."""
+    rows, keys = torch.arange(start, start + n)[:, None], torch.arange(length)[None]
+    seen = keys <= rows
+    return seen & (keys > rows - window) if window else seen
+
+
+def _segment(weight: Weight) -> QSegment | torch.Tensor:
+    if isinstance(weight, QTensor):
+        return QSegment(_tensor(weight.codes), _tensor(weight.scales), _tensor(weight.zeros), weight.group_size)
+    return _tensor(weight)
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    """The array's own memory where it can be shared; PyTorch shares none that is read-only and knows no bfloat16."""
+    values = np.require(values, requirements=["C", "W"])
+    if values.dtype == bfloat16:
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)

@@ -1,0 +1,181 @@
+"""The AWQ "gemm" layout of 4-bit linears, as AutoAWQ, transformers and vLLM read and write it.
+
+For a linear of K inputs and N outputs in groups of G inputs:
+
+    qweight  int32 [K, N/8]     qzeros  int32 [K/G, N/8]     scales  fp16 [K/G, N]
+
+    word c of a row holds the outputs 8c .. 8c+7, nibble i (bits 4i .. 4i+3) the output 8c + ORDER[i]:
+
+        bits    31-28 27-24 23-20 19-16 15-12 11-8   7-4   3-0
+        output   8c+7  8c+5  8c+3  8c+1  8c+6  8c+4  8c+2  8c
+
+    w[n, k] = (q[k, n] - z[k // G, n]) * scales[k // G, n], zeros being stored as they are
+
+It knows neither files nor models. The byte order within a word is little-endian, as in the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tinychat.checkpoint.quoting import quote
+from tinychat.errors import ConfigError
+from tinychat.qtensor import QTensor
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+BITS = 4
+PARTS = ("qweight", "qzeros", "scales")  # endings of the three tensors, in the order of `unpack`
+PER_WORD = 8
+
+# A word's four bytes hold two nibbles each: the low one is output ORDER[2j], the high one ORDER[2j + 1].
+_LOW, _HIGH = ORDER[0::2], ORDER[1::2]
+# Transposing bytes is the work of both directions. In tiles of one cache line by this many inputs, each line
+# that is fetched is used whole before it is evicted.
+_TILE_WORDS = 16
+_TILE_INPUTS = 1024
+
+
+@dataclass(frozen=True)
+class AwqFormat:
+    """What `quantization_config` says of an AWQ checkpoint. `group_size` -1: one group per row."""
+
+    bits: int = BITS
+    group_size: int = 128
+    zero_point: bool = True
+    modules_to_not_convert: tuple[str, ...] = ()
+    version: str = "gemm"
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], where: str) -> AwqFormat:
+        """From `quantization_config` of config.json, or an old quant_config.json. `where` names it in a `ConfigError`.
+
+        Keys not named here (`backend`, `do_fuse`, `exllama_config`, what a calibration was run with) tune one engine
+        or record how the file was made. None of them can change what a number means unnoticed: names, dtypes and
+        shapes of all tensors are checked against the layout.
+        """
+        method = raw.get("quant_method", "awq" if "w_bit" in raw else None)
+        if method != "awq":
+            raise ConfigError(
+                f"{where} says quant_method {quote(method)}; supported is 'awq', and checkpoints that are not quantized"
+            )
+        if raw.get("backend") == "llm-awq":
+            raise ConfigError(f"{where} says backend 'llm-awq', a layout of its own; supported is AWQ version 'gemm'")
+        version = raw.get("version") or raw.get("format") or "gemm"
+        if not isinstance(version, str) or version.lower() != "gemm":
+            raise ConfigError(f"{where} says AWQ version {quote(version)}; supported is 'gemm'")
+        bits = raw.get("bits", raw.get("w_bit", BITS))
+        if type(bits) is not int or bits != BITS:
+            raise ConfigError(f"{where} says {quote(bits)} bits; AWQ checkpoints of {BITS} bits are supported")
+        group_size = raw.get("group_size", raw.get("q_group_size", 128))
+        if type(group_size) is not int or not (group_size == -1 or group_size > 0):
+            raise ConfigError(f"{where} says group_size {quote(group_size)}; expected is a positive number, or -1")
+        zero_point = raw.get("zero_point", True)
+        if not isinstance(zero_point, bool):
+            raise ConfigError(f"{where} says zero_point {quote(zero_point)}; expected is true or false")
+        exceptions = raw.get("modules_to_not_convert") or []
+        if not isinstance(exceptions, list) or not all(isinstance(name, str) for name in exceptions):
+            raise ConfigError(f"{where} says modules_to_not_convert {quote(exceptions)}; expected is a list of names")
+        return cls(bits, group_size, zero_point, tuple(exceptions), "gemm")
+
+    def to_config(self) -> dict[str, Any]:
+        """The `quantization_config` to write into config.json."""
+        return {
+            "quant_method": "awq",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "zero_point": self.zero_point,
+            "version": self.version,
+            "modules_to_not_convert": list(self.modules_to_not_convert) or None,
+        }
+
+    def excludes(self, module: str) -> bool:
+        """Whether `modules_to_not_convert` names `module`: whole, by leading or by trailing parts of its name.
+
+        Engines differ in how they match (substrings, regular expressions, suffixes); this is what they agree on.
+        """
+        return any(
+            module == name or module.startswith(f"{name}.") or module.endswith(f".{name}")
+            for name in self.modules_to_not_convert
+        )
+
+
+def fits(shape: tuple[int, int], group_size: int) -> str | None:
+    """Why a linear of `shape` (N, K) cannot be expressed in groups of `group_size` (-1: whole rows); None if it can."""
+    n, k = shape
+    if n % PER_WORD:
+        return f"its {n} outputs are not a multiple of {PER_WORD}"
+    if group_size != -1 and k % group_size:
+        return f"its {k} inputs are not a multiple of the group size {group_size}"
+    return None
+
+
+def pack(q: QTensor) -> dict[str, np.ndarray]:
+    """The three arrays of a linear, by the ending of their names: qweight, qzeros, scales.
+
+    `ValueError` where `fits` names a reason, for other than 4 bits, and for scales that fp16 would round: codes are
+    chosen for the scales that are stored, so round the scales first.
+    """
+    n, k = q.shape
+    reason = fits((n, k), q.group_size) if q.bits == BITS else f"it has {q.bits} bits, not {BITS}"
+    if reason:
+        raise ValueError(f"AWQ's layout cannot hold this linear: {reason}")
+    scales = q.scales.astype(np.float16)
+    if not np.array_equal(scales.astype(np.float32), q.scales.astype(np.float32)):
+        raise ValueError("AWQ stores fp16 scales and these are not: round them before choosing the codes")
+    return {
+        "qweight": _pack_words(q.codes),
+        "qzeros": _pack_words(q.zeros),
+        "scales": np.ascontiguousarray(scales.T),  # [K/G, N]
+    }
+
+
+def unpack(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray) -> QTensor:
+    """The linear in these three arrays, whose shapes must agree (`ValueError`); `unpack(**pack(q))` equals `q`."""
+    k, words = qweight.shape
+    groups = scales.shape[0]
+    if scales.shape != (groups, words * PER_WORD) or qzeros.shape != (groups, words) or groups == 0 or k % groups:
+        raise ValueError(f"qweight {qweight.shape}, qzeros {qzeros.shape} and scales {scales.shape} do not agree")
+    return QTensor(
+        codes=_unpack_words(qweight),
+        scales=np.ascontiguousarray(scales.T),  # [N, K/G]
+        zeros=_unpack_words(qzeros),
+        bits=BITS,
+        group_size=k // groups,
+    )
+
+
+def _unpack_words(words: np.ndarray) -> np.ndarray:
+    """int32 [K, N/8] -> uint8 codes [N, K]."""
+    k, n_words = words.shape
+    source = np.ascontiguousarray(words).view(np.uint8)  # [K, N/2] bytes
+    codes = np.empty((n_words, PER_WORD, k), np.uint8)
+    tile = np.empty((4 * _TILE_WORDS, _TILE_INPUTS), np.uint8)
+    for c in range(0, n_words, _TILE_WORDS):
+        n_tile = min(_TILE_WORDS, n_words - c)
+        for start in range(0, k, _TILE_INPUTS):
+            stop = min(start + _TILE_INPUTS, k)
+            turned = tile[: 4 * n_tile, : stop - start]
+            turned[...] = source[start:stop, 4 * c : 4 * (c + n_tile)].T
+            pairs = turned.reshape(n_tile, 4, stop - start)  # byte j of each word, along the inputs
+            out = codes[c : c + n_tile, :, start:stop]
+            for j in range(4):
+                np.bitwise_and(pairs[:, j], 15, out=out[:, _LOW[j]])
+                np.right_shift(pairs[:, j], 4, out=out[:, _HIGH[j]])
+    return codes.reshape(n_words * PER_WORD, k)
+
+
+def _pack_words(codes: np.ndarray) -> np.ndarray:
+    """uint8 codes [N, K] -> int32 [K, N/8]."""
+    n, k = codes.shape
+    outputs = codes.reshape(n // PER_WORD, PER_WORD, k)
+    packed = np.empty((k, n // 2), np.uint8)
+    for c in range(0, n // PER_WORD, _TILE_WORDS):
+        for start in range(0, k, _TILE_INPUTS):
+            block = outputs[c : c + _TILE_WORDS, :, start : start + _TILE_INPUTS]
+            pairs = block[:, _LOW] | block[:, _HIGH] << 4  # [words, 4, inputs]
+            packed[start : start + _TILE_INPUTS, 4 * c : 4 * (c + len(block))] = pairs.reshape(-1, block.shape[2]).T
+    return packed.view("<i4")

@@ -1,0 +1,157 @@
+"""The tensors that a model is made of, held against those that its files have.
+
+Only names, shapes and dtypes are looked at (and the values of biases that should not be there); nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tinychat.architectures.names import TensorNames
+from tinychat.checkpoint import awq
+from tinychat.checkpoint.awq import AwqFormat
+from tinychat.checkpoint.quoting import listing, quote
+from tinychat.checkpoint.shards import Shards
+from tinychat.config import ModelConfig
+from tinychat.errors import CheckpointError
+
+LAYER_LINEARS = ("qkv", "out", "up", "down")
+MAX_FAULTS = 12  # reported at once: where config.json is wrong, every tensor is
+_FLOATS = ("F16", "BF16", "F32")
+_SCALES = ("F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One linear as a file names it, `module`: N rows of a canonical linear, K inputs."""
+
+    module: str
+    shape: tuple[int, int]
+
+
+def segments(config: ModelConfig, names: TensorNames, linear: str, layer: int) -> list[Segment]:
+    """The row segments of a canonical linear: qkv, out, up, down of `layer`, or the head (`layer` is ignored)."""
+    c = config
+    if linear == "head":
+        return [Segment(names.head, (c.vocab_size, c.hidden_size))]
+    rows, k = {
+        "qkv": ((c.q_size, c.kv_size, c.kv_size), c.hidden_size),
+        "out": ((c.hidden_size,), c.q_size),
+        "up": ((c.intermediate_size, c.intermediate_size), c.hidden_size),
+        "down": ((c.hidden_size,), c.intermediate_size),
+    }[linear]
+    modules: tuple[str, ...] = getattr(names, linear)
+    if len(modules) == 1:  # stored fused
+        rows = (sum(rows),)
+    prefix = names.layer.format(layer)
+    return [Segment(prefix + module, (n, k)) for module, n in zip(modules, rows, strict=True)]
+
+
+class Inventory:
+    """What `open` learns from the headers. `CheckpointError` lists what is missing, misshapen, mistyped or left over.
+
+    quantized     modules stored as qweight, qzeros, scales. Which tensors exist decides that: a plain linear that
+                  modules_to_not_convert does not list is read as what it is, but a quantized one that it lists is an
+                  error, as other engines would read the checkpoint differently
+    n_parameters  of the model: weights, biases, norms; a tied head is not counted again
+    """
+
+    def __init__(self, config: ModelConfig, names: TensorNames, quantization: AwqFormat | None, shards: Shards):
+        self.quantized: set[str] = set()
+        self.n_parameters = 0
+        self._config = config
+        self._names = names
+        self._quantization = quantization
+        self._shards = shards
+        self._unseen = set(shards.names)
+        faults: list[str] = []
+        for fault in self._faults():
+            faults.append(fault)
+            if len(faults) == MAX_FAULTS:
+                faults.append("... and perhaps more")
+                break
+        if faults:
+            raise CheckpointError(
+                f"the weights in {quote(str(shards.directory))} do not match its config.json "
+                f"(model_type {quote(config.model_type)}):\n  " + "\n  ".join(faults)
+            )
+
+    def _faults(self) -> Iterator[str]:
+        c, names = self._config, self._names
+        yield from self._tensor(f"{names.embed}.weight", (c.vocab_size, c.hidden_size))
+        for layer in range(c.n_layers):
+            prefix = names.layer.format(layer)
+            for norm in (names.norm1, names.norm2):
+                yield from self._tensor(f"{prefix}{norm}.weight", (c.hidden_size,))
+            if c.qk_norm:
+                for norm in (names.q_norm, names.k_norm):
+                    yield from self._tensor(f"{prefix}{norm}.weight", (c.head_dim,))
+            for linear in LAYER_LINEARS:
+                yield from self._linear(linear, layer)
+        yield from self._tensor(f"{names.norm}.weight", (c.hidden_size,))
+        if not c.tied_head:
+            yield from self._linear("head", 0)
+        elif f"{names.head}.weight" in self._unseen:  # a copy of the embedding table, which some publishers keep
+            yield from self._tensor(f"{names.head}.weight", (c.vocab_size, c.hidden_size))
+            self.n_parameters -= c.vocab_size * c.hidden_size
+        left = sorted(name for name in self._unseen if not name.endswith(names.ignored))
+        if left:
+            yield f"tensors that this model does not have: {listing(left)}"
+        if self._quantization and not self.quantized:
+            yield "the configuration says AWQ, but no linear has a qweight"
+
+    def _linear(self, linear: str, layer: int) -> Iterator[str]:
+        for segment in segments(self._config, self._names, linear, layer):
+            module, (n, k) = segment.module, segment.shape
+            if linear in self._config.biases:
+                yield from self._tensor(f"{module}.bias", (n,))
+            elif f"{module}.bias" in self._unseen:
+                yield from self._absent_bias(f"{module}.bias")
+            if f"{module}.qweight" in self._unseen:
+                yield from self._quantized(segment)
+            elif linear == "head" and f"{module}.weight" not in self._unseen:
+                yield f"{module}.weight is missing; if the embedding table serves, set tie_word_embeddings to true"
+            else:
+                yield from self._tensor(f"{module}.weight", (n, k))
+
+    def _quantized(self, segment: Segment) -> Iterator[str]:
+        module, (n, k) = segment.module, segment.shape
+        if self._quantization is None:
+            self._unseen -= {f"{module}.{part}" for part in awq.PARTS}
+            yield f"{quote(module)} is quantized, but there is no quantization_config that says how"
+            return
+        group_size = k if self._quantization.group_size == -1 else self._quantization.group_size
+        reason = awq.fits((n, k), group_size)
+        if reason:
+            self._unseen -= {f"{module}.{part}" for part in awq.PARTS}
+            yield f"{quote(module)} cannot be quantized as config.json says: {reason}"
+            return
+        if self._quantization.excludes(module):
+            yield f"{quote(module)} is quantized, though modules_to_not_convert lists it"
+        self.quantized.add(module)
+        words, groups = n // awq.PER_WORD, k // group_size
+        yield from self._tensor(f"{module}.qweight", (k, words), ("I32",), n * k)
+        yield from self._tensor(f"{module}.qzeros", (groups, words), ("I32",), 0)
+        yield from self._tensor(f"{module}.scales", (groups, n), _SCALES, 0)
+
+    def _tensor(
+        self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...] = _FLOATS, n_parameters: int | None = None
+    ) -> Iterator[str]:
+        self.n_parameters += math.prod(shape) if n_parameters is None else n_parameters
+        if name not in self._unseen:
+            yield f"{quote(name)} is missing"
+            return
+        self._unseen.discard(name)
+        info = self._shards.info(name)
+        if info.dtype not in dtypes:
+            yield f"{self._shards.where(name)} is {info.dtype}; expected is {' or '.join(dtypes)}"
+        if info.shape != shape:
+            yield f"{self._shards.where(name)} has shape {list(info.shape)}; expected is {list(shape)}"
+
+    def _absent_bias(self, name: str) -> Iterator[str]:
+        """A bias that the model does not add. Some exporters give every linear one, of zeros, which changes nothing."""
+        self._unseen.discard(name)
+        if self._shards.info(name).dtype not in _FLOATS or self._shards.read(name).any():
+            yield f"{self._shards.where(name)} is a bias that this model does not have, and is not all zero"

@@ -1,0 +1,166 @@
+"""Checkpoint: a directory in Hugging Face's layout as a `WeightSource` of canonical weights.
+
+What is checked when: opening reads config.json and the headers and holds them against each other (`inventory.py`);
+values are checked as each tensor is read, before anyone computes with it: every float is finite. Nothing is kept: a
+layer is read from the mapped files when it is asked for, and the pages of those before it are given back, so a
+reader's memory holds one layer at a time.
+
+It knows no model family (`architectures/` translates) and no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinychat.architectures import translate
+from tinychat.architectures.names import TensorNames
+from tinychat.checkpoint import awq
+from tinychat.checkpoint.awq import AwqFormat
+from tinychat.checkpoint.inventory import Inventory, segments
+from tinychat.checkpoint.json_file import read_object
+from tinychat.checkpoint.quoting import quote
+from tinychat.checkpoint.shards import Shards
+from tinychat.config import ModelConfig
+from tinychat.errors import CheckpointError, ConfigError
+from tinychat.qtensor import Weight
+from tinychat.weights import Layer, Linear
+
+MAX_CONFIG_BYTES = 4 << 20
+_OLD_QUANT_CONFIGS = ("quant_config.json", "quantize_config.json")  # AutoAWQ before it wrote into config.json
+# An IEEE float is NaN or infinite where its exponent is all ones: (integer type, sign cleared, all-ones exponent).
+_NOT_FINITE = {
+    "float16": (np.dtype("<u2"), 0x7FFF, 0x7C00),
+    "bfloat16": (np.dtype("<u2"), 0x7FFF, 0x7F80),
+    "float32": (np.dtype("<u4"), 0x7FFF_FFFF, 0x7F80_0000),
+}
+_CHUNK = 1 << 18  # elements checked at a time: what stays in cache
+
+
+class Checkpoint:
+    """The weights and the configuration of one model directory; a `WeightSource`.
+
+    path               the directory
+    config             the model that config.json describes
+    hf_config          config.json as it is
+    names              what the files call the tensors
+    generation_config  generation_config.json, or {}
+    quantization       None where no linear is quantized
+    n_parameters       of the model; a tied head is not counted again
+    file_bytes         of the weight files
+    """
+
+    def __init__(self, path: Path, hf_config: dict[str, Any], config: ModelConfig, names: TensorNames):
+        self.path = path
+        self.hf_config = hf_config
+        self.config = config
+        self.names = names
+        self.generation_config = _optional(path / "generation_config.json")
+        self.quantization = _quantization(path, hf_config)
+        self._shards = Shards(path)
+        self._present = self._shards.names
+        inventory = Inventory(config, names, self.quantization, self._shards)
+        self._quantized = inventory.quantized
+        self.n_parameters = inventory.n_parameters
+        self.file_bytes = self._shards.nbytes
+
+    def embed(self) -> np.ndarray:
+        """The embedding table [vocab_size, hidden_size], read-only on the mapped file."""
+        return self._read(f"{self.names.embed}.weight")
+
+    def layer(self, index: int) -> Layer:
+        """Block `index`. Plain weights are read-only on the mapped file, quantized ones are unpacked copies."""
+        if not 0 <= index < self.config.n_layers:
+            raise IndexError(f"layer {index} of {self.config.n_layers}")
+        self._shards.release()
+        names, prefix = self.names, self.names.layer.format(index)
+        qk_norm = self.config.qk_norm
+        return Layer(
+            norm1=self._vector(f"{prefix}{names.norm1}.weight"),
+            qkv=self._linear("qkv", index),
+            out=self._linear("out", index),
+            norm2=self._vector(f"{prefix}{names.norm2}.weight"),
+            up=self._linear("up", index),
+            down=self._linear("down", index),
+            q_norm=self._vector(f"{prefix}{names.q_norm}.weight") if qk_norm else None,
+            k_norm=self._vector(f"{prefix}{names.k_norm}.weight") if qk_norm else None,
+        )
+
+    def norm(self) -> np.ndarray:
+        """The final norm, fp32 [hidden_size]."""
+        return self._vector(f"{self.names.norm}.weight")
+
+    def head(self) -> Linear | None:
+        """The output head; None where the embedding table serves, `CheckpointError` where a stored copy differs."""
+        if not self.config.tied_head:
+            return self._linear("head", 0)
+        copy = f"{self.names.head}.weight"
+        if copy in self._present and not np.array_equal(self._read(copy), self.embed()):
+            raise CheckpointError(
+                f"{self._shards.where(copy)} differs from the embedding table, though config.json ties the two; "
+                f"if the head is right, set tie_word_embeddings to false"
+            )
+        return None
+
+    def _linear(self, linear: str, layer: int) -> Linear:
+        parts = segments(self.config, self.names, linear, layer)
+        bias = None
+        if linear in self.config.biases:
+            bias = np.concatenate([self._vector(f"{part.module}.bias") for part in parts])
+        return Linear(tuple(self._weight(part.module) for part in parts), bias)
+
+    def _weight(self, module: str) -> Weight:
+        if module in self._quantized:
+            return awq.unpack(*(self._read(f"{module}.{part}") for part in awq.PARTS))
+        return self._read(f"{module}.weight")
+
+    def _vector(self, name: str) -> np.ndarray:
+        return self._read(name).astype(np.float32)
+
+    def _read(self, name: str) -> np.ndarray:
+        array = self._shards.read(name)
+        if array.dtype.name in _NOT_FINITE and not _all_finite(array):
+            raise CheckpointError(f"{self._shards.where(name)} holds NaN or infinity; the file is damaged")
+        return array
+
+
+def open(path: Path | str, *, ignore_config: Collection[str] = ()) -> Checkpoint:
+    """The checkpoint in directory `path`. Keys of config.json in `ignore_config` are passed over.
+
+    `ConfigError` where config.json is damaged or asks for what is not implemented, `CheckpointError` where the weights
+    are not exactly those of the model.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        what = "is a file; give the directory that holds it" if path.exists() else "does not exist"
+        raise CheckpointError(f"{quote(str(path))} {what}")
+    hf_config = read_object(path / "config.json", ConfigError, MAX_CONFIG_BYTES)
+    config, names = translate(hf_config, ignore_config)
+    return Checkpoint(path, hf_config, config, names)
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    integer, mask, limit = _NOT_FINITE[array.dtype.name]
+    bits = array.reshape(-1).view(integer)
+    return all(
+        int((bits[start : start + _CHUNK] & integer.type(mask)).max()) < limit for start in range(0, len(bits), _CHUNK)
+    )
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_object(path, ConfigError, MAX_CONFIG_BYTES) if path.exists() else {}
+
+
+def _quantization(path: Path, hf_config: dict[str, Any]) -> AwqFormat | None:
+    raw, where = hf_config.get("quantization_config"), f"quantization_config in {quote(str(path / 'config.json'))}"
+    for name in _OLD_QUANT_CONFIGS:
+        if raw is None:
+            raw, where = _optional(path / name) or None, quote(str(path / name))
+    if raw is None:
+        return None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where} is not an object")
+    return AwqFormat.parse(raw, where)

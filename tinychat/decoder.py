@@ -1,0 +1,233 @@
+"""The forward pass of a decoder, in PyTorch, for every architecture: what the lowered C++ decoder is checked against.
+
+The block is a handful of free functions over an `Ops` (a backend's operations) and a `Context` (who attends to whom),
+so that the quantizer runs one layer alone and sees what each linear sees by wrapping `Ops.linear`. Rows are always
+flat, [T, hidden_size]; a `Context` says which rows belong together. It knows no device layout and no model's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from tinychat import rope
+from tinychat.cache import KVCache, Rows
+from tinychat.config import Activation, ModelConfig, Rope
+from tinychat.weights import Layer, Linear, WeightSource
+
+Tensor = torch.Tensor
+
+
+class Ops(Protocol):
+    """What a backend does. `Any` is its packed linear; `pack`, `vector` and `table` are called at load only."""
+
+    dtype: torch.dtype  # of activations
+
+    def pack(self, linear: Linear) -> Any:
+        """The linear in the form that `linear` wants."""
+        ...
+
+    def vector(self, values: np.ndarray) -> Tensor:
+        """A norm's weight."""
+        ...
+
+    def table(self, values: np.ndarray) -> Tensor:
+        """The embedding table, in the dtype it is stored in."""
+        ...
+
+    def packed_bytes(self, packed: Any) -> int:
+        """Bytes that a packed linear keeps resident."""
+        ...
+
+    def linear(self, x: Tensor, weight: Any) -> Tensor:
+        """y = x W^T + b: [T, K] -> [T, N]."""
+        ...
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm over the last axis."""
+        ...
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, index: int, window: int, context: Context) -> Tensor:
+        """Causal attention of layer `index`: rotates q and k, stores k and v in the context's cache, attends.
+
+        q [T, n_heads, head_dim], k and v [T, n_kv_heads, head_dim], before rotation; a row sees itself and the
+        `window` - 1 positions before it (0: all). Returns [T, n_heads * head_dim].
+        """
+        ...
+
+    def activation(self, gate_up: Tensor, kind: Activation) -> Tensor:
+        """act(gate) * up: [T, 2 * intermediate_size] -> [T, intermediate_size]."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Rows of one sequence: `rows` int64 [n] are their indices in the step, at positions start, start + 1, ..."""
+
+    rows: Tensor
+    slot: int
+    start: int
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Which rows of a step see which: its spans, the rotary angles of its rows, and the cache behind them.
+
+    cos, sin      fp32 [T, head_dim / 2]
+    keys, values  [n_layers, n_slots, n_kv_heads, capacity, head_dim], or None: spans stand alone and nothing is kept
+    """
+
+    spans: tuple[Span, ...]
+    cos: Tensor
+    sin: Tensor
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    @staticmethod
+    def of_rows(table: Rope, rows: Rows, cache: KVCache) -> Context:
+        """A step's rows, each span a slot of `cache` (which must take them: see `KVCache.check`)."""
+        lengths = cache.check(rows)
+        spans = []
+        for slot in np.unique(rows.slots).tolist():
+            indices = np.flatnonzero(rows.slots == slot)
+            spans.append(Span(torch.from_numpy(indices), slot, int(cache.lengths[slot])))
+        cos, sin = rope.angles(table, rows.positions, lengths[rows.slots])
+        keys, values = torch.from_numpy(cache.keys), torch.from_numpy(cache.values)
+        return Context(tuple(spans), torch.from_numpy(cos), torch.from_numpy(sin), keys, values)
+
+    @staticmethod
+    def of_sequences(table: Rope, lengths: Sequence[int]) -> Context:
+        """Independent causal sequences, one after the other in the rows: calibration. No cache and no padding.
+
+        x [n_sequences, length, hidden_size] is `x.reshape(-1, hidden_size)` with `[length] * n_sequences`; with
+        padding, keep the rows that are tokens and give each sequence's true length.
+        """
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        spans = tuple(
+            Span(torch.arange(begin, end), slot, 0)
+            for slot, (begin, end) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True))
+        )
+        positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        cos, sin = rope.angles(table, positions, np.repeat(np.asarray(lengths, np.int32), lengths))
+        return Context(spans, torch.from_numpy(cos), torch.from_numpy(sin))
+
+    def extend(self, span: Span, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep a span's keys and values [n, n_kv_heads, head_dim]; return all it sees, [n_kv_heads, L, head_dim]."""
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
+        if self.keys is None or self.values is None:
+            return k, v
+        end = span.start + len(span.rows)
+        keys, values = self.keys[index, span.slot], self.values[index, span.slot]
+        keys[:, span.start : end] = k
+        values[:, span.start : end] = v
+        return keys[:, :end].to(k.dtype), values[:, :end].to(v.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayer:
+    """A `Layer` as a backend holds it: linears packed, norms as tensors."""
+
+    norm1: Tensor
+    qkv: Any
+    out: Any
+    norm2: Tensor
+    up: Any
+    down: Any
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+def pack_layer(ops: Ops, layer: Layer) -> PackedLayer:
+    """Pack every linear of a layer."""
+    return PackedLayer(
+        norm1=ops.vector(layer.norm1),
+        qkv=ops.pack(layer.qkv),
+        out=ops.pack(layer.out),
+        norm2=ops.vector(layer.norm2),
+        up=ops.pack(layer.up),
+        down=ops.pack(layer.down),
+        q_norm=None if layer.q_norm is None else ops.vector(layer.q_norm),
+        k_norm=None if layer.k_norm is None else ops.vector(layer.k_norm),
+    )
+
+
+def self_attention(
+    config: ModelConfig, ops: Ops, layer: PackedLayer, index: int, x: Tensor, context: Context
+) -> Tensor:
+    """Attention on normed rows, output projection included, residual not: [T, hidden_size] -> [T, hidden_size]."""
+    q, k, v = ops.linear(x, layer.qkv).split([config.q_size, config.kv_size, config.kv_size], dim=-1)
+    q = q.unflatten(-1, (config.n_heads, config.head_dim))
+    k = k.unflatten(-1, (config.n_kv_heads, config.head_dim))
+    v = v.unflatten(-1, (config.n_kv_heads, config.head_dim))
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q, k = ops.norm(q, layer.q_norm, config.norm_eps), ops.norm(k, layer.k_norm, config.norm_eps)
+    mixed = ops.attention(q, k, v, index, config.window(index), context)
+    return ops.linear(mixed, layer.out)
+
+
+def mlp(config: ModelConfig, ops: Ops, layer: PackedLayer, x: Tensor) -> Tensor:
+    """The gated MLP on normed rows, residual not included: [T, hidden_size] -> [T, hidden_size]."""
+    return ops.linear(ops.activation(ops.linear(x, layer.up), config.activation), layer.down)
+
+
+def block(config: ModelConfig, ops: Ops, layer: PackedLayer, index: int, x: Tensor, context: Context) -> Tensor:
+    """Decoder block `index`: [T, hidden_size] -> [T, hidden_size]."""
+    x = x + self_attention(config, ops, layer, index, ops.norm(x, layer.norm1, config.norm_eps), context)
+    return x + mlp(config, ops, layer, ops.norm(x, layer.norm2, config.norm_eps))
+
+
+class Decoder:
+    """A whole model on one `Ops`: a `Runner` (see `backends`). Packs the source layer by layer."""
+
+    def __init__(
+        self, source: WeightSource, ops: Ops, cache: KVCache, progress: Callable[[int, int], None] | None = None
+    ):
+        """`progress(done, total)` is called after each layer."""
+        self.config = source.config
+        self.cache = cache
+        self._ops = ops
+        self._embed = ops.table(source.embed())
+        self._layers: list[PackedLayer] = []
+        for index in range(self.config.n_layers):
+            self._layers.append(pack_layer(ops, source.layer(index)))
+            if progress:
+                progress(index + 1, self.config.n_layers)
+        self._norm = ops.vector(source.norm())
+        head = source.head()
+        self._head = ops.pack(head if head is not None else Linear((source.embed(),)))
+        self.weight_bytes = self._embed.nbytes + self._norm.nbytes + sum(map(self._layer_bytes, self._layers))
+        if head is not None:
+            self.weight_bytes += ops.packed_bytes(self._head)
+
+    def _layer_bytes(self, layer: PackedLayer) -> int:
+        norms = (layer.norm1, layer.norm2, layer.q_norm, layer.k_norm)
+        linears = (layer.qkv, layer.out, layer.up, layer.down)
+        return sum(n.nbytes for n in norms if n is not None) + sum(map(self._ops.packed_bytes, linears))
+
+    @torch.inference_mode()
+    def step(self, rows: Rows) -> np.ndarray:
+        """Run `rows`, extend the cache, return fp32 logits [len(rows.wanted), vocab_size].
+
+        Raises ValueError where the rows do not continue their slots, or a token is not in the vocabulary.
+        """
+        context = Context.of_rows(self.config.rope, rows, self.cache)
+        x = self._embedded(rows)
+        for index, layer in enumerate(self._layers):
+            x = block(self.config, self._ops, layer, index, x, context)
+        np.add.at(self.cache.lengths, rows.slots, 1)
+        x = self._ops.norm(x[torch.from_numpy(rows.wanted).long()], self._norm, self.config.norm_eps)
+        return self._ops.linear(x, self._head).float().numpy()
+
+    def _embedded(self, rows: Rows) -> Tensor:
+        """[T, hidden_size] in the activations' dtype."""
+        if rows.embeddings is not None:
+            return torch.from_numpy(rows.embeddings).to(self._ops.dtype)
+        if rows.tokens is None:
+            raise ValueError("rows have neither tokens nor embeddings")
+        if len(rows.tokens) and not 0 <= rows.tokens.min() <= rows.tokens.max() < self.config.vocab_size:
+            raise ValueError(f"token ids must lie in 0..{self.config.vocab_size - 1}")
+        return self._embed[torch.from_numpy(rows.tokens).long()].to(self._ops.dtype)
