@@ -22,7 +22,7 @@ from tinychat.chat import commands, terminal
 from tinychat.chat.escapes import EscapeFilter
 from tinychat.chat.session import Session
 from tinychat.chat.terminal import PromptReader, Screen, message_of
-from tinychat.errors import ContextOverflowError, UsageError
+from tinychat.errors import ContextOverflowError, TemplateError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -331,10 +331,13 @@ def test_the_closing_line_says_what_the_cache_saved(monkeypatch):
     assert "[2 tokens at 4/s; prefill 1 token at 2/s, 5 cached; context 8/100]" in err
 
 
-def test_a_model_without_template_says_what_to_do(monkeypatch):
-    code, out, err = piped(monkeypatch, "Hi\n", FakeEngine(template=False))
-    assert (code, out) == (1, "")
-    assert "chat template" in err
+def test_a_model_without_template_says_what_is_missing_and_what_works(monkeypatch):
+    engine = FakeEngine(template=False)
+    with pytest.raises(TemplateError, match=r'paper has no chat template.*tinychat generate paper "TEXT"'):
+        piped(monkeypatch, "Hi\n", engine, model="paper")
+    engine.tokenizer = None
+    with pytest.raises(TemplateError, match="has no tokenizer"):
+        piped(monkeypatch, "Hi\n", engine)
 
 
 def test_message_of():

@@ -277,7 +277,7 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _warn(message: Warning | str, *where: object) -> None:
+def _warn(message: Warning | str, *where: object, **more: object) -> None:
     print(f"tinychat: warning: {message}", file=sys.stderr)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 from tinychat.chat import commands
 from tinychat.chat.escapes import EscapeFilter
 from tinychat.chat.session import Session
-from tinychat.errors import ContextOverflowError, TinychatError
+from tinychat.errors import ContextOverflowError, TemplateError, TinychatError
 
 if TYPE_CHECKING:
     from prompt_toolkit.formatted_text import StyleAndTextTuples
@@ -280,6 +280,7 @@ def run(
 
     On a terminal an error ends the turn and not the program; from a pipe the rest is answered and the code is 1.
     """
+    _needs_template(engine, model)
     screen = screen or Screen()
     session = Session(engine, model=model, system=system, settings=settings)
     if prompt is not None:
@@ -290,6 +291,15 @@ def run(
         screen.note("/help lists the commands, Ctrl-D leaves", "dim")
     plain = not screen.interactive or os.environ.get("TERM") == "dumb"
     return _loop(session, screen, (reader or (LineReader if plain else PromptReader))(screen))
+
+
+def _needs_template(engine: Engine, model: str) -> None:
+    missing = "tokenizer" if engine.tokenizer is None else "chat template" if not engine.tokenizer.chat_template else ""
+    if missing:
+        raise TemplateError(
+            f"{model or 'this model'} has no {missing}, so a conversation cannot be written as it was trained on one"
+            + (f'; plain completion works: tinychat generate {model} "TEXT"' if engine.tokenizer is not None else "")
+        )
 
 
 def _loop(session: Session, screen: Screen, reader: Reader) -> int:
