@@ -190,7 +190,8 @@ class Decoder:
         self.config = source.config
         self.cache = cache
         self._ops = ops
-        self._embed = ops.table(source.embed())
+        embedding = np.require(source.embed(), requirements=["C", "W"])  # one copy, shared with a tied head
+        self._embed = ops.table(embedding)
         self._layers: list[PackedLayer] = []
         for index in range(self.config.n_layers):
             self._layers.append(pack_layer(ops, source.layer(index)))
@@ -198,7 +199,7 @@ class Decoder:
                 progress(index + 1, self.config.n_layers)
         self._norm = ops.vector(source.norm())
         head = source.head()
-        self._head = ops.pack(head if head is not None else Linear((source.embed(),)))
+        self._head = ops.pack(head if head is not None else Linear((embedding,)))
         self.weight_bytes = self._embed.nbytes + self._norm.nbytes + sum(map(self._layer_bytes, self._layers))
         if head is not None:
             self.weight_bytes += ops.packed_bytes(self._head)
@@ -219,6 +220,8 @@ class Decoder:
         for index, layer in enumerate(self._layers):
             x = block(self.config, self._ops, layer, index, x, context)
         np.add.at(self.cache.lengths, rows.slots, 1)
+        if not len(rows.wanted):
+            return np.zeros((0, self.config.vocab_size), np.float32)
         x = self._ops.norm(x[torch.from_numpy(rows.wanted).long()], self._norm, self.config.norm_eps)
         return self._ops.linear(x, self._head).float().numpy()
 

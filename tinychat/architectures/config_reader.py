@@ -118,7 +118,8 @@ class ConfigReader:
         )
 
     def _harmless(self, key: str) -> bool:
-        return key in HARMLESS or (key in HARMLESS_AT and self._values[key] in (HARMLESS_AT[key], None))
+        switched_off = key in HARMLESS_AT and self._values[key] in (HARMLESS_AT[key], None)
+        return switched_off or (key in HARMLESS and not self._path)
 
     def decoder(
         self,
