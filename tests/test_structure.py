@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "tinychat"
 FLOORS = [
     {"errors"},
     {"config", "qtensor", "cache", "results"},
-    {"rope", "weights", "sampling"},
+    {"rope", "weights", "sampling", "memory", "prompt"},
     {"architectures", "tokenizer", "chat_template", "text_stream", "cpuinfo"},
     {"checkpoint", "decoder"},
     {"backends"},

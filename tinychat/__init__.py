@@ -1,1 +1,50 @@
-"""tinychat: 4-bit language models on the device in front of you."""
+"""tinychat: 4-bit language models on the device in front of you.
+
+    import tinychat
+    llm = tinychat.load("pebble")
+    print(tinychat.generate(llm, "Once upon a time", max_tokens=64).text)
+
+Importing this module is nearly free: each public name is imported from its home when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinychat.engine import Engine as Engine
+    from tinychat.engine import generate as generate
+    from tinychat.engine import load as load
+    from tinychat.engine import stream as stream
+    from tinychat.errors import TinychatError as TinychatError
+    from tinychat.results import Piece as Piece
+    from tinychat.results import Result as Result
+    from tinychat.sampling import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "engine",
+    "generate": "engine",
+    "stream": "engine",
+    "Engine": "engine",
+    "Piece": "results",
+    "Result": "results",
+    "SamplingParams": "sampling",
+    "TinychatError": "errors",
+}
+
+__all__ = ["Engine", "Piece", "Result", "SamplingParams", "TinychatError", "generate", "load", "stream"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tinychat' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"tinychat.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,417 @@
+"""The engine: tokens in, tokens out. Prefill in chunks, decode, sample, stop.
+
+Chat, server, `generate()`, evaluation and benchmark stand on it. It knows one model on one backend and serves one
+request at a time; it knows no terminal, no HTTP and no file format.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from tinychat import memory
+from tinychat.backends import PREFERENCE, Runner
+from tinychat.cache import Rows
+from tinychat.config import ModelConfig, RopeScaling
+from tinychat.errors import BackendError, ContextOverflowError, TokenizerError, UsageError
+from tinychat.prompt import Prompt, encode, is_chat, token_ids
+from tinychat.results import Piece, Result, Timings, TokenLogprob, Usage
+from tinychat.sampling import History, SamplingParams, sample
+from tinychat.text_stream import TextStream
+
+DEFAULT_CTX_SIZE = 4096  # at most: the KV cache is allocated whole, and few conversations are longer
+PREFILL_CHUNK = 128  # rows: enough to keep the arithmetic busy, few enough that a cancelled prompt ends soon
+PRIMING = 8  # prompt tokens that the decoder sees first, so that an answer continuing a text keeps its leading space
+KV_ITEMSIZE = {"fp16": 2, "fp32": 4}
+
+Cancel = Callable[[], bool] | threading.Event
+
+
+def load(
+    model: str | Path = "pebble",
+    *,
+    device: str = "auto",
+    ctx_size: int | None = None,
+    threads: int | None = None,
+    kv_dtype: str = "fp16",
+    n_slots: int = 1,
+    revision: str | None = None,
+    offline: bool = False,
+    ignore_config: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Engine:
+    """The engine of `model`: a directory, a hub id, or "pebble", the model that ships with tinychat.
+
+    device         "auto", or a backend's name
+    ctx_size       positions of the KV cache; by default the model's own maximum, at most 4096
+    threads        by default the backend's choice
+    kv_dtype       of the KV cache: fp16 or fp32
+    n_slots        KV caches: as many conversations keep their prefix, each at a whole context's memory
+    revision       of a hub id; `offline`: look for it in the local cache only
+    ignore_config  keys of config.json to pass over although they are not known
+    progress       called as progress(done, total) while weights are packed
+
+    Raises a TinychatError: UsageError, CheckpointError, ConfigError, TokenizerError or BackendError, the last also
+    where the memory would not do (TINYCHAT_NO_MEMORY_CHECK=1 skips that check). On a backend slower than the best,
+    taken because that one cannot run, a RuntimeWarning says why.
+    """
+    from tinychat import backends, checkpoint, tokenizer
+
+    for name, value in (("ctx_size", ctx_size), ("threads", threads), ("n_slots", n_slots)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UsageError(f"{name} is {value!r}; it must be a positive integer")
+    if kv_dtype not in KV_ITEMSIZE:
+        raise UsageError(f"kv_dtype is {kv_dtype!r}; it must be one of {', '.join(KV_ITEMSIZE)}")
+    module, why = backends.choose(device)
+    path = Path(checkpoint.locate(str(model), revision=revision, offline=offline))
+    source = checkpoint.open(path, ignore_config=ignore_config)
+    config = source.config
+    size = context_size(config, ctx_size)
+    memory.check(memory.estimate(config, path, size, n_slots, KV_ITEMSIZE[kv_dtype]), size)
+    words = tokenizer.load(path)
+    runner = module.build(source, n_slots=n_slots, ctx_size=size, threads=threads, kv_dtype=kv_dtype, progress=progress)
+    if device == "auto" and module.__name__.rpartition(".")[2] != PREFERENCE[0]:
+        warnings.warn(
+            f"tinychat runs on a slow backend ({why}); to have the fast one, install tinychat anew where a C++ "
+            f"compiler is at hand (Debian: apt install g++ python3-dev)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    name = path.resolve().name if Path(model).is_dir() else Path(model).name
+    weights = memory.parameters_text(memory.n_parameters(config))
+    return Engine(
+        runner,
+        words,
+        description=f"{name}: {config.model_type}, {weights}, {_precision(source)} · {module.describe()}; {why} · "
+        f"context {size}",
+        generation_config=source.generation_config,
+        eos_ids=_eos_ids(source.generation_config, source.hf_config, words),
+    )
+
+
+def context_size(config: ModelConfig, asked: int | None = None) -> int:
+    """The context to allocate: `asked`, or the model's maximum up to 4096. UsageError where it exceeds the maximum.
+
+    Under dynamic, yarn and llama3 rope scaling the maximum may be the stretched one that the configuration implies.
+    """
+    rope = config.rope
+    stretched = rope.scaling in (RopeScaling.DYNAMIC, RopeScaling.YARN, RopeScaling.LLAMA3)
+    limit = max(config.max_positions, int(rope.factor * rope.original_max_positions) if stretched else 0)
+    if asked is not None and asked > limit:
+        raise UsageError(f"a context of {asked} was asked for; the model has {limit} positions; ask for at most that")
+    return asked or min(limit, DEFAULT_CTX_SIZE)
+
+
+class Engine:
+    """One model, ready to run. A context manager; safe to share between threads, where a second stream waits.
+
+    config       the model's
+    tokenizer    None where the checkpoint has none: prompts are token ids then, and results carry no text
+    ctx_size     positions that prompt and answer share
+    description  one line: model, precision, backend and why, context
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Any = None,
+        *,
+        description: str = "",
+        generation_config: Mapping[str, Any] | None = None,
+        eos_ids: frozenset[int] = frozenset(),
+        prefill_chunk: int = PREFILL_CHUNK,
+    ):
+        self.config = runner.config
+        self.tokenizer = tokenizer
+        self.ctx_size: int = runner.cache.capacity
+        self.description = description
+        self.generation_config = dict(generation_config or {})
+        self.eos_ids = eos_ids
+        self._runner: Runner | None = runner
+        self._prefill_chunk = prefill_chunk
+        self._lock = threading.Lock()
+        self._holder: int | None = None  # the thread that last advanced the open stream
+        self._slots: list[list[int]] = [[] for _ in range(runner.cache.n_slots)]  # the tokens whose keys each holds
+        self._idle_since = [0.0] * len(self._slots)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of weights and cache. A stream still open runs to its end; a new one raises UsageError."""
+        self._runner = None
+
+    def generate(self, prompt: Prompt, *, cancel: Cancel | None = None, **options: Any) -> Result:
+        """The whole answer to `prompt`; arguments and errors as for `stream`."""
+        texts: list[str] = []
+        tokens: list[int] = []
+        logprobs: list[TokenLogprob] | None = None
+        for piece in self.stream(prompt, cancel=cancel, **options):
+            texts.append(piece.text)
+            tokens += piece.tokens
+            if piece.logprobs is not None:
+                logprobs = (logprobs or []) + piece.logprobs
+        assert piece.finish_reason and piece.usage and piece.timings  # the last piece of every stream has them
+        return Result("".join(texts), tokens, piece.finish_reason, piece.usage, piece.timings, logprobs)
+
+    def stream(self, prompt: Prompt, *, cancel: Cancel | None = None, **options: Any) -> Generator[Piece, None, None]:
+        """The answer to `prompt`, piece by piece, one for each token; closing the generator ends it at once.
+
+        prompt   a text to continue, a list of messages ({"role", "content"}) for the model's chat template, or a list
+                 of token ids
+        cancel   an Event or a function; looked at before each token and each chunk of the prompt
+        options  the fields of `SamplingParams`; those not given follow the model's generation_config.json
+
+        Everything is checked before the first piece is asked for: raises UsageError, TokenizerError, TemplateError,
+        and ContextOverflowError where the prompt leaves no position for an answer. While streaming, BackendError where
+        the model's output is not finite.
+        """
+        self._alive()
+        params = self.sampling(**options)
+        if params.stop and self.tokenizer is None:
+            raise TokenizerError("stop strings need a tokenizer and this checkpoint has none; use max_tokens")
+        tokens = self.prompt_tokens(prompt)
+        if len(tokens) >= self.ctx_size:
+            raise ContextOverflowError(len(tokens), self.ctx_size)
+        text = TextStream(self.tokenizer.decoder() if self.tokenizer else None, params.stop)
+        if not is_chat(prompt):
+            text.prime(tokens[-PRIMING:])
+        return self._stream(tokens, params, text, _check_of(cancel))
+
+    def sampling(self, **options: Any) -> SamplingParams:
+        """What `options` amount to: they win over the model's generation_config.json, which wins over the defaults."""
+        return SamplingParams.resolve(options, self.generation_config)
+
+    def prompt_tokens(self, prompt: Prompt) -> list[int]:
+        """The token ids of `prompt` in any of the forms that `stream` takes; at least one."""
+        return encode(prompt, self.tokenizer, self.config.vocab_size)
+
+    def logits(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Logits after each of the token ids `tokens`, fp32 [tokens, vocab_size], computed anew in slot 0.
+
+        Raises UsageError for an id out of range, ContextOverflowError for more tokens than the context.
+        """
+        runner = self._alive()
+        tokens = token_ids(tokens, self.config.vocab_size)
+        if len(tokens) > self.ctx_size:
+            raise ContextOverflowError(len(tokens), self.ctx_size)
+        out = np.empty((len(tokens), self.config.vocab_size), np.float32)
+        self._acquire(lambda: False)
+        try:
+            self._keep(runner, 0, 0)
+            for start in range(0, len(tokens), self._prefill_chunk):
+                chunk = tokens[start : start + self._prefill_chunk]
+                out[start : start + len(chunk)] = self._run(runner, 0, chunk, wanted="all")
+        finally:
+            self._release(runner)
+        return out
+
+    def _stream(
+        self, prompt: list[int], params: SamplingParams, text: TextStream, cancelled: Callable[[], bool]
+    ) -> Generator[Piece, None, None]:
+        runner = self._alive()
+        if not self._acquire(cancelled):
+            nothing = Timings(0.0, 0.0, None, 0.0, 0, 0)
+            yield Piece("", finish_reason="cancelled", usage=Usage(len(prompt), 0, 0), timings=nothing)
+            return
+        slot = self._best_slot(prompt)
+        try:
+            yield from self._answer(runner, slot, prompt, params, text, cancelled)
+        finally:
+            self._idle_since[slot] = time.monotonic()
+            self._release(runner)
+
+    def _answer(
+        self,
+        runner: Runner,
+        slot: int,
+        prompt: list[int],
+        params: SamplingParams,
+        text: TextStream,
+        cancelled: Callable[[], bool],
+    ) -> Generator[Piece, None, None]:
+        """One request on `slot`, with the lock held."""
+        started = time.perf_counter()
+        decode_s, first_token_s, n_tokens = 0.0, None, 0
+        # One token is always run anew: its row gives the first logits.
+        cached = self._keep(runner, slot, min(_common(self._slots[slot], prompt), len(prompt) - 1))
+        done, logits = cached, None
+        while done < len(prompt) and not cancelled():
+            chunk = prompt[done : done + self._prefill_chunk]
+            done += len(chunk)
+            logits = self._run(runner, slot, chunk, wanted="last" if done == len(prompt) else "none")
+        prefill_s = time.perf_counter() - started
+
+        def last(piece_text: str, reason: str, tokens: Sequence[int] = (), logprobs: Any = None) -> Piece:
+            usage = Usage(len(prompt), n_tokens, cached)
+            total_s = time.perf_counter() - started
+            timings = Timings(prefill_s, decode_s, first_token_s, total_s, done - cached, max(0, n_tokens - 1))
+            return Piece(piece_text, list(tokens), logprobs, reason, usage, timings)
+
+        pending: list[int] = []  # sampled, not yet run
+        history = History(self.config.vocab_size, prompt)
+        rng = np.random.default_rng(params.seed)
+        limit = min(params.max_tokens, self.ctx_size - len(prompt))
+        while True:
+            if cancelled():
+                yield last(text.flush(), "cancelled")
+                return
+            begun = time.perf_counter()
+            if pending:
+                logits = self._run(runner, slot, pending, wanted="last")
+            assert logits is not None  # cancelled() did not change its mind: prefill ran to the end
+            if not np.isfinite(logits).all():
+                self._keep(runner, slot, 0)
+                raise BackendError(
+                    f"the model's output is not finite after {len(prompt) + n_tokens} tokens: the checkpoint is "
+                    "damaged, or its activations do not fit the backend's number format; try another device"
+                )
+            token, logprob = sample(logits[0], params, history, rng)
+            if token in self.eos_ids and not params.ignore_eos:
+                decode_s += time.perf_counter() - begun if n_tokens else 0.0
+                yield last(text.flush(), "stop")
+                return
+            pending = [token]
+            history.add(token)
+            shown = text.push(token)
+            decode_s += time.perf_counter() - begun if n_tokens else 0.0
+            n_tokens += 1
+            if first_token_s is None:
+                first_token_s = time.perf_counter() - started
+            logprobs = None if logprob is None else [logprob]
+            if text.stopped or n_tokens >= limit:
+                shown += text.flush()
+                yield last(shown, "stop" if text.stopped else "length", [token], logprobs)
+                return
+            yield Piece(shown, [token], logprobs)
+            self._holder = threading.get_ident()  # whoever resumed the stream
+
+    def _run(self, runner: Runner, slot: int, tokens: Sequence[int], wanted: str) -> np.ndarray:
+        """Run `tokens` where the slot ends; fp32 logits [rows wanted, vocab_size]."""
+        held = self._slots[slot]
+        logits = runner.step(Rows.of(list(tokens), len(held), slot, wanted))
+        held += tokens
+        return logits
+
+    def _keep(self, runner: Runner, slot: int, length: int) -> int:
+        """Forget what `slot` holds from `length` on; `length`."""
+        runner.cache.truncate(slot, length)
+        del self._slots[slot][length:]
+        return length
+
+    def _best_slot(self, prompt: list[int]) -> int:
+        """The slot that holds most of `prompt`; of equals the one idle for longest."""
+        return max(range(len(self._slots)), key=lambda s: (_common(self._slots[s], prompt), -self._idle_since[s]))
+
+    def _acquire(self, cancelled: Callable[[], bool]) -> bool:
+        """Wait for the engine; False where `cancelled` came first."""
+        while not self._lock.acquire(timeout=0.05):
+            if self._holder == threading.get_ident():
+                raise UsageError(
+                    "this thread has another stream of the engine open and would wait for itself; "
+                    "finish it or close() it first"
+                )
+            if cancelled():
+                return False
+        self._holder = threading.get_ident()
+        return True
+
+    def _release(self, runner: Runner) -> None:
+        """Give the engine free; after a step that failed, cut slots back to what both sides know to be there."""
+        for slot, held in enumerate(self._slots):
+            self._keep(runner, slot, min(len(held), int(runner.cache.lengths[slot])))
+        self._holder = None
+        self._lock.release()
+
+    def _alive(self) -> Runner:
+        if self._runner is None:
+            raise UsageError("this engine is closed; load the model again")
+        return self._runner
+
+
+def _common(held: Sequence[int], prompt: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    for index, (a, b) in enumerate(zip(held, prompt, strict=False)):
+        if a != b:
+            return index
+    return min(len(held), len(prompt))
+
+
+def _check_of(cancel: Cancel | None) -> Callable[[], bool]:
+    """A function that says whether to end; once it has said so it stays with it."""
+    if cancel is None:
+        return lambda: False
+    ask = cancel.is_set if isinstance(cancel, threading.Event) else cancel
+    if not callable(ask):
+        raise UsageError(f"cancel is {cancel!r}; it must be a function or a threading.Event")
+    ended = False
+
+    def check() -> bool:
+        nonlocal ended
+        ended = ended or bool(ask())
+        return ended
+
+    return check
+
+
+def _eos_ids(generation_config: Mapping[str, Any], hf_config: Mapping[str, Any], tokenizer: Any) -> frozenset[int]:
+    """All end-of-sequence ids that any of the checkpoint's files names: they often differ, and each ends a turn."""
+    ids: set[int] = set()
+    for value in (
+        generation_config.get("eos_token_id"),
+        hf_config.get("eos_token_id"),
+        getattr(tokenizer, "eos_id", None),
+    ):
+        values = value if isinstance(value, list) else [value]
+        ids.update(v for v in values if isinstance(v, int) and not isinstance(v, bool))
+    return frozenset(ids)
+
+
+def _precision(checkpoint: Any) -> str:
+    """The precision of a checkpoint's weights in words."""
+    q = checkpoint.quantization
+    if q is None:
+        return str(checkpoint.config.dtype)
+    return f"{q.bits}-bit AWQ " + ("per row" if q.group_size == -1 else f"g{q.group_size}")
+
+
+_loaded: dict[str, Engine] = {}  # of a model given by name; one, as two may be more than a small machine holds
+_loading = threading.Lock()
+
+
+def _engine(model: Engine | str | Path) -> Engine:
+    """`model` itself, or the engine of the model it names, which is kept for the next call."""
+    if isinstance(model, Engine):
+        return model
+    if not isinstance(model, str | Path):
+        raise UsageError(f"the model is {model!r:.80}; it must be what load() returned, a directory or a hub id")
+    name = str(model)
+    with _loading:
+        if name not in _loaded:
+            _loaded.clear()
+            _loaded[name] = load(model)
+        return _loaded[name]
+
+
+def generate(llm: Engine | str | Path, prompt: Prompt, *, cancel: Cancel | None = None, **options: Any) -> Result:
+    """The whole answer to `prompt`: see `Engine.stream`. A path or hub id in place of `llm` is loaded, and kept."""
+    return _engine(llm).generate(prompt, cancel=cancel, **options)
+
+
+def stream(
+    llm: Engine | str | Path, prompt: Prompt, *, cancel: Cancel | None = None, **options: Any
+) -> Generator[Piece, None, None]:
+    """The answer to `prompt`, piece by piece: see `Engine.stream`. A path or hub id is loaded, and kept."""
+    return _engine(llm).stream(prompt, cancel=cancel, **options)

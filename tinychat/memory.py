@@ -1,0 +1,146 @@
+"""What a model needs in memory and what the machine has left. Estimates from file sizes; opens no tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from tinychat.config import ModelConfig
+from tinychat.errors import BackendError
+
+UNCHECKED = "TINYCHAT_NO_MEMORY_CHECK"  # set to 1: load whatever the estimate says
+OVERHEAD = 64 << 20  # interpreter, libraries and buffers
+
+
+def n_parameters(config: ModelConfig) -> int:
+    """Weights of the model as it was trained: a tied head counts once."""
+    c = config
+    attention = (c.q_size + 2 * c.kv_size) * c.hidden_size + c.hidden_size * c.q_size
+    mlp = 3 * c.intermediate_size * c.hidden_size
+    norms = 2 * c.hidden_size + (2 * c.head_dim if c.qk_norm else 0)
+    outputs = {
+        "qkv": c.q_size + 2 * c.kv_size,
+        "out": c.hidden_size,
+        "up": 2 * c.intermediate_size,
+        "down": c.hidden_size,
+    }
+    biases = sum(outputs[name] for name in c.biases)
+    tables = c.vocab_size * c.hidden_size * (1 if c.tied_head else 2)
+    return tables + c.n_layers * (attention + mlp + norms + biases) + c.hidden_size
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of the checkpoint's tensors on disk: the files its index names, else all of its safetensors."""
+    index = path / "model.safetensors.index.json"
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return sum((path / name).stat().st_size for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent or damaged: the checkpoint says so
+        return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def estimate(config: ModelConfig, path: Path, ctx_size: int, n_slots: int = 1, kv_itemsize: int = 2) -> dict[str, int]:
+    """Bytes that a running model occupies: 'weights', 'kv_cache', 'overhead', and their sum as 'total'.
+
+    Weights are packed one layer at a time, so that the packed model is all that stays; a tied head is packed from the
+    embedding table in 8 bits and adds to it.
+    """
+    weights = weight_bytes(path) + (config.vocab_size * config.hidden_size if config.tied_head else 0)
+    kv_cache = n_slots * config.kv_bytes(ctx_size, kv_itemsize)
+    return {
+        "weights": weights,
+        "kv_cache": kv_cache,
+        "overhead": OVERHEAD,
+        "total": weights + kv_cache + OVERHEAD,
+    }
+
+
+def available() -> int | None:
+    """Bytes this process may still take: the least of the machine's, the control group's and the rlimit's; or None."""
+    found = [b for b in (_machine(), _cgroup_v2(), _cgroup_v1(), _address_space()) if b is not None]
+    return min(found) if found else None
+
+
+def check(needed: dict[str, int], ctx_size: int) -> None:
+    """BackendError where `needed` (see `estimate`) is more than is available. `TINYCHAT_NO_MEMORY_CHECK=1` skips it."""
+    free = available()
+    if free is None or needed["total"] <= free or os.environ.get(UNCHECKED, "0") not in ("", "0"):
+        return
+    raise BackendError(
+        f"the model needs about {megabytes(needed['total'])} of memory ({megabytes(needed['weights'])} weights, "
+        f"{megabytes(needed['kv_cache'])} KV cache at context {ctx_size}) and {megabytes(free)} are available; "
+        f"choose a smaller context (--ctx-size) or model, or set {UNCHECKED}=1 to try all the same"
+    )
+
+
+def parameters_text(n: int) -> str:
+    """`n` parameters in words."""
+    return f"{n / 1e9:.2f}B parameters" if n >= 1e9 else f"{n / 1e6:.1f}M parameters"
+
+
+def megabytes(n: int) -> str:
+    """`n` bytes in words, to the nearest MB or tenth of a GB."""
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The 'name number' lines of a file of /proc or of a control group; empty where it cannot be read."""
+    try:
+        lines = [line.replace(":", " ").split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {line[0]: int(line[1]) for line in lines if len(line) >= 2 and line[1].isdigit()}
+
+
+def _number(path: Path) -> int | None:
+    """The one number in a file; None where there is none ('max') or no file."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _machine() -> int | None:
+    kilobytes = _fields(Path("/proc/meminfo")).get("MemAvailable")
+    return None if kilobytes is None else kilobytes * 1024
+
+
+def _room(limit: int | None, usage: int | None, reclaimable: int) -> int | None:
+    """What a control group leaves; the page cache in its usage is given back when needed."""
+    if limit is None or usage is None or limit >= 1 << 60:  # v1 writes "no limit" as a huge number
+        return None
+    return max(0, limit - usage + reclaimable)
+
+
+def _cgroup_v2(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    try:
+        lines = proc.read_text().splitlines()
+    except OSError:
+        return None
+    group = next((root / line[3:].lstrip("/") for line in lines if line.startswith("0::")), root)
+    rooms = []
+    for folder in (group, *group.parents):  # a limit on any ancestor binds
+        stat = _fields(folder / "memory.stat")
+        cached = stat.get("inactive_file", 0) + stat.get("active_file", 0)
+        rooms.append(_room(_number(folder / "memory.max"), _number(folder / "memory.current"), cached))
+        if folder == root:
+            break
+    return min((room for room in rooms if room is not None), default=None)
+
+
+def _cgroup_v1(root: Path = Path("/sys/fs/cgroup/memory")) -> int | None:
+    stat = _fields(root / "memory.stat")
+    cached = stat.get("total_inactive_file", 0) + stat.get("total_active_file", 0)
+    return _room(_number(root / "memory.limit_in_bytes"), _number(root / "memory.usage_in_bytes"), cached)
+
+
+def _address_space() -> int | None:
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    used = _fields(Path("/proc/self/status")).get("VmSize")
+    return None if limit == resource.RLIM_INFINITY or used is None else max(0, limit - used * 1024)
