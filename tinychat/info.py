@@ -146,5 +146,5 @@ def _count(number: int) -> str:
     """1234567 as '1.2 M'."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
-            return f"{number / size:.3g} {unit}"
+            return f"{number / size:.1f} {unit}"
     return str(number)
