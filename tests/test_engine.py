@@ -117,6 +117,13 @@ def test_wrong_prompts_are_refused_at_once(prompt, words):
         make(template=Template()).stream(prompt)
 
 
+def test_a_tokenizer_larger_than_the_model_is_an_error_before_any_step():
+    llm = make()
+    llm.tokenizer.encode = lambda text, add_bos=True: [1, VOCAB + 5]
+    with pytest.raises(TokenizerError, match=f"token id {VOCAB + 5}.*0 to {VOCAB - 1}"):
+        llm.stream("Hi")
+
+
 def test_messages_need_a_template_and_completion_does_not():
     llm = make()
     with pytest.raises(TemplateError, match=r"no chat template.*plain completion works"):
@@ -424,9 +431,10 @@ def test_a_closed_engine_says_so():
 @pytest.fixture
 def parts(monkeypatch, tmp_path):
     """Fake checkpoint, tokenizer and backend behind `load`; what they were asked is recorded."""
-    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     asked = SimpleNamespace(why="the fastest available", backend="cpu", builds=[], config=tiny_config())
-    source = SimpleNamespace(generation_config={"eos_token_id": 7}, hf_config={}, quantization=None)
+    source = SimpleNamespace(
+        generation_config={"eos_token_id": 7}, hf_config={}, quantization=None, n_parameters=260_000, file_bytes=1001
+    )
 
     def open_(path, ignore_config=()):
         source.config = asked.config
@@ -459,7 +467,7 @@ def test_load_puts_the_parts_together(parts):
     assert parts.builds == [{"ctx_size": 64, "n_slots": 2, "threads": 1, "kv_dtype": "fp32", "progress": None}]
     assert llm.eos_ids == {7, EOS}
     assert llm.description == (
-        "pebble: fake, 0.0M parameters, float16 · cpu (2 threads); the fastest available · context 64"
+        "pebble: fake, 0.3M parameters, float16 · cpu (2 threads); the fastest available · context 64"
     )
     assert tinychat.load(".", ctx_size=32).ctx_size == 32
 
@@ -518,29 +526,10 @@ def test_what_does_not_fit_in_memory_is_refused_before_loading(parts, monkeypatc
     assert tinychat.load("pebble")
 
 
-def test_memory_estimate_counts_each_part(tmp_path):
-    (tmp_path / "a.safetensors").write_bytes(bytes(300))
-    (tmp_path / "b.safetensors").write_bytes(bytes(500))
-    config = tiny_config(tied_head=True)
-    parts = memory.estimate(config, tmp_path, ctx_size=10, n_slots=3)
+def test_memory_estimate_counts_each_part():
+    parts = memory.estimate(tiny_config(tied_head=True), 800, ctx_size=10, n_slots=3)
     assert parts["weights"] == 800 + VOCAB * 8 and parts["kv_cache"] == 3 * 10 * 2 * 2
     assert parts["total"] == parts["weights"] + parts["kv_cache"] + parts["overhead"]
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "b.safetensors"}}')
-    assert memory.weight_bytes(tmp_path) == 500
-
-
-def test_parameters_of_a_known_model():
-    pebble = tiny_config(
-        vocab_size=4096,
-        hidden_size=384,
-        n_layers=6,
-        n_heads=6,
-        n_kv_heads=2,
-        head_dim=64,
-        intermediate_size=1024,
-        tied_head=True,
-    )
-    assert memory.n_parameters(pebble) == 11_015_040
 
 
 def test_memory_limits_of_control_groups(tmp_path):

@@ -74,7 +74,7 @@ def load(
     source = checkpoint.open(path, ignore_config=ignore_config)
     config = source.config
     size = context_size(config, ctx_size)
-    memory.check(memory.estimate(config, path, size, n_slots, KV_ITEMSIZE[kv_dtype]), size)
+    memory.check(memory.estimate(config, source.file_bytes, size, n_slots, KV_ITEMSIZE[kv_dtype]), size)
     words = tokenizer.load(path)
     runner = module.build(source, n_slots=n_slots, ctx_size=size, threads=threads, kv_dtype=kv_dtype, progress=progress)
     if device == "auto" and module.__name__.rpartition(".")[2] != PREFERENCE[0]:
@@ -85,7 +85,7 @@ def load(
             stacklevel=2,
         )
     name = path.resolve().name if Path(model).is_dir() else Path(model).name
-    weights = memory.parameters_text(memory.n_parameters(config))
+    weights = memory.parameters_text(source.n_parameters)
     return Engine(
         runner,
         words,
@@ -139,7 +139,7 @@ class Engine:
         self._lock = threading.Lock()
         self._holder: int | None = None  # the thread that last advanced the open stream
         self._slots: list[list[int]] = [[] for _ in range(runner.cache.n_slots)]  # the tokens whose keys each holds
-        self._idle_since = [0.0] * len(self._slots)
+        self._last_use = [0.0] * len(self._slots)
 
     def __enter__(self) -> Engine:
         return self
@@ -226,25 +226,24 @@ class Engine:
             nothing = Timings(0.0, 0.0, None, 0.0, 0, 0)
             yield Piece("", finish_reason="cancelled", usage=Usage(len(prompt), 0, 0), timings=nothing)
             return
-        slot = self._best_slot(prompt)
         try:
-            yield from self._answer(runner, slot, prompt, params, text, cancelled)
+            yield from self._answer(runner, prompt, params, text, cancelled)
         finally:
-            self._idle_since[slot] = time.monotonic()
             self._release(runner)
 
     def _answer(
         self,
         runner: Runner,
-        slot: int,
         prompt: list[int],
         params: SamplingParams,
         text: TextStream,
         cancelled: Callable[[], bool],
     ) -> Generator[Piece, None, None]:
-        """One request on `slot`, with the lock held."""
+        """One request, with the lock held."""
         started = time.perf_counter()
-        decode_s, first_token_s, n_tokens = 0.0, None, 0
+        decode_s, first_token_s, n_tokens, n_decoded = 0.0, None, 0, 0
+        slot = self._best_slot(prompt)
+        self._last_use[slot] = started
         # One token is always run anew: its row gives the first logits.
         cached = self._keep(runner, slot, min(_common(self._slots[slot], prompt), len(prompt) - 1))
         done, logits = cached, None
@@ -257,7 +256,7 @@ class Engine:
         def last(piece_text: str, reason: str, tokens: Sequence[int] = (), logprobs: Any = None) -> Piece:
             usage = Usage(len(prompt), n_tokens, cached)
             total_s = time.perf_counter() - started
-            timings = Timings(prefill_s, decode_s, first_token_s, total_s, done - cached, max(0, n_tokens - 1))
+            timings = Timings(prefill_s, decode_s, first_token_s, total_s, done - cached, n_decoded)
             return Piece(piece_text, list(tokens), logprobs, reason, usage, timings)
 
         pending: list[int] = []  # sampled, not yet run
@@ -279,14 +278,15 @@ class Engine:
                     "damaged, or its activations do not fit the backend's number format; try another device"
                 )
             token, logprob = sample(logits[0], params, history, rng)
+            if pending:
+                decode_s += time.perf_counter() - begun
+                n_decoded += 1
             if token in self.eos_ids and not params.ignore_eos:
-                decode_s += time.perf_counter() - begun if n_tokens else 0.0
                 yield last(text.flush(), "stop")
                 return
             pending = [token]
             history.add(token)
             shown = text.push(token)
-            decode_s += time.perf_counter() - begun if n_tokens else 0.0
             n_tokens += 1
             if first_token_s is None:
                 first_token_s = time.perf_counter() - started
@@ -312,8 +312,8 @@ class Engine:
         return length
 
     def _best_slot(self, prompt: list[int]) -> int:
-        """The slot that holds most of `prompt`; of equals the one idle for longest."""
-        return max(range(len(self._slots)), key=lambda s: (_common(self._slots[s], prompt), -self._idle_since[s]))
+        """The slot that holds most of `prompt`; of equals the one used longest ago."""
+        return max(range(len(self._slots)), key=lambda s: (_common(self._slots[s], prompt), -self._last_use[s]))
 
     def _acquire(self, cancelled: Callable[[], bool]) -> bool:
         """Wait for the engine; False where `cancelled` came first."""

@@ -1,8 +1,7 @@
-"""What a model needs in memory and what the machine has left. Estimates from file sizes; opens no tensor."""
+"""What a model needs in memory, estimated from the size of its files, and what the machine has left."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -13,40 +12,17 @@ UNCHECKED = "TINYCHAT_NO_MEMORY_CHECK"  # set to 1: load whatever the estimate s
 OVERHEAD = 64 << 20  # interpreter, libraries and buffers
 
 
-def n_parameters(config: ModelConfig) -> int:
-    """Weights of the model as it was trained: a tied head counts once."""
-    c = config
-    attention = (c.q_size + 2 * c.kv_size) * c.hidden_size + c.hidden_size * c.q_size
-    mlp = 3 * c.intermediate_size * c.hidden_size
-    norms = 2 * c.hidden_size + (2 * c.head_dim if c.qk_norm else 0)
-    outputs = {
-        "qkv": c.q_size + 2 * c.kv_size,
-        "out": c.hidden_size,
-        "up": 2 * c.intermediate_size,
-        "down": c.hidden_size,
-    }
-    biases = sum(outputs[name] for name in c.biases)
-    tables = c.vocab_size * c.hidden_size * (1 if c.tied_head else 2)
-    return tables + c.n_layers * (attention + mlp + norms + biases) + c.hidden_size
-
-
-def weight_bytes(path: Path) -> int:
-    """Bytes of the checkpoint's tensors on disk: the files its index names, else all of its safetensors."""
-    index = path / "model.safetensors.index.json"
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        return sum((path / name).stat().st_size for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent or damaged: the checkpoint says so
-        return sum(file.stat().st_size for file in path.glob("*.safetensors"))
-
-
-def estimate(config: ModelConfig, path: Path, ctx_size: int, n_slots: int = 1, kv_itemsize: int = 2) -> dict[str, int]:
+def estimate(
+    config: ModelConfig, file_bytes: int, ctx_size: int, n_slots: int = 1, kv_itemsize: int = 2
+) -> dict[str, int]:
     """Bytes that a running model occupies: 'weights', 'kv_cache', 'overhead', and their sum as 'total'.
+
+    file_bytes  of the checkpoint's weight files; kv_itemsize: bytes of one number in the KV cache
 
     Weights are packed one layer at a time, so that the packed model is all that stays; a tied head is packed from the
     embedding table in 8 bits and adds to it.
     """
-    weights = weight_bytes(path) + (config.vocab_size * config.hidden_size if config.tied_head else 0)
+    weights = file_bytes + (config.vocab_size * config.hidden_size if config.tied_head else 0)
     kv_cache = n_slots * config.kv_bytes(ctx_size, kv_itemsize)
     return {
         "weights": weights,

@@ -30,6 +30,11 @@ def encode(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
         tokens = _needed(tokenizer, "messages").encode(render(prompt, tokenizer), add_bos=False)
     else:
         tokens = token_ids(prompt, vocab_size)
+    if len(tokens) and max(tokens) >= vocab_size:
+        raise TokenizerError(
+            f"the tokenizer gives token id {max(tokens)} and the model has ids 0 to {vocab_size - 1}: the tokenizer "
+            "files are another model's, or the text spells a token that this model was not given"
+        )
     if not len(tokens):
         raise UsageError("the prompt is empty and nothing stands before a text of this model; give it some text")
     return list(tokens)

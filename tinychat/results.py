@@ -37,7 +37,9 @@ class Timings:
     first_token_s: float | None  # None where no token was generated
     total_s: float
     prefill_tokens: int  # computed, cached ones excluded
-    decode_tokens: int  # steps of one token: all generated but the first, which prefill yields
+    decode_tokens: (
+        int  # steps of one token, the last of which may have ended the answer; prefill yields the first token
+    )
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -46,7 +48,7 @@ class Timings:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """None where fewer than two tokens were generated."""
+        """None where prefill was all."""
         return self.decode_tokens / self.decode_s if self.decode_tokens and self.decode_s else None
 
     def to_dict(self) -> dict[str, Any]:
