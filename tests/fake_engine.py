@@ -7,6 +7,26 @@ from tinychat.errors import ContextOverflowError
 from tinychat.results import Piece, Result, Timings, Usage
 
 
+class FakeTokenizer:
+    """A token is a character, but the model may choose `WORDS`, which encoding never gives; '<' is special."""
+
+    WORDS = {0x110000: "Hello", 0x110001: " there."}  # noqa: RUF012
+    special_ids = frozenset({ord("<")})
+
+    def __init__(self, template: bool = True):
+        self.chat_template = SimpleNamespace(render=self.render) if template else None
+
+    @staticmethod
+    def render(messages, add_generation_prompt):
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+    def encode(self, text, *, add_bos=True):
+        return [ord(char) for char in text]
+
+    def decode(self, ids):
+        return "".join(self.WORDS[i] if i in self.WORDS else chr(i) for i in ids)
+
+
 class FakeEngine:
     """Answers with `answers` in turn, then with echoes; each word takes `delay` seconds."""
 
@@ -16,7 +36,7 @@ class FakeEngine:
         self.answers = list(answers)
         self.ctx_size = ctx_size
         self.delay = delay
-        self.tokenizer = SimpleNamespace(chat_template="{{ messages }}" if template else None)
+        self.tokenizer = FakeTokenizer(template)
         self.calls: list[tuple] = []  # (prompt, options)
         self._cached: list[str] = []
 

@@ -11,17 +11,18 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, FakeTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from tinychat import chat
+from tinychat import chat, tokenizer
 from tinychat.chat import commands, terminal
 from tinychat.chat.escapes import EscapeFilter
 from tinychat.chat.session import Session
 from tinychat.chat.terminal import PromptReader, Screen, message_of
+from tinychat.chat.transcript import Transcript
 from tinychat.errors import ContextOverflowError, TemplateError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +94,67 @@ def test_an_empty_answer_is_an_answer():
     session = Session(FakeEngine(""))
     ask(session, "Hi")
     assert [message["role"] for message in session.messages] == ["user", "assistant"]
+
+
+# ---- the tokens of the conversation ----------------------------------------------------------------------------------
+
+HELLO = [*FakeTokenizer.WORDS]  # "Hello there.", as a model would choose it and encoding would not
+
+
+def exchange(question: str, answer: str | None = None) -> list[dict[str, str]]:
+    said = [] if answer is None else [{"role": "assistant", "content": answer}]
+    return [{"role": "user", "content": question}, *said]
+
+
+def test_the_next_prompt_holds_the_tokens_that_the_model_chose():
+    transcript = Transcript(FakeTokenizer())
+    first = transcript.prompt(exchange("Hi"))
+    assert first == exchange("Hi") and FakeTokenizer().decode(first.tokens) == "<user>Hi<assistant>"
+    transcript.answered("Hello there.", HELLO)
+    second = transcript.prompt([*exchange("Hi", "Hello there."), *exchange("And?")])
+    assert second.tokens[: len(first.tokens) + 2] == first.tokens + HELLO
+    assert FakeTokenizer().decode(second.tokens) == "<user>Hi<assistant>Hello there.<user>And?<assistant>"
+    # A question that is dropped (it did not fit, say) changes nothing.
+    third = transcript.prompt([*exchange("Hi", "Hello there."), *exchange("Then?")])
+    assert third.tokens[: len(first.tokens) + 2] == first.tokens + HELLO
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Hello", HELLO),  # a stop string cut the text
+        ("Hello there.", [*HELLO, ord("<")]),  # a control token, which no text shows
+    ],
+)
+def test_an_answer_that_its_tokens_do_not_spell_is_encoded_anew(text, tokens):
+    transcript = Transcript(FakeTokenizer())
+    transcript.prompt(exchange("Hi"))
+    transcript.answered(text, tokens)
+    again = transcript.prompt([*exchange("Hi", text), *exchange("And?")])
+    assert again.tokens == FakeTokenizer().encode(f"<user>Hi<assistant>{text}<user>And?<assistant>")
+
+
+def test_a_conversation_that_was_changed_is_encoded_anew():
+    transcript = Transcript(FakeTokenizer())
+    transcript.prompt(exchange("Hi"))
+    transcript.answered("Hello there.", HELLO)
+    for messages in (exchange("Hi"), [*exchange("Hi", "Hello here."), *exchange("And?")], exchange("Ho")):
+        tokens = Transcript(FakeTokenizer()).prompt(messages).tokens
+        assert transcript.prompt(messages).tokens == tokens == list(filter(lambda i: i < 0x110000, tokens))
+
+
+def test_only_new_tokens_are_prefilled_on_a_real_tokenizer(data_dir):
+    """Pebble's own answers start with "▁Hello"; encoded anew, the same text starts with "Hello"."""
+    words = tokenizer.load(data_dir / "pebble-11m")
+    chosen = [words.token_id(token) for token in ("▁Hello", "!", "▁What", "▁would", "▁you", "▁like", "?")]
+    transcript = Transcript(words)
+    first = transcript.prompt(exchange("Hi")).tokens
+    transcript.answered(words.decode(chosen), chosen)
+    messages = [*exchange("Hi", words.decode(chosen)), *exchange("A story.")]
+    second = transcript.prompt(messages).tokens
+    anew = Transcript(words).prompt(messages).tokens
+    assert second[: len(first) + len(chosen)] == first + chosen != anew[: len(first) + len(chosen)]
+    assert words.decode(second) == words.decode(anew).replace("Hello", " Hello")
 
 
 # ---- saving and loading ----------------------------------------------------------------------------------------------
@@ -430,8 +492,8 @@ def test_a_second_ctrl_c_leaves_an_engine_that_does_not_stop(monkeypatch):
 PROGRAM = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from fake_engine import FakeEngine
-from tinychat import chat
+from fake_engine import FakeEngine, FakeTokenizer
+from tinychat import chat, tokenizer
 long = " ".join(f"w{{i}}" for i in range(2000)) + "\\x1b]52;c;aGk=\\x07"
 raise SystemExit(chat.run(FakeEngine("Hello \\x1b]0;owned\\x07there.", long, ctx_size=4000, delay=0.01)))
 """

@@ -50,7 +50,7 @@ def gather(
         "ctx_size": size,
         "kv_dtype": kv_dtype,
         "memory": {
-            **memory.estimate(c, path, size, kv_itemsize=KV_ITEMSIZE[kv_dtype]),
+            **memory.estimate(c, source.file_bytes, size, kv_itemsize=KV_ITEMSIZE[kv_dtype]),
             "available": memory.available(),
         },
         **_text(path),

@@ -1,7 +1,7 @@
 """A conversation: its messages, system prompt and settings, and how an answer joins them. Knows no terminal.
 
-The whole conversation goes to the engine at every turn; the engine keeps the longest prefix that its cache holds, so
-only new tokens are computed.
+The whole conversation goes to the engine at every turn, its answers as the tokens that the model chose; the engine
+keeps the longest prefix that its cache holds, so only new tokens are computed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinychat import settings as table
+from tinychat.chat.transcript import Transcript
 from tinychat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Session:
         self.settings = dict(settings or {})
         self.messages: list[dict[str, Any]] = []  # user and assistant in turn; an answer cut short has "interrupted"
         self.used = 0  # tokens of the context that the last turn filled
+        self._transcript = Transcript(engine.tokenizer)
 
     def prompt(self) -> list[dict[str, str]]:
         """The messages as the chat template takes them."""
@@ -51,9 +53,11 @@ class Session:
         """
         self.messages.append({"role": "user", "content": text})
         answer, reason = "", None
+        tokens: list[int] = []
         try:
-            for piece in self.engine.stream(self.prompt(), cancel=cancel, **self._options()):
+            for piece in self.engine.stream(self._transcript.prompt(self.prompt()), cancel=cancel, **self._options()):
                 answer += piece.text
+                tokens += piece.tokens
                 if piece.finish_reason is not None and piece.usage is not None:
                     reason = piece.finish_reason
                     self.used = piece.usage.prompt_tokens + piece.usage.completion_tokens
@@ -65,6 +69,7 @@ class Session:
             else:
                 mark = {"interrupted": True} if interrupted else {}
                 self.messages.append({"role": "assistant", "content": answer, **mark})
+                self._transcript.answered(answer, tokens)
 
     def _options(self) -> dict[str, Any]:
         # An answer in a chat ends where the model ends it or where the context is full.
