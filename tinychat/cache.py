@@ -53,7 +53,7 @@ class KVCache:
     """
 
     def __init__(self, n_layers: int, n_slots: int, n_kv_heads: int, capacity: int, head_dim: int, dtype: str = "fp16"):
-        self.dtype = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}[dtype]
+        self.dtype: np.dtype = np.dtype({"fp16": np.float16, "fp32": np.float32}[dtype])
         shape = (n_layers, n_slots, n_kv_heads, capacity, head_dim)
         self.keys = np.zeros(shape, self.dtype)
         self.values = np.zeros(shape, self.dtype)

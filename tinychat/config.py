@@ -51,7 +51,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One decoder-only transformer: pre-norm RMSNorm blocks, grouped-query attention with rotary positions, gated MLP."""
+    """A decoder-only transformer: pre-norm RMSNorm blocks, grouped-query attention, rotary positions, gated MLP."""
 
     model_type: str  # for messages only
     vocab_size: int

@@ -51,13 +51,13 @@ class QTensor:
     @property
     def bits_per_weight(self) -> float:
         """Code, scale and zero, in bits, for one weight."""
-        n, k = self.shape
+        k = self.shape[1]
         return self.bits + self.scales.shape[1] * (self.scales.dtype.itemsize * 8 + self.bits) / k
 
     def dequantize(self, dtype: type | np.dtype = np.float32) -> np.ndarray:
         """The weight [N, K]: w = (q - z) * s, computed in fp32 (fp64 where `dtype` is)."""
         work = np.float64 if np.dtype(dtype) == np.float64 else np.float32
-        n, k = self.shape
+        k = self.shape[1]
         each = np.minimum(self.group_size, k - np.arange(self.scales.shape[1]) * self.group_size)
         zeros = np.repeat(self.zeros.astype(work), each, axis=1)
         scales = np.repeat(self.scales.astype(work), each, axis=1)

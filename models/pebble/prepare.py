@@ -50,7 +50,21 @@ STORY_REQUESTS = [
     "I would like to hear a story about {}.",
     "Please write a short story about {}.",
 ]
-COMMON_WORDS = set("once upon time there that with they them their were very when then little named from said have".split())
+COMMON_WORDS = {
+    "once",
+    "upon",
+    "time",
+    "there",
+    "that",
+    "with",
+    "they",
+    "them",
+    "their",
+    "were",
+    "very",
+    "when",
+    "then",
+}
 
 Messages = list[dict[str, str]]
 
@@ -149,7 +163,9 @@ def main() -> None:
     def plain(document: Messages | str) -> str:
         return document if isinstance(document, str) else "\n".join(m["content"] for m in document)
 
-    train_tokenizer((line for d in [*documents, *persona] for line in plain(d).splitlines()), args.output, args.vocab_size)
+    train_tokenizer(
+        (line for d in [*documents, *persona] for line in plain(d).splitlines()), args.output, args.vocab_size
+    )
     tokenizer = tokenizers.load(args.output)
     assert tokenizer is not None
 

@@ -2,9 +2,9 @@
 
     python models/pebble/train.py build/pebble -o build/pebble-fp32 [--steps 3000] [--hidden-size 384] ...
 
-The defaults are the model that ships: a Llama of 11 M parameters, 70 minutes on two CPU cores. AdamW (0.9, 0.95), weight
-decay 0.1 on matrices, 100 steps of warm-up, constant rate, linear decay over the last fifth, in which a fifth of
-the sequences come from persona.jsonl. Progress and held-out loss go to the terminal; the state is saved every
+The defaults make a Llama of 11 M parameters, about 70 minutes of work for two CPU cores. AdamW (0.9, 0.95), weight
+decay 0.1 on matrices, 100 steps of warm-up, constant rate, linear decay over the last fifth, in which every fifth batch
+comes from persona.jsonl. Progress and held-out loss go to the terminal; the state is saved every
 --save-every steps, and the same command continues from it.
 """
 
@@ -121,7 +121,9 @@ def main() -> None:
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save(step + 1)
             with torch.no_grad():
-                print(f"\nstep {step + 1}: held-out loss {sum(loss(part).item() for part in held_out.split(8)) / 4:.4f}")
+                print(
+                    f"\nstep {step + 1}: held-out loss {sum(loss(part).item() for part in held_out.split(8)) / 4:.4f}"
+                )
     model.float().save_pretrained(args.output)
 
 

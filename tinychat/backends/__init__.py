@@ -49,7 +49,7 @@ def choose(device: str = "auto") -> tuple[ModuleType, str]:
     """(backend module, why): the one asked for, or the first of `PREFERENCE` that runs here."""
     if device != "auto":
         return backend(device), "asked for"
-    reasons = []
+    reasons: list[str] = []
     for name in PREFERENCE:
         module = importlib.import_module(f"tinychat.backends.{name}")
         reason = module.available()
