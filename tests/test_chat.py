@@ -268,7 +268,7 @@ def test_clear_system_and_show():
     commands.execute(session, "/system Answer in verse.")
     ask(session, "Hi")
     shown = commands.execute(session, "/show")
-    for fact in ("paper", "on paper", "5 of 100", "Answer in verse.", "default"):
+    for fact in ("on paper", "5 of 100", "Answer in verse.", "default"):
         assert fact in shown
     commands.execute(session, "/clear")
     assert (session.messages, session.used, session.system) == ([], 0, "Answer in verse.")

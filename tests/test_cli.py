@@ -76,6 +76,13 @@ def test_help_is_light():
     assert done.returncode == 0 and not heavy & set(done.stderr.split())
 
 
+def test_no_front_end_needs_torch():
+    code = "import sys, tinychat.cli, tinychat.chat, tinychat.info, tinychat.engine; print(*sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd="/", check=True)
+    assert not {"torch", "transformers"} & set(done.stdout.split())
+
+
 def test_help_lists_the_commands_and_each_teaches_by_example(capsys):
     assert run() == 0
     listing = capsys.readouterr().out
@@ -128,6 +135,7 @@ def test_version(capsys):
         ("chat a -m b", "two models: 'a' and -m 'b'"),
         ("chat a b", "unexpected argument 'b'"),
         ("generate a b c", "unexpected argument 'c'; a text of several words needs quotes"),
+        ("generate a --tmep 5 b", "no option --tmep"),
         ("generate a b -m c", "'b' is one argument too many"),
         ("generate pebble", "no prompt"),
         ("generate", "no prompt"),
@@ -196,6 +204,8 @@ def test_warnings_look_like_the_rest(fake, monkeypatch, capsys):
     ("argv", "model", "prompt"),
     [
         (["m", "a text"], "m", "a text"),
+        (["m", "-n", "5", "a text"], "m", "a text"),
+        (["--temp", "0", "m", "--json", "-"], "m", "from stdin\n"),
         (["a text"], "pebble", "a text"),
         (["word"], "pebble", "word"),
         (["-m", "m", "a/b"], "m", "a/b"),

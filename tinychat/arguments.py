@@ -33,16 +33,26 @@ class Parser(argparse.ArgumentParser):
             known = ", ".join(self.commands)
             self.error(f"no command {word!r}{settings.suggest(word, self.commands)}; there are: {known}")
         args, unknown = self.parse_known_args(argv)
+        parser = self.commands.get(getattr(args, "command", None) or "", self)
+        # argparse takes all positional arguments from the first run of them: in `MODEL -n 5 PROMPT` it sees no prompt.
+        for action in parser._actions:
+            missing = not action.option_strings and getattr(args, action.dest, "") is None
+            if missing and unknown and not _is_option(unknown[0]):
+                setattr(args, action.dest, unknown.pop(0))
         if unknown:
-            self.commands.get(getattr(args, "command", None) or "", self)._refuse(unknown)
+            parser._refuse(unknown)
         return args
 
     def _refuse(self, unknown: list[str]) -> NoReturn:
-        options = [word for word in unknown if word.startswith("-")]
+        options = [word for word in unknown if _is_option(word)]
         if options:
             option = options[0].partition("=")[0]
             self.error(f"no option {option}{settings.suggest(option, self._option_string_actions)}")
         self.error(f"unexpected argument {unknown[0]!r}; a text of several words needs quotes")
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-") and word != "-"
 
 
 class Version(argparse.Action):

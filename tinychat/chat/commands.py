@@ -94,7 +94,7 @@ def _settings(session: Session) -> str:
 def _show(session: Session, argument: str) -> str:
     return "\n".join(
         [
-            f"model     {session.model}: {session.engine.description}" if session.model else session.engine.description,
+            f"model     {session.engine.description}",
             f"context   {session.used} of {session.engine.ctx_size} tokens used",
             f"messages  {len(session.messages)}",
             f"system    {session.system or 'none'}",
