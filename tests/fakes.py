@@ -65,6 +65,7 @@ class FakeRunner:
         for i, (token, slot, position) in enumerate(zip(rows.tokens, rows.slots, rows.positions, strict=True)):
             self.cache.keys[0, slot, 0, position, 0] = token
             if self.fail_at == len(self.steps) - 1 and i >= len(rows) // 2:
+                self.cache.lengths[slot] += i
                 raise RuntimeError("step failed")
             if i in rows.wanted:
                 out.append(self.rule(self.cache.keys[0, slot, 0, : position + 1, 0].astype(int).tolist()))

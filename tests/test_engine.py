@@ -289,7 +289,7 @@ def test_output_that_is_not_finite_is_an_error_not_garbage(bad):
 # -- the KV cache
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=20), min_size=1, max_size=6), st.integers(1, 3))
 def test_kept_prefixes_change_nothing(prompts, n_slots):
     warm = make(n_slots=n_slots, chunk=3)

@@ -229,7 +229,7 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, 
     ids = _largest(logits, params.top_k) if 0 < params.top_k < n else np.arange(n)
     weights = np.exp((logits[ids].astype(np.float64) - logits.max()) / params.temperature)
     if params.top_p < 1.0:
-        kept = _nucleus(weights, params.top_p)
+        kept = _nucleus(logits[ids], weights, params.top_p)
         ids, weights = ids[kept], weights[kept]
     if params.min_p > 0.0:
         likely = weights >= params.min_p * weights.max()
@@ -245,12 +245,12 @@ def _largest(values: np.ndarray, k: int) -> np.ndarray:
     return pool[np.argsort(-values[pool], kind="stable")[:k]]
 
 
-def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices of the fewest largest weights that sum to top_p of all, descending."""
+def _nucleus(logits: np.ndarray, weights: np.ndarray, top_p: float) -> np.ndarray:
+    """Indices of the fewest tokens, from the largest logit down, whose weights sum to top_p of all."""
     target = top_p * weights.sum()
     size = 256  # mostly enough; sorting a whole vocabulary takes many times longer
     while True:
-        order = _largest(weights, size)
+        order = _largest(logits, size)  # weights of unlike logits may have become equal
         cumulative = np.cumsum(weights[order])
         if cumulative[-1] >= target or size >= len(weights):
             return order[: np.searchsorted(cumulative, target) + 1]

@@ -32,7 +32,7 @@ from tinychat.weights import Layer, Linear
 MAX_CONFIG_BYTES = 4 << 20
 _OLD_QUANT_CONFIGS = ("quant_config.json", "quantize_config.json")  # AutoAWQ before it wrote into config.json
 # An IEEE float is NaN or infinite where its exponent is all ones: (integer type, sign cleared, all-ones exponent).
-_NOT_FINITE = {
+_NOT_FINITE: dict[str, tuple[np.dtype, int, int]] = {
     "float16": (np.dtype("<u2"), 0x7FFF, 0x7C00),
     "bfloat16": (np.dtype("<u2"), 0x7FFF, 0x7F80),
     "float32": (np.dtype("<u4"), 0x7FFF_FFFF, 0x7F80_0000),
@@ -98,9 +98,9 @@ class Checkpoint:
         if not self.config.tied_head:
             return self._linear("head", 0)
         copy = f"{self.names.head}.weight"
-        if copy in self._present and not np.array_equal(self._read(copy), self.embed()):
+        if copy in self._present and not _equal(self._read(copy), self.embed()):
             raise CheckpointError(
-                f"{self._shards.where(copy)} differs from the embedding table, though config.json ties the two; "
+                f"{self._where(copy)} differs from the embedding table, though config.json ties the two; "
                 f"if the head is right, set tie_word_embeddings to false"
             )
         return None
@@ -120,10 +120,15 @@ class Checkpoint:
     def _vector(self, name: str) -> np.ndarray:
         return self._read(name).astype(np.float32)
 
+    def _where(self, name: str) -> str:
+        return f"{quote(str(self.path))}: {self._shards.where(name)}"
+
     def _read(self, name: str) -> np.ndarray:
         array = self._shards.read(name)
         if array.dtype.name in _NOT_FINITE and not _all_finite(array):
-            raise CheckpointError(f"{self._shards.where(name)} holds NaN or infinity; the file is damaged")
+            raise CheckpointError(
+                f"{quote(str(self.path))}: {self._shards.where(name)} holds NaN or infinity; the file is damaged"
+            )
         return array
 
 
@@ -145,9 +150,12 @@ def open(path: Path | str, *, ignore_config: Collection[str] = ()) -> Checkpoint
 def _all_finite(array: np.ndarray) -> bool:
     integer, mask, limit = _NOT_FINITE[array.dtype.name]
     bits = array.reshape(-1).view(integer)
-    return all(
-        int((bits[start : start + _CHUNK] & integer.type(mask)).max()) < limit for start in range(0, len(bits), _CHUNK)
-    )
+    return all(int((bits[start : start + _CHUNK] & mask).max()) < limit for start in range(0, len(bits), _CHUNK))
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    rows = max(1, _CHUNK // a.shape[1])
+    return all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, len(a), rows))
 
 
 def _optional(path: Path) -> dict[str, Any]:

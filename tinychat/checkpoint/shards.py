@@ -32,15 +32,8 @@ class Shards:
             self.files = self._open_indexed(directory / INDEX)
         else:
             raise CheckpointError(_why_no_weights(directory))
-        self._owner: dict[str, SafetensorsFile] = {}
-        for file in self.files:
-            for name in file.tensors:
-                if name in self._owner:
-                    raise CheckpointError(
-                        f"{quote(name)} is stored twice, in {self._owner[name].path.name} and in {file.path.name} "
-                        f"of {quote(str(directory))}"
-                    )
-                self._owner[name] = file
+        # An index gives every name one file and each file must hold just that, so no name is there twice.
+        self._owner = {name: file for file in self.files for name in file.tensors}
 
     @property
     def names(self) -> set[str]:
@@ -57,8 +50,8 @@ class Shards:
         return self._owner[name].tensors[name]
 
     def where(self, name: str) -> str:
-        """Tensor and file, for a message."""
-        return f"{quote(name)} in {quote(str(self._owner[name].path))}"
+        """Tensor and file, for a message that names the directory."""
+        return f"{quote(name)} in {self._owner[name].path.name}"
 
     def read(self, name: str) -> np.ndarray:
         """Tensor `name`, read-only, mapped from its file."""
