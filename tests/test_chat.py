@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pexpect
 import pytest
 from fake_engine import FakeEngine, FakeTokenizer
+from fakes import EOS, ByteTokenizer, FakeRunner, saying
 from hypothesis import given
 from hypothesis import strategies as st
 from prompt_toolkit.input import create_pipe_input
@@ -23,6 +25,7 @@ from tinychat.chat.escapes import EscapeFilter
 from tinychat.chat.session import Session
 from tinychat.chat.terminal import PromptReader, Screen, message_of
 from tinychat.chat.transcript import Transcript
+from tinychat.engine import Engine
 from tinychat.errors import ContextOverflowError, TemplateError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,6 +158,37 @@ def test_only_new_tokens_are_prefilled_on_a_real_tokenizer(data_dir):
     anew = Transcript(words).prompt(messages).tokens
     assert second[: len(first) + len(chosen)] == first + chosen != anew[: len(first) + len(chosen)]
     assert words.decode(second) == words.decode(anew).replace("Hello", " Hello")
+
+
+class Spelled(ByteTokenizer):
+    """The model writes 'é' as one token that encoding never gives; EOS ends a message and is written '|'."""
+
+    OWN = 258
+
+    def encode(self, text, add_bos=True):
+        return [EOS if char == "|" else byte for char in text for byte in char.encode()]
+
+    def decode(self, ids, skip_special=True):
+        return "".join("é" if i == self.OWN else chr(i) for i in ids if i < 256 or i == self.OWN)
+
+    def decoder(self):
+        return SimpleNamespace(step=lambda token: self.decode([token]), flush=lambda: "")
+
+
+class Barred:
+    def render(self, messages, add_generation_prompt):
+        return "".join(f"|{m['role']}:{m['content']}" for m in messages) + "|assistant:"
+
+
+def test_with_the_engine_a_turn_prefills_only_what_is_new():
+    runner = FakeRunner(saying([ord("h"), Spelled.OWN], len("|user:Hi|assistant:")), ctx_size=200)
+    session = Session(Engine(runner, Spelled(Barred()), eos_ids=frozenset({EOS})))
+    assert ask(session, "Hi") == "hé"
+    before = int(runner.cache.lengths[0])
+    last = list(session.ask("And?"))[-1]
+    # Prompt and answer of the first turn; the EOS that ended it was drawn and never run.
+    assert last.usage.cached_tokens == before == len("|user:Hi|assistant:") + 2
+    assert last.usage.prompt_tokens == before + len("|user:And?|assistant:")
 
 
 # ---- saving and loading ----------------------------------------------------------------------------------------------
@@ -492,6 +526,7 @@ def test_a_second_ctrl_c_leaves_an_engine_that_does_not_stop(monkeypatch):
 PROGRAM = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from fakes import EOS, ByteTokenizer, FakeRunner, saying
 from fake_engine import FakeEngine, FakeTokenizer
 from tinychat import chat, tokenizer
 long = " ".join(f"w{{i}}" for i in range(2000)) + "\\x1b]52;c;aGk=\\x07"

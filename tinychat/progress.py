@@ -10,7 +10,7 @@ PATIENCE_S = 0.5  # a shorter wait needs no explanation
 
 
 class Loading:
-    """Called as `(done, total)` while a model loads: shows the share on stderr, if that is a terminal, then removes it."""
+    """Called as `(done, total)` while a model loads: shows the share on stderr, if a terminal, then removes it."""
 
     def __init__(self, name: str):
         self._name = name
