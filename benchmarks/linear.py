@@ -4,8 +4,8 @@
 
 The matrix lies in memory many times over and the copies are used in turn, so that no cache holds it. Reading and
 multiplying alternate in slices of the same buffer, and the ratio is the median over slices: the bandwidth of a shared
-machine changes from minute to minute. GB/s counts packed bytes once per pass, whatever the number of rows; GMAC/s counts
-multiplications of one code and one activation. The last line is one JSON object.
+machine changes from minute to minute. GB/s counts packed bytes once per pass, whatever the number of rows; GMAC/s
+counts multiplications of one code and one activation. The last line is one JSON object.
 """
 
 import argparse
