@@ -20,6 +20,7 @@
 namespace tinychat {
 namespace {
 
+constexpr int64_t kAhead = 4096;          // bytes; without it the sums wait for memory
 constexpr int64_t kPanelBytes = 1 << 18;  // of activations: half of a small level-2 cache
 constexpr int64_t kHalf = 8;              // rows in a register
 
@@ -46,27 +47,34 @@ void prepare(const WeightShape& shape, const float* x, void* activation) {
     prepare_row(shape, x, activation, [](const int32_t* integers, char* out) { store_register(integers, out); });
 }
 
-// sums[t] = sum of q x over `count` half registers of codes, for R rows of activations `stride` bytes apart.
-template <int R>
+// sums[t][h] = sum of q x over `count` registers of codes, for R rows of activations `stride` bytes apart and H halves of
+// the tile: both where the accumulators fit in 16 registers, as each broadcast then serves twice.
+template <int R, int H>
 __attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t count,
-                                               __m256i* sums) {
+                                               __m256i (*sums)[H]) {
     const __m256i mask = _mm256_set1_epi16(0x000f), mask16 = _mm256_set1_epi16(0x00f0);
-    __m256i one[R], sixteen[R];
-    for (int t = 0; t < R; t++) one[t] = sixteen[t] = _mm256_setzero_si256();
-#pragma GCC unroll 2
+    __m256i one[R][H], sixteen[R][H];
+    for (int t = 0; t < R; t++) {
+        for (int h = 0; h < H; h++) one[t][h] = sixteen[t][h] = _mm256_setzero_si256();
+    }
     for (int64_t i = 0; i < count; i++) {
-        const __m256i q = load_bytes(codes + i * kRegisterBytes), odd = _mm256_srli_epi16(q, 8);
-        const __m256i q02 = _mm256_and_si256(q, mask), q46 = _mm256_and_si256(q, mask16);
-        const __m256i q13 = _mm256_and_si256(odd, mask), q57 = _mm256_and_si256(odd, mask16);
-        for (int t = 0; t < R; t++) {
-            const char* at = x + t * stride + i * 16;
-            one[t] = _mm256_add_epi32(one[t], _mm256_madd_epi16(q02, broadcast(at)));
-            sixteen[t] = _mm256_add_epi32(sixteen[t], _mm256_madd_epi16(q46, broadcast(at + 4)));
-            one[t] = _mm256_add_epi32(one[t], _mm256_madd_epi16(q13, broadcast(at + 8)));
-            sixteen[t] = _mm256_add_epi32(sixteen[t], _mm256_madd_epi16(q57, broadcast(at + 12)));
+        _mm_prefetch(codes + i * kRegisterBytes + kAhead, _MM_HINT_T0);
+        for (int h = 0; h < H; h++) {
+            const __m256i q = load_bytes(codes + i * kRegisterBytes + h * 32), odd = _mm256_srli_epi16(q, 8);
+            const __m256i q02 = _mm256_and_si256(q, mask), q46 = _mm256_and_si256(q, mask16);
+            const __m256i q13 = _mm256_and_si256(odd, mask), q57 = _mm256_and_si256(odd, mask16);
+            for (int t = 0; t < R; t++) {
+                const char* at = x + t * stride + i * 16;
+                one[t][h] = _mm256_add_epi32(one[t][h], _mm256_madd_epi16(q02, broadcast(at)));
+                sixteen[t][h] = _mm256_add_epi32(sixteen[t][h], _mm256_madd_epi16(q46, broadcast(at + 4)));
+                one[t][h] = _mm256_add_epi32(one[t][h], _mm256_madd_epi16(q13, broadcast(at + 8)));
+                sixteen[t][h] = _mm256_add_epi32(sixteen[t][h], _mm256_madd_epi16(q57, broadcast(at + 12)));
+            }
         }
     }
-    for (int t = 0; t < R; t++) sums[t] = _mm256_add_epi32(one[t], _mm256_srai_epi32(sixteen[t], 4));
+    for (int t = 0; t < R; t++) {
+        for (int h = 0; h < H; h++) sums[t][h] = _mm256_add_epi32(one[t][h], _mm256_srai_epi32(sixteen[t][h], 4));
+    }
 }
 
 // The outliers of one block of one row, for half a tile: sum + (q - z) s x for each.
@@ -82,8 +90,14 @@ __m256 add_outliers(__m256 sum, const Block& block, const Outlier* outliers, con
     return sum;
 }
 
+__m256 load_scales(const char* at, bool wide) {
+    if (wide) return _mm256_load_ps(reinterpret_cast<const float*>(at));
+    return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(at)));
+}
+
 template <int R>
 void tile_q4(const Q4Layout& layout, bool wide_scales, const char* at, const char* activation, Pair* y) {
+    constexpr int H = R <= 2 ? 2 : 1;
     const int64_t stride = layout.activation_bytes;
     const char *x = activation, *blocks = activation + layout.blocks_at, *outliers = activation + layout.outliers_at;
     Pair sums[R];
@@ -96,29 +110,28 @@ void tile_q4(const Q4Layout& layout, bool wide_scales, const char* at, const cha
             const int64_t registers = layout.registers_of(g);
             for (int64_t begin = 0; begin < registers; begin += kBlockRegisters) {
                 const int64_t count = smaller(kBlockRegisters, registers - begin);
-                for (int h = 0; h < 2; h++) {
-                    const char* half_scales = scales + h * layout.scale_bytes / 2;
-                    const char* codes = at + h * kRegisterBytes / 2;
-                    const __m256 scale =
-                        wide_scales ? _mm256_load_ps(reinterpret_cast<const float*>(half_scales))
-                                    : _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(half_scales)));
-                    const __m256i zero =
-                        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + h * kHalf)));
-                    __m256i products[R];
+                for (int first_half = 0; first_half < 2; first_half += H) {
+                    __m256i products[R][H];
                     if (count == kBlockRegisters) {
-                        dot<R>(codes, x, stride, kBlockRegisters, products);
+                        dot<R, H>(at + first_half * 32, x, stride, kBlockRegisters, products);
                     } else {
-                        dot<R>(codes, x, stride, count, products);
+                        dot<R, H>(at + first_half * 32, x, stride, count, products);
                     }
-                    for (int t = 0; t < R; t++) {
-                        const Block& block = *reinterpret_cast<const Block*>(blocks + t * stride);
-                        const __m256i shift = _mm256_mullo_epi32(zero, _mm256_set1_epi32(block.sum));
-                        const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(products[t], shift));
-                        __m256& sum = sums[t].half[h];
-                        sum = _mm256_fmadd_ps(exact, _mm256_mul_ps(scale, _mm256_set1_ps(block.scale)), sum);
-                        if (__builtin_expect(block.outliers != 0, 0)) {
-                            const auto* list = reinterpret_cast<const Outlier*>(outliers + t * stride);
-                            sum = add_outliers(sum, block, list, codes, zero, scale);
+                    for (int i = 0; i < H; i++) {
+                        const int h = first_half + i;
+                        const __m256 scale = load_scales(scales + h * layout.scale_bytes / 2, wide_scales);
+                        const __m256i zero =
+                            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + h * kHalf)));
+                        for (int t = 0; t < R; t++) {
+                            const Block& block = *reinterpret_cast<const Block*>(blocks + t * stride);
+                            const __m256i shift = _mm256_mullo_epi32(zero, _mm256_set1_epi32(block.sum));
+                            const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(products[t][i], shift));
+                            __m256& sum = sums[t].half[h];
+                            sum = _mm256_fmadd_ps(exact, _mm256_mul_ps(scale, _mm256_set1_ps(block.scale)), sum);
+                            if (__builtin_expect(block.outliers != 0, 0)) {
+                                const auto* list = reinterpret_cast<const Outlier*>(outliers + t * stride);
+                                sum = add_outliers(sum, block, list, at + h * 32, zero, scale);
+                            }
                         }
                     }
                 }

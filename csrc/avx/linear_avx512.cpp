@@ -22,6 +22,7 @@
 namespace tinychat {
 namespace {
 
+constexpr int64_t kAhead = 4096;          // bytes; without it the sums wait for memory (2/3 of the speed of reading)
 constexpr int64_t kPanelBytes = 1 << 19;  // of activations: half of a usual level-2 cache
 
 int32_t word(const char* at) {
@@ -54,6 +55,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
     }
 #pragma GCC unroll 4
     for (int64_t i = 0; i < count; i++) {
+        _mm_prefetch(codes + i * kRegisterBytes + kAhead, _MM_HINT_T0);
         const __m512i q = _mm512_load_si512(codes + i * kRegisterBytes);
         const __m512i first = _mm512_and_si512(q, mask), second = _mm512_and_si512(_mm512_srli_epi16(q, 4), mask);
         for (int t = 0; t < R; t++) {
@@ -90,6 +92,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
     for (int t = 0; t < R; t++) one[t] = sixteen[t] = _mm512_setzero_si512();
 #pragma GCC unroll 2
     for (int64_t i = 0; i < count; i++) {
+        _mm_prefetch(codes + i * kRegisterBytes + kAhead, _MM_HINT_T0);
         const __m512i q = _mm512_load_si512(codes + i * kRegisterBytes), odd = _mm512_srli_epi16(q, 8);
         const __m512i q02 = _mm512_and_si512(q, mask), q46 = _mm512_and_si512(q, mask16);
         const __m512i q13 = _mm512_and_si512(odd, mask), q57 = _mm512_and_si512(odd, mask16);
