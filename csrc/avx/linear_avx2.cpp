@@ -166,6 +166,9 @@ void tile_float(int64_t steps, const char* values, const char* activation, int64
         for (int j = 0; j < 2; j++) sums[t][j][0] = sums[t][j][1] = _mm256_setzero_ps();
     }
     for (int64_t k = 0; k < steps; k += 2) {
+        const char* line = values + k * kTile * value_bytes(type);
+        _mm_prefetch(line + kAhead, _MM_HINT_T0);
+        if constexpr (type == WeightType::f32) _mm_prefetch(line + kAhead + 64, _MM_HINT_T0);
         for (int j = 0; j < 2; j++) {
             const __m256 w0 = load<type>(values, k + j, 0), w1 = load<type>(values, k + j, 1);
             for (int t = 0; t < R; t++) {

@@ -189,6 +189,8 @@ void tile_float(int64_t steps, const char* values, const char* activation, int64
         for (int j = 0; j < kFloatStep; j++) sums[t][j] = _mm512_setzero_ps();
     }
     for (int64_t k = 0; k < steps; k += kFloatStep) {
+        const char* line = values + k * kTile * value_bytes(type) + kAhead;
+        for (int64_t i = 0; i < kFloatStep * kTile * value_bytes(type); i += 64) _mm_prefetch(line + i, _MM_HINT_T0);
         for (int j = 0; j < kFloatStep; j++) {
             const __m512 w = load<type>(values, k + j);
             for (int t = 0; t < R; t++) {
