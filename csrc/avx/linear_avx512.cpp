@@ -13,7 +13,7 @@
 //
 // All sums of a block are exact in int32: below 128 * 15 * 32639 * 16 = 1.0e9.
 // Speed: one row runs at 0.9 or more of the speed at which a thread reads memory (benchmarks/linear.py), as codes are
-// fetched 4 KiB ahead; up to 8 rows share the unpacking, and more rows than that go in panels whose activations stay in the cache.
+// fetched 4 KiB ahead; up to 8 rows share the unpacking, and more go in panels whose activations stay in the cache.
 #include <immintrin.h>
 
 #include "levels.h"
