@@ -99,7 +99,7 @@ struct Q4Layout {
     int64_t registers_of(int64_t group) const { return group == groups - 1 ? last_registers : group_registers; }
 };
 
-[[maybe_unused]] int64_t value_bytes(WeightType type) { return type == WeightType::f32 ? 4 : 2; }
+[[maybe_unused]] constexpr int64_t value_bytes(WeightType type) { return type == WeightType::f32 ? 4 : 2; }
 [[maybe_unused]] int64_t float_steps(const WeightShape& shape) { return round_up(shape.k, kFloatStep); }
 [[maybe_unused]] int64_t float_tile_bytes(const WeightShape& shape) {
     return float_steps(shape) * kTile * value_bytes(shape.type);

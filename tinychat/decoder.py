@@ -1,8 +1,8 @@
 """The forward pass of a decoder, in PyTorch, for every architecture: what the lowered C++ decoder is checked against.
 
 The block is a handful of free functions over an `Ops` (a backend's operations) and a `Context` (who attends to whom),
-so that the quantizer runs one layer alone and sees what each linear sees by wrapping `Ops.linear`. Rows are always flat,
-[T, hidden_size]; a `Context` says which rows belong together. It knows no device layout and no model's name.
+so that the quantizer runs one layer alone and sees what each linear sees by wrapping `Ops.linear`. Rows are always
+flat, [T, hidden_size]; a `Context` says which rows belong together. It knows no device layout and no model's name.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Context:
         return Context(spans, torch.from_numpy(cos), torch.from_numpy(sin))
 
     def extend(self, span: Span, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the keys and values [n, n_kv_heads, head_dim] of a span; return all it sees, [n_kv_heads, L, head_dim]."""
+        """Keep a span's keys and values [n, n_kv_heads, head_dim]; return all it sees, [n_kv_heads, L, head_dim]."""
         k, v = k.transpose(0, 1), v.transpose(0, 1)
         if self.keys is None or self.values is None:
             return k, v
@@ -190,7 +190,8 @@ class Decoder:
         self.config = source.config
         self.cache = cache
         self._ops = ops
-        self._embed = ops.table(source.embed())
+        embedding = np.require(source.embed(), requirements=["C", "W"])  # one copy, shared with a tied head
+        self._embed = ops.table(embedding)
         self._layers: list[PackedLayer] = []
         for index in range(self.config.n_layers):
             self._layers.append(pack_layer(ops, source.layer(index)))
@@ -198,7 +199,7 @@ class Decoder:
                 progress(index + 1, self.config.n_layers)
         self._norm = ops.vector(source.norm())
         head = source.head()
-        self._head = ops.pack(head if head is not None else Linear((source.embed(),)))
+        self._head = ops.pack(head if head is not None else Linear((embedding,)))
         self.weight_bytes = self._embed.nbytes + self._norm.nbytes + sum(map(self._layer_bytes, self._layers))
         if head is not None:
             self.weight_bytes += ops.packed_bytes(self._head)
@@ -219,6 +220,8 @@ class Decoder:
         for index, layer in enumerate(self._layers):
             x = block(self.config, self._ops, layer, index, x, context)
         np.add.at(self.cache.lengths, rows.slots, 1)
+        if not len(rows.wanted):
+            return np.zeros((0, self.config.vocab_size), np.float32)
         x = self._ops.norm(x[torch.from_numpy(rows.wanted).long()], self._norm, self.config.norm_eps)
         return self._ops.linear(x, self._head).float().numpy()
 

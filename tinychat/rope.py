@@ -34,27 +34,23 @@ def angles(rope: Rope, positions: np.ndarray, seq_lens: np.ndarray) -> tuple[np.
     positions  int32 [T]
     seq_lens   int32 [T]: for each row the length of its slot after this step, as `KVCache.check` returns it
     """
-    positions = np.asarray(positions)
-    radians = np.empty((len(positions), rope.dim // 2), F32)
-    scale = 1.0
-    groups = np.unique(seq_lens) if rope.scaling is RopeScaling.DYNAMIC else [0]
-    for length in groups:
-        frequencies, scale = inv_freq(rope, int(length))
-        rows = np.flatnonzero(np.asarray(seq_lens) == length) if length else slice(None)
-        radians[rows] = positions[rows, None].astype(F32) * frequencies
-    return np.cos(radians) * F32(scale), np.sin(radians) * F32(scale)
+    lengths, which = np.unique(seq_lens, return_inverse=True)
+    frequencies = np.array([inv_freq(rope, int(length))[0] for length in lengths], F32).reshape(-1, rope.dim // 2)
+    radians = positions.astype(F32)[:, None] * frequencies[which]
+    scale = F32(_static(rope)[1])
+    return np.cos(radians) * scale, np.sin(radians) * scale
 
 
 def _frequencies(theta: float, dim: int) -> np.ndarray:
-    """theta ** (-2j / dim) for each j. The power is rounded once, from float64: numpy's float32 power is off by a bit."""
+    """theta ** (-2j / dim) for each j; the power is rounded once, from float64: numpy's in float32 is a bit off."""
     exponents = np.arange(0, dim, 2, dtype=F32) / F32(dim)
     return F32(1) / np.power(np.float64(theta), exponents.astype(np.float64)).astype(F32)
 
 
-def _dynamic_theta(rope: Rope, seq_len: int) -> np.float32:
+def _dynamic_theta(rope: Rope, seq_len: int) -> float:
     """NTK-aware: the base that stretches the slowest dimension to `seq_len`, and leaves the fastest as it is."""
     stretch = F32(F32(rope.factor * seq_len) / F32(rope.original_max_positions)) - F32(rope.factor - 1)
-    return F32(rope.theta) * F32(np.power(np.float64(stretch), rope.dim / (rope.dim - 2)))
+    return float(F32(rope.theta) * F32(np.power(np.float64(stretch), rope.dim / (rope.dim - 2))))
 
 
 @lru_cache(maxsize=64)
@@ -92,9 +88,9 @@ def _yarn(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rope.dim - 1)
+    low, high = max(low, 0.0), min(high, rope.dim - 1.0)
     if low == high:
-        high += 0.001
+        high += 0.001  # as the models were trained: no division by zero
     ramp = np.clip((np.arange(rope.dim // 2, dtype=F32) - F32(low)) / F32(high - low), F32(0), F32(1))
     kept = F32(1) - ramp
     interpolated = F32(1) / (F32(rope.factor) * (F32(1) / frequencies))

@@ -1,0 +1,176 @@
+"""Every family's logits against transformers', on tiny random models with awkward numbers.
+
+Parameters are random with logits of standard deviation near 1; the largest difference allowed is 1e-4 (found: a few
+1e-6). A family is a file in `tinychat/architectures/`; one without models here fails.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import memory_weights, tiny
+
+from tinychat import architectures, decoder, rope
+from tinychat.backends import reference
+from tinychat.cache import Rows
+from tinychat.config import RopeScaling
+
+TOLERANCE = 1e-4
+# name: what it changes; every family gets those of COMMON and its own
+COMMON = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "GQA 1, heads of 64": {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64, "hidden_size": 128},
+    "GQA 7, heads of 80": {"num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 80, "hidden_size": 70},
+    "GQA 3, heads of 128": {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 128, "hidden_size": 51},
+    "one of everything": {
+        "vocab_size": 3,
+        "hidden_size": 1,
+        "intermediate_size": 1,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+    },
+}
+WINDOWED = {"use_sliding_window": True, "sliding_window": 5, "num_hidden_layers": 3}
+MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+OWN = {
+    "llama": {
+        "biases": {"attention_bias": True, "mlp_bias": True},
+        "attention bias only": {"attention_bias": True},
+        "head_dim from hidden_size": {"head_dim": None, "hidden_size": 96, "num_key_value_heads": None},
+    },
+    "mistral": {
+        "window": {"sliding_window": 5},
+        "window of one": {"sliding_window": 1},
+        "no window": {"sliding_window": None},
+        "head_dim from hidden_size": {"head_dim": None, "hidden_size": 96},
+    },
+    "qwen2": {
+        "window": {**WINDOWED, "max_window_layers": 1},
+        "window in layer_types": {**WINDOWED, "layer_types": MIXED_LAYERS},
+        "window switched off": {"use_sliding_window": False, "sliding_window": 3, "max_window_layers": 0},
+    },
+    "qwen3": {
+        "attention bias": {"attention_bias": True},
+        "window": {**WINDOWED, "max_window_layers": 2},
+        "window in layer_types": {**WINDOWED, "layer_types": MIXED_LAYERS},
+    },
+}
+CASES = [(family, name, change) for family in OWN for name, change in {**COMMON, **OWN[family]}.items()]
+
+
+def tokens(count: int, vocab_size: int = 97) -> np.ndarray:
+    return np.random.default_rng(7).integers(0, vocab_size, count)
+
+
+def theirs(model, ids: np.ndarray, chunks: list[int] | None = None) -> np.ndarray:
+    """transformers' logits [tokens, vocab_size], in chunks through its cache."""
+    cache, logits = None, []
+    with torch.no_grad():
+        for part in np.split(ids, np.cumsum(chunks or [len(ids)])[:-1]):
+            out = model(torch.from_numpy(part)[None], past_key_values=cache, use_cache=chunks is not None)
+            cache = out.past_key_values
+            logits.append(out.logits[0].numpy())
+    return np.concatenate(logits)
+
+
+def ours(weights, ids: np.ndarray, chunks: list[int]) -> np.ndarray:
+    """Our logits [tokens, vocab_size]."""
+    runner = reference.build(weights, ctx_size=len(ids), threads=1)
+    logits, start = [], 0
+    for part in np.split(ids, np.cumsum(chunks)[:-1]):
+        logits.append(runner.step(Rows.of(part, start, wanted="all")))
+        start += len(part)
+    return np.concatenate(logits)
+
+
+def test_every_family_has_models_here():
+    assert set(architectures.supported()) == set(OWN)
+    files = {path.stem for path in Path(architectures.__file__).parent.glob("*.py")}
+    assert files - set(OWN) == {"__init__", "config_reader", "names"}, (
+        "a file of a family needs NAMES and translate, and models in this test"
+    )
+
+
+@pytest.mark.parametrize(("family", "name", "change"), CASES, ids=[f"{f}: {n}" for f, n, _ in CASES])
+def test_logits_equal_transformers(family, name, change):
+    model, config = tiny(family, **change)
+    weights = memory_weights(model, config)
+    ids = tokens(23, config["vocab_size"])
+    want = theirs(model, ids)
+    for chunks in ([23], [1, 9, 2, 11], [1] * 23):
+        assert np.abs(ours(weights, ids, chunks) - want).max() < TOLERANCE, chunks
+    if name != "one of everything":
+        assert 0.3 < want.std() < 3
+
+
+# A context of 64 stretched to 256 and run to 700: beyond both.
+STRETCHED = {"max_position_embeddings": 256, "num_hidden_layers": 2, "head_dim": 16, "rope_theta": 10000.0}
+SCALINGS = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("family", OWN)
+def test_long_positions_under_every_scaling(family, scaling):
+    model, config = tiny(family, **STRETCHED, rope_parameters=SCALINGS[scaling])
+    weights = memory_weights(model, config)
+    assert weights.config.rope.scaling is RopeScaling(scaling)
+    ids = tokens(700)
+    want = theirs(model, ids)
+    assert np.abs(ours(weights, ids, [700]) - want).max() < TOLERANCE
+    chunks = [200, 57, 1, 1, 300, 141]
+    if scaling == "dynamic":  # frequencies follow the length, and keys stay as they were stored: chunks matter
+        model, _ = tiny(
+            family, **STRETCHED, rope_parameters=SCALINGS[scaling]
+        )  # transformers' keeps the longest length
+        in_chunks = theirs(model, ids, chunks)
+        assert np.abs(in_chunks - want).max() > 100 * TOLERANCE
+        want = in_chunks
+    assert np.abs(ours(weights, ids, chunks) - want).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_sequence_that_starts_at_position_100000(scaling):
+    model, config = tiny("llama", **STRETCHED, rope_parameters=SCALINGS[scaling])
+    weights = memory_weights(model, config)
+    ids, positions = tokens(40), np.arange(100_000, 100_040, dtype=np.int32)
+    with torch.no_grad():
+        want = (
+            model(torch.from_numpy(ids)[None], position_ids=torch.from_numpy(positions)[None].long()).logits[0].numpy()
+        )
+    ops = reference.TorchOps()
+    turned = map(torch.from_numpy, rope.angles(weights.config.rope, positions, np.full(40, 100_040)))
+    context = decoder.Context(decoder.Context.of_sequences(weights.config.rope, [40]).spans, *turned)
+    x = torch.from_numpy(weights.embedding[ids])
+    for index, layer in enumerate(weights.layers):
+        x = decoder.block(weights.config, ops, decoder.pack_layer(ops, layer), index, x, context)
+    x = ops.norm(x, ops.vector(weights.final_norm), weights.config.norm_eps)
+    assert np.abs(ops.linear(x, ops.pack(weights.output_head)).numpy() - want).max() < TOLERANCE
+
+
+def test_scalings_change_the_logits():
+    results = []
+    for scaling in SCALINGS:
+        model, config = tiny("llama", **STRETCHED, rope_parameters=SCALINGS[scaling])
+        results.append(ours(memory_weights(model, config), tokens(300), [300]))
+    for index, one in enumerate(results):
+        assert all(np.abs(one - other).max() > 100 * TOLERANCE for other in results[:index])
+
+
+def test_every_scaling_is_covered():
+    assert set(SCALINGS) == {scaling.value for scaling in RopeScaling}

@@ -1,0 +1,264 @@
+"""ConfigReader: reads config.json strictly. Every key is read, harmless by name, or refused; every value is checked.
+
+It knows the keys that all families share and both spellings of rotary parameters and dtype; a family's file says which
+of them it has, and with which defaults.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from tinychat.config import Activation, ModelConfig, Rope, RopeScaling
+from tinychat.errors import ConfigError
+
+REQUIRED: Any = object()  # the default of a key that has none
+
+# Keys that do not change what the network computes: bookkeeping, training, generation (read elsewhere), and code hooks,
+# which are never followed.
+_BOOKKEEPING = """
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
+    architectures attention_dropout attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward cls_token_id decoder_start_token_id diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder is_llama_config label2id
+    length_penalty max_length max_sequence_length min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+    problem_type pruned_heads quantization_config remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tokenizer_class top_k top_p torchscript transformers.js_config transformers_version trust_remote_code
+    typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+"""
+HARMLESS = frozenset(_BOOKKEEPING.split())
+# Keys that are harmless at one value only: the one that switches off what is not implemented.
+HARMLESS_AT: dict[str, Any] = {
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "is_encoder_decoder": False,
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    "tie_encoder_decoder": False,
+    "use_mrope": False,
+}
+LARGEST_POSITION = 2**27
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+class ConfigReader:
+    """A mapping of config.json that remembers what was read. `path` is what its keys are called in messages."""
+
+    def __init__(self, values: Mapping[str, Any], ignore: Collection[str] = (), path: str = ""):
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"config.json: {path.rstrip('.') or 'the file'} is not an object but {_show(values)}")
+        self._ignore = ignore
+        self._path = path
+        self._values = {key: value for key, value in values.items() if path + key not in ignore}
+        self._read: set[str] = set()
+
+    def error(self, key: str, expected: str) -> ConfigError:
+        """The error for a value that is not what was `expected`."""
+        found = _show(self._values[key]) if key in self._values else "nothing"
+        return ConfigError(f"config.json: {self._path}{key} is {found}; expected {expected}")
+
+    def get(self, key: str, default: Any = REQUIRED) -> Any:
+        """The value of `key`, marked as read; null and absent are the default."""
+        self._read.add(key)
+        value = self._values.get(key)
+        if value is None:
+            if default is REQUIRED:
+                raise self.error(key, "a value: the key is required")
+            return default
+        return value
+
+    def integer(self, key: str, default: Any = REQUIRED, *, low: int = 1, high: int) -> Any:
+        """An int in low..high, or `default`."""
+        value = self.get(key, default)
+        if value is default:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.error(key, f"an integer from {low} to {high}")
+        return value
+
+    def number(self, key: str, default: Any = REQUIRED, *, above: float, high: float) -> Any:
+        """A float in (above, high], or `default`."""
+        value = self.get(key, default)
+        if value is default:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= high:
+            raise self.error(key, f"a number above {above:g} and up to {high:g}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A bool."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
+    def text(self, key: str, default: Any = REQUIRED, *, choices: Collection[str] = ()) -> Any:
+        """A string, one of `choices` if there are any, or `default`."""
+        value = self.get(key, default)
+        if value is default:
+            return value
+        if not isinstance(value, str) or (choices and value not in choices):
+            raise self.error(key, f"one of {', '.join(choices)}" if choices else "a string")
+        return value
+
+    def finish(self) -> None:
+        """Refuse what was not read and is not harmless; every such key is named."""
+        unknown = sorted(key for key in self._values if key not in self._read and not self._harmless(key))
+        if not unknown:
+            return
+        found = ", ".join(f"{self._path}{key} = {_show(self._values[key])}" for key in unknown)
+        passing = " ".join(f"--ignore-config {self._path}{key}" for key in unknown)
+        raise ConfigError(
+            f"config.json has what is not implemented: {found}; implemented for this model are "
+            f"{', '.join(sorted(self._read))}; to run the model as if it were not there: {passing}"
+        )
+
+    def _harmless(self, key: str) -> bool:
+        switched_off = key in HARMLESS_AT and self._values[key] in (HARMLESS_AT[key], None)
+        return switched_off or (key in HARMLESS and not self._path)
+
+    def decoder(
+        self,
+        *,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        biases: Collection[str] = (),
+        window: tuple[int | None, frozenset[int]] = (None, frozenset()),
+        qk_norm: bool = False,
+    ) -> ModelConfig:
+        """The keys that all families share; `n_kv_heads` and `head_dim` are the family's defaults (None: derived)."""
+        hidden_size = self.integer("hidden_size", high=2**17)
+        n_heads = self.integer("num_attention_heads", high=2**10)
+        if "num_key_value_heads" in self._values or n_kv_heads is None:
+            n_kv_heads = n_heads  # what null means in every family
+        n_kv_heads = self.integer("num_key_value_heads", n_kv_heads, high=2**10)
+        if n_heads % n_kv_heads:
+            raise self.error("num_attention_heads", f"a multiple of num_key_value_heads = {n_kv_heads}")
+        head_dim = self.integer("head_dim", head_dim, low=4, high=2**10)
+        if head_dim is None:
+            if hidden_size % n_heads:
+                raise self.error("hidden_size", f"a multiple of num_attention_heads = {n_heads}, or head_dim")
+            head_dim = hidden_size // n_heads
+        if head_dim % 2:
+            raise ConfigError(f"config.json: heads have {head_dim} dimensions; rotary positions need an even number")
+        self.text("hidden_act", "silu", choices=("silu", "swish"))
+        max_positions = self.integer("max_position_embeddings", high=LARGEST_POSITION)
+        dtype = self.text("dtype", None, choices=DTYPES)
+        spelled_before = self.text("torch_dtype", DTYPES[0], choices=DTYPES)
+        return ModelConfig(
+            model_type=self.text("model_type"),
+            vocab_size=self.integer("vocab_size", high=2**24),
+            hidden_size=hidden_size,
+            n_layers=self.n_layers(),
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+            intermediate_size=self.integer("intermediate_size", high=2**20),
+            max_positions=max_positions,
+            norm_eps=self.number("rms_norm_eps", 1e-6, above=0, high=1),
+            rope=self.rope(head_dim, max_positions),
+            activation=Activation.SILU,
+            sliding_window=window[0],
+            windowed_layers=window[1],
+            qk_norm=qk_norm,
+            biases=frozenset(biases),
+            tied_head=self.flag("tie_word_embeddings", False),
+            dtype=dtype or spelled_before,
+        )
+
+    def n_layers(self) -> int:
+        """Decoder blocks."""
+        return self.integer("num_hidden_layers", high=2**10)
+
+    def sliding_window(self, default: int) -> int | None:
+        """The window, `default` where the key is absent, None where it is null."""
+        if "sliding_window" in self._values and self._values["sliding_window"] is None:
+            default = None  # type: ignore[assignment]
+        return self.integer("sliding_window", default, high=LARGEST_POSITION)
+
+    def windows(self) -> tuple[int | None, frozenset[int]]:
+        """(window, layers it applies to), for families that switch it on by `use_sliding_window`: in `layer_types`
+        where given, else from layer `max_window_layers` on."""
+        n_layers = self.n_layers()
+        window = self.sliding_window(4096)
+        if not self.flag("use_sliding_window", False):
+            window = None
+        first = self.integer("max_window_layers", 28, low=0, high=2**20)
+        kinds = self.get("layer_types", None)
+        if kinds is None:
+            layers = frozenset(range(first, n_layers))
+        else:
+            if (
+                not isinstance(kinds, list)
+                or len(kinds) != n_layers
+                or not all(kind in ("full_attention", "sliding_attention") for kind in kinds)
+            ):
+                raise self.error("layer_types", f"{n_layers} times full_attention or sliding_attention")
+            layers = frozenset(index for index, kind in enumerate(kinds) if kind == "sliding_attention")
+            if layers and window is None:
+                raise self.error("layer_types", "full_attention only: use_sliding_window or sliding_window is off")
+        return (window, layers) if window is not None and layers else (None, frozenset())
+
+    def rope(self, dim: int, max_positions: int) -> Rope:
+        """Rotary parameters in either spelling: `rope_theta` and `rope_scaling`, or all in `rope_parameters`."""
+        theta = self.number("rope_theta", 10000.0, above=1, high=1e15)
+        spellings = [key for key in ("rope_scaling", "rope_parameters") if self.get(key, None)]
+        found = []
+        for key in spellings or ["rope_parameters"]:
+            inner = ConfigReader(self.get(key, {}), self._ignore, f"{key}.")
+            found.append(inner._rope(self, theta, dim, max_positions))
+            inner.finish()
+        if found[0] != found[-1]:
+            raise self.error("rope_scaling", f"the same as rope_parameters = {_show(self.get('rope_parameters'))}")
+        return found[0]
+
+    def _rope(self, outer: ConfigReader, theta: float, dim: int, max_positions: int) -> Rope:
+        supported = [scaling.value for scaling in RopeScaling]
+        older = self.text("type", "default", choices=supported)
+        scaling = RopeScaling(self.text("rope_type", older, choices=supported))
+        theta = self.number("rope_theta", theta, above=1, high=1e15)
+        if scaling is RopeScaling.NONE:
+            return Rope(theta, dim)
+        derived = scaling is RopeScaling.YARN and "factor" in self._values  # null: the ratio of the two contexts
+        factor = self.number("factor", None if derived else REQUIRED, above=0, high=1e6)
+        if scaling is RopeScaling.LINEAR:
+            return Rope(theta, dim, scaling, factor)
+        if scaling is RopeScaling.DYNAMIC:
+            return Rope(theta, dim, scaling, factor, max_positions)
+        original = self.integer("original_max_position_embeddings", max_positions, high=LARGEST_POSITION)
+        original = outer.integer("original_max_position_embeddings", original, high=LARGEST_POSITION)
+        if scaling is RopeScaling.LLAMA3:
+            low = self.number("low_freq_factor", above=0, high=1e6)
+            high = self.number("high_freq_factor", above=0, high=1e6)
+            if high <= low:
+                raise self.error("high_freq_factor", f"a number above low_freq_factor = {low:g}")
+            return Rope(theta, dim, scaling, factor, original, low_freq_factor=low, high_freq_factor=high)
+        fast = self.number("beta_fast", 32.0, above=0, high=1e6)
+        slow = self.number("beta_slow", 1.0, above=0, high=1e6)
+        if fast < slow:
+            raise self.error("beta_fast", f"at least beta_slow = {slow:g}")
+        return Rope(
+            theta,
+            dim,
+            scaling,
+            max_positions / original if factor is None else factor,
+            original,
+            beta_fast=fast,
+            beta_slow=slow,
+            mscale=self.number("mscale", 0.0, above=-1e-9, high=1e3),
+            mscale_all_dim=self.number("mscale_all_dim", 0.0, above=-1e-9, high=1e3),
+            attention_factor=self.number("attention_factor", None, above=0, high=1e3),
+            truncate=self.flag("truncate", True),
+        )
+
+
+def _show(value: Any) -> str:
+    """A value for a message, on one line and of a bearable length."""
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    shown = repr(value) if not isinstance(value, bool | None) else {True: "true", False: "false", None: "null"}[value]
+    return shown if len(shown) <= 80 else shown[:77] + "..."
