@@ -13,7 +13,8 @@ namespace tinychat {
 namespace {
 
 // A phase of a step lasts microseconds, so waiting threads spin; but a thread that waits for one the system has set
-// aside only steals its core, so after some ten microseconds they yield at every look.
+// aside only steals its core, so after some ten microseconds they sleep. (Yielding instead puts a thread behind every
+// other process on the machine, over and over.)
 constexpr int kSpins = 2000;
 
 void pause_briefly() {
@@ -82,16 +83,22 @@ void Team::barrier() {
     const uint32_t generation = generation_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
         arrived_.store(0, std::memory_order_relaxed);
-        generation_.store(generation + 1, std::memory_order_release);
+        generation_.store(generation + 1);
+        // In one order for all threads: either this sees the sleeper, or the sleeper sees the new generation.
+        if (sleepers_.load() > 0) {
+            { std::lock_guard<std::mutex> lock(mutex_); }
+            passed_.notify_all();
+        }
         return;
     }
-    for (int looks = 0; generation_.load(std::memory_order_acquire) == generation; ++looks) {
-        if (looks < kSpins) {
-            pause_briefly();
-        } else {
-            std::this_thread::yield();
-        }
+    for (int looks = 0; looks < kSpins; ++looks) {
+        if (generation_.load(std::memory_order_acquire) != generation) return;
+        pause_briefly();
     }
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_.fetch_add(1);
+    passed_.wait(lock, [&] { return generation_.load() != generation; });
+    sleepers_.fetch_sub(1);
 }
 
 }  // namespace tinychat

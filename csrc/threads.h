@@ -45,14 +45,16 @@ class Team {
     const int64_t process_;
     std::vector<std::thread> helpers_;
 
-    std::mutex mutex_;  // guards the three below
-    std::condition_variable wake_;
+    std::mutex mutex_;
+    std::condition_variable wake_;    // a run has started, or the team closes
+    std::condition_variable passed_;  // a barrier
     const std::function<void(Share)>* work_ = nullptr;
     uint64_t run_ = 0;  // runs started
     bool closing_ = false;
 
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> generation_{0};  // barriers passed
+    std::atomic<int> sleepers_{0};                     // of those who wait at a barrier
 };
 
 }  // namespace tinychat

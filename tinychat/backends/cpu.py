@@ -5,6 +5,7 @@ Every shape and dtype is checked here; C++ gets addresses. It imports neither to
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -13,19 +14,18 @@ import numpy as np
 
 from tinychat import rope
 from tinychat.cache import KVCache, Rows
-from tinychat.config import ModelConfig
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.qtensor import QTensor, Weight, bfloat16
 from tinychat.weights import Layer, Linear, WeightSource
 
-_cpu: Any
+_cpu: Any = None
 try:
-    from tinychat import _cpu
+    _cpu = importlib.import_module("tinychat._cpu")
 except ImportError as error:
-    _cpu = None
     _missing = (
-        f"the compiled kernels (tinychat._cpu) do not load ({error}); reinstall with a C++ compiler present: pip install ."
+        f"the compiled kernels (tinychat._cpu) are missing ({error}); "
+        "reinstall tinychat with a C++ compiler present: pip install ."
     )
 
 MAX_THREADS = 1024
@@ -141,7 +141,8 @@ class CpuRunner:
         self._decoder.set_embed(_float_type(table), table.ctypes.data)
 
     def _add_layer(self, layer: Layer) -> None:
-        config, keep = self.config, []  # type: ModelConfig, list[np.ndarray]
+        config = self.config
+        keep: list[np.ndarray] = []
         if (layer.q_norm is not None, layer.k_norm is not None) != (config.qk_norm, config.qk_norm):
             raise ValueError("a layer has q and k norms and the config does not, or the other way round")
         hidden, inter, q_size = config.hidden_size, config.intermediate_size, config.q_size
