@@ -12,13 +12,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "tinychat"
 # Arrows point down only: a unit may import the units of the floors below it, and what lies inside itself.
 FLOORS = [
     {"errors"},
-    {"config", "qtensor", "cache", "results"},
+    {"config", "qtensor", "cache", "results", "progress"},
     {"rope", "weights", "sampling", "memory", "prompt"},
-    {"architectures", "tokenizer", "chat_template", "text_stream", "cpuinfo"},
+    {"architectures", "tokenizer", "chat_template", "text_stream", "cpuinfo", "settings"},
     {"checkpoint", "decoder"},
     {"backends"},
     {"quantize", "engine"},
-    {"chat", "info"},
+    {"chat", "info", "arguments"},
     {"cli"},
 ]
 

@@ -12,6 +12,14 @@ Message = Mapping[str, Any]  # "role" and "content", both text
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
+class Tokenized(list):
+    """Messages whose token ids are known already, among them those that the model itself chose for its answers."""
+
+    def __init__(self, messages: Sequence[Message], tokens: Sequence[int]):
+        super().__init__(messages)
+        self.tokens = tokens
+
+
 def is_chat(prompt: Any) -> bool:
     """Whether `prompt` is meant as a list of messages."""
     listed = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
@@ -25,6 +33,8 @@ def encode(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
     """
     if isinstance(prompt, str):
         tokens = _needed(tokenizer, "a text").encode(prompt)
+    elif isinstance(prompt, Tokenized):
+        tokens = token_ids(prompt.tokens, vocab_size)
     elif is_chat(prompt):
         # The template writes the beginning-of-sequence token itself where the model wants one.
         tokens = _needed(tokenizer, "messages").encode(render(prompt, tokenizer), add_bos=False)

@@ -1,0 +1,149 @@
+// The lowered decoder: a model's weights in packed form, and the whole step as one call. The graph is in decoder.cpp.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace tinychat {
+
+// Bytes on a 64-byte boundary, owned; their contents are undefined until written.
+class Buffer {
+  public:
+    Buffer() = default;
+    explicit Buffer(int64_t bytes) { reserve(bytes); }
+
+    // At least `bytes`; growing forgets the contents.
+    void reserve(int64_t bytes) {
+        if (bytes <= bytes_) return;
+        memory_.reset();
+        memory_.reset(::operator new(static_cast<size_t>(bytes), alignment));
+        bytes_ = bytes;
+    }
+    int64_t bytes() const { return bytes_; }
+    char* data() const { return static_cast<char*>(memory_.get()); }
+    float* floats() const { return static_cast<float*>(memory_.get()); }
+    explicit operator bool() const { return bytes_ > 0; }
+
+  private:
+    static constexpr std::align_val_t alignment{64};
+    struct Free {
+        void operator()(void* memory) const { ::operator delete(memory, alignment); }
+    };
+    std::unique_ptr<void, Free> memory_;
+    int64_t bytes_ = 0;
+};
+
+// The numbers of a ModelConfig.
+struct DecoderShape {
+    int64_t vocab_size, hidden_size, n_heads, n_kv_heads, head_dim, intermediate_size;
+    int64_t rope_dim;              // rotated dimensions of each head
+    float norm_eps;
+    std::vector<int64_t> windows;  // [n_layers]: positions that a token sees, itself included; 0: all
+
+    int64_t group() const { return n_heads / n_kv_heads; }
+    int64_t q_size() const { return n_heads * head_dim; }
+    int64_t kv_size() const { return n_kv_heads * head_dim; }
+    int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
+};
+
+// Weights as the caller holds them: read while packing, not kept.
+struct SegmentData {
+    WeightShape shape;
+    WeightData data;
+};
+struct LinearData {
+    std::vector<SegmentData> segments;  // stacked along the outputs
+    const float* bias;                  // [sum of n], or null
+};
+struct LayerData {
+    const float* norm1;   // [hidden_size]
+    const float* norm2;   // [hidden_size]
+    const float* q_norm;  // [head_dim], or null
+    const float* k_norm;  // [head_dim], or null
+    LinearData qkv, out, up, down;
+};
+
+// One step of T rows (tinychat/cache.py states the contract).
+struct Step {
+    int64_t rows;             // T
+    const int32_t* tokens;    // [T], or null
+    const float* embeddings;  // [T, hidden_size] where tokens is null
+    const int32_t* positions;  // [T]
+    const int32_t* slots;      // [T]
+    const float* cos;          // [T, rope_dim / 2]
+    const float* sin;          // [T, rope_dim / 2]
+    int64_t n_wanted;          // R
+    const int32_t* wanted;     // [R]
+    CacheType cache_type;
+    int64_t n_slots, capacity;
+    void* keys;     // [n_layers, n_slots, n_kv_heads, capacity, head_dim]
+    void* values;   // likewise
+    float* logits;  // [R, vocab_size]
+};
+
+class Decoder {
+  public:
+    Decoder(const DecoderShape& shape, const Kernels& kernels, int n_threads);
+    ~Decoder();
+
+    // Weights come in once, in this order; each call packs what it is given. Throw std::invalid_argument where
+    // sizes do not fit the shape.
+    void set_embed(WeightType type, void* table);  // [vocab_size, hidden_size]
+    void add_layer(const LayerData& layer);
+    void finish(const float* norm, const LinearData* head);  // head null: the embedding table serves
+
+    int64_t weight_bytes() const { return weight_bytes_; }
+
+    // Throws std::invalid_argument where an index is out of its range, std::runtime_error where the decoder is not
+    // finished or another thread is inside step().
+    void step(const Step& step);
+
+  private:
+    struct Linear;
+    struct Layer;
+
+    Linear pack(const LinearData& data, int64_t n, int64_t k);
+    Buffer keep(const float* values, int64_t n);
+    void check(const Step& step) const;
+    void reserve(int64_t rows, int64_t length);
+    void forward(const Step& step, Share share);
+    void embed(const Step& step, int64_t row, Share share);
+    void prepare(const Linear& linear, const float* x, int64_t row, int64_t rows);
+    void apply(const Linear& linear, int64_t rows, float* y, int64_t y_stride, Share share);
+    void append(const Step& step, size_t layer, Share share);
+    void attend(const Step& step, size_t layer, Share share);
+    void* entries(const Step& step, void* cache, size_t layer, int64_t row, int64_t head, int64_t position) const;
+    Team& team();
+
+    const DecoderShape shape_;
+    const Kernels& kernels_;
+    const int n_threads_;
+    std::unique_ptr<Team> team_;
+    std::atomic<bool> busy_{false};
+    int64_t weight_bytes_ = 0;
+
+    std::unique_ptr<Linear> table_;  // the embedding, in segments of one tile
+    std::vector<Layer> layers_;
+    Buffer norm_;                   // [hidden_size]
+    std::unique_ptr<Linear> head_;  // null: table_ serves
+    bool finished_ = false;
+
+    // Scratch, for as many rows as any step so far had.
+    Buffer x_;            // [T, hidden_size], the residual stream
+    Buffer y_;            // [T, hidden_size], what the last linear adds to it
+    Buffer normed_;       // [T, hidden_size]
+    Buffer qkv_;          // [T, q_size + 2 * kv_size]
+    Buffer mixed_;        // [T, q_size], the values that attention mixed
+    Buffer gate_up_;      // [T, 2 * intermediate_size]
+    Buffer activations_;  // [T, activation_bytes] for each preparation of a linear
+    Buffer scores_;       // [n_threads, group, longest slot]
+    Buffer unpacked_;     // [n_threads, tile, hidden_size] values of the table's type
+    int64_t activation_bytes_ = 0;  // of one row, the most that any linear needs
+};
+
+}  // namespace tinychat

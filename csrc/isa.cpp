@@ -1,0 +1,87 @@
+// Which instruction-set levels run here, and which one is used.
+//
+// A level runs where the CPU has its instructions (CPUID) and the operating system saves its registers (XGETBV): a
+// hypervisor or kernel may leave AVX-512 off on a CPU that has it.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "levels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace tinychat {
+namespace {
+
+#if defined(__x86_64__)
+struct Features {
+    bool avx2 = false, avx512 = false, vnni = false;
+};
+
+Features features() {
+    Features found;
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
+    const unsigned fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+    const unsigned needed = fma | osxsave | avx | f16c;
+    if ((c & needed) != needed) return found;
+    unsigned saved, high;  // XCR0: which registers the operating system saves
+    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    const bool saves_ymm = (saved & 0x6) == 0x6, saves_zmm = (saved & 0xe6) == 0xe6;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
+    const unsigned avx2 = 1u << 5, f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
+    found.avx2 = saves_ymm && (b & avx2);
+    found.avx512 = found.avx2 && saves_zmm && (b & (f | dq | bw | vl)) == (f | dq | bw | vl);
+    found.vnni = found.avx512 && (c & 1u << 11);
+    return found;
+}
+#endif
+
+// Best first.
+const std::vector<Kernels>& levels() {
+    static const std::vector<Kernels> found = [] {
+        std::vector<Kernels> list;
+#if defined(__x86_64__)
+        const Features has = features();
+        if (has.vnni) list.push_back({"avx512vnni", linear_avx512vnni(), block_avx512()});
+        if (has.avx512) list.push_back({"avx512", linear_avx512(), block_avx512()});
+        if (has.avx2) list.push_back({"avx2", linear_avx2(), block_avx2()});
+#endif
+        list.push_back({"scalar", linear_scalar(), block_scalar()});
+        return list;
+    }();
+    return found;
+}
+
+}  // namespace
+
+const char* supported_isas() {
+    static const std::string names = [] {
+        std::string joined;
+        for (const Kernels& level : levels()) joined += (joined.empty() ? "" : " ") + std::string(level.isa);
+        return joined;
+    }();
+    return names.c_str();
+}
+
+const Kernels& kernels(const char* isa) {
+    for (const Kernels& level : levels()) {
+        if (std::strcmp(level.isa, isa) == 0) return level;
+    }
+    throw std::runtime_error("instruction set '" + std::string(isa) + "' does not run here; supported: " + supported_isas());
+}
+
+const Kernels& kernels() {
+    const char* isa = std::getenv("TINYCHAT_ISA");
+    if (!isa || !*isa) return levels().front();
+    for (const Kernels& level : levels()) {
+        if (std::strcmp(level.isa, isa) == 0) return level;
+    }
+    throw std::runtime_error("TINYCHAT_ISA=" + std::string(isa) + " does not run here; supported: " + supported_isas());
+}
+
+}  // namespace tinychat

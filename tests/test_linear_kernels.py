@@ -1,0 +1,429 @@
+"""Every linear of every instruction-set level that this machine has, against float64."""
+
+import ctypes
+import mmap
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinychat.backends import cpu_linear
+from tinychat.backends.cpu_linear import PackedLinear, linear
+from tinychat.errors import BackendError
+from tinychat.qtensor import QTensor, bfloat16
+from tinychat.weights import Linear
+
+cpu = pytest.importorskip("tinychat._cpu", reason="the compiled extension is not built")
+
+ISAS = cpu.supported_isas().split()
+FLOATS = (np.float32, np.float16, bfloat16)
+# (N, K, group size): each a multiple of nothing in its own way; whole rows are one group of K
+SHAPES = (
+    (1, 1, 64),
+    (15, 7, 32),
+    (17, 100, 100),
+    (33, 172, 32),
+    (5, 172, 172),
+    (16, 129, 128),
+    (40, 192, 64),
+    (31, 1100, 1100),
+    (24, 700, 200),
+    (19, 4548, 128),
+    (18, 11008, 11008),
+)
+
+pytestmark = pytest.mark.parametrize("isa", ISAS)
+
+
+def qtensor(n, k, group, seed=0, scale_dtype=np.float16, bits=4):
+    rng = np.random.default_rng(seed)
+    groups = (n, -(-k // group))
+    codes = rng.integers(0, 2**bits, (n, k), dtype=np.uint8)
+    zeros = rng.integers(0, 2**bits, groups, dtype=np.uint8)
+    scales = rng.uniform(0.001, 0.02, groups).astype(scale_dtype)
+    return QTensor(codes, scales, zeros, bits, group)
+
+
+def activations(t, k, seed=1):
+    return np.random.default_rng(seed).standard_normal((t, k)).astype(np.float32)
+
+
+def exact(weight, x):
+    dense = weight.dequantize(np.float64) if isinstance(weight, QTensor) else weight.astype(np.float64)
+    return x.astype(np.float64) @ dense.T
+
+
+def nmse(found, expected):
+    """Of the worst row."""
+    error, power = ((found - expected) ** 2).sum(-1), (expected**2).sum(-1)
+    assert (found[power == 0] == 0).all()
+    return (error[power > 0] / power[power > 0]).max(initial=0)
+
+
+def same(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale_dtype", FLOATS)
+def test_unpacking_gives_back_what_was_packed(isa, scale_dtype):
+    for n, k, group in SHAPES:
+        weight = qtensor(n, k, group, scale_dtype=scale_dtype)
+        (found,) = PackedLinear.pack(weight, isa).unpack().segments
+        assert same(found.codes, weight.codes) and same(found.zeros, weight.zeros) and same(found.scales, weight.scales)
+        assert (found.bits, found.group_size) == (4, group)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_unpacking_gives_back_float_weights(isa, dtype):
+    for n, k, _ in SHAPES:
+        bits = np.random.default_rng(n).integers(0, 256, n * k * np.dtype(dtype).itemsize, dtype=np.uint8)
+        weight = bits.view(dtype).reshape(n, k)  # NaN payloads, infinities and subnormals among them
+        assert same(PackedLinear.pack(weight, isa).unpack().segments[0], weight)
+
+
+def test_packing_in_slices_gives_the_same_bytes(isa):
+    weight = qtensor(70, 300, 128)
+    whole = PackedLinear.pack(weight, isa).segments[0]
+    pieces = np.full_like(whole.data, 0xAA)
+    buffer = cpu_linear.aligned(pieces.nbytes)
+    for begin, end in ((3, 5), (0, 1), (1, 3)):
+        addresses = (a.ctypes.data for a in (weight.codes, weight.scales, weight.zeros))
+        cpu.pack(isa, whole.shape, *addresses, buffer.ctypes.data, begin, end)
+    assert same(buffer, whole.data)
+
+
+# ---- 4-bit results ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_q4_equals_float64(isa, shape):
+    weight, x = qtensor(*shape), activations(33, shape[1])
+    packed = PackedLinear.pack(weight, isa)
+    expected = exact(weight, x)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33):
+        found = linear(packed, x[:rows])
+        assert ((found - expected[:rows]) ** 2).sum() <= 1e-7 * (expected[:rows] ** 2).sum(), f"{rows} rows"
+
+
+@pytest.mark.parametrize("scale_dtype", (np.float32, bfloat16))
+def test_q4_with_wide_scales(isa, scale_dtype):
+    for n, k, group in SHAPES[3:8]:
+        weight, x = qtensor(n, k, group, scale_dtype=scale_dtype), activations(9, k)
+        assert nmse(linear(PackedLinear.pack(weight, isa), x), exact(weight, x)) < 1e-6
+
+
+@pytest.mark.parametrize("bits", (2, 3))
+def test_narrower_codes_use_the_same_kernel(isa, bits):
+    weight, x = qtensor(20, 256, 64, bits=bits), activations(3, 256)
+    packed = PackedLinear.pack(weight, isa)
+    assert nmse(linear(packed, x), exact(weight, x)) < 1e-6
+    assert packed.unpack().segments[0].bits == bits
+
+
+def saturated(x):
+    return np.where(x > 0, np.float32(65504), np.float32(-65504))
+
+
+def all_saturated(x):
+    return np.full_like(x, 65504)
+
+
+def one_huge(x):
+    x = x.copy()
+    x[:, x.shape[1] // 2] = 65504
+    return x
+
+
+def one_huge_among_tiny(x):
+    x = x * np.float32(1e-4)
+    x[:, -1] = -65504
+    return x
+
+
+def a_spike(x):
+    spike = np.zeros_like(x)
+    spike[:, x.shape[1] // 3] = 3
+    return spike
+
+
+def one_sign(x):
+    return np.abs(x) + np.float32(100)
+
+
+def far_apart(x):
+    """Each value of a size of its own, over eight decades."""
+    return x * np.float32(10) ** np.random.default_rng(5).uniform(-4, 4, x.shape).astype(np.float32)
+
+
+def whole_range(x):
+    """Rows of very small and of very large values."""
+    return x * np.float32(10) ** np.linspace(-25, 25, len(x), dtype=np.float32)[:, None]
+
+
+@pytest.mark.parametrize("group", (32, 64, 128, 11008))
+@pytest.mark.parametrize(
+    "twist",
+    (saturated, all_saturated, one_huge, one_huge_among_tiny, a_spike, one_sign, far_apart, whole_range, np.zeros_like),
+    ids=lambda f: f.__name__,
+)
+def test_q4_with_adversarial_activations(isa, group, twist):
+    k = 11008 if group == 11008 else 1000
+    weight, x = qtensor(33, k, group), twist(activations(5, k))
+    assert nmse(linear(PackedLinear.pack(weight, isa), x), exact(weight, x)) < 1e-6
+
+
+@pytest.mark.parametrize("group, huge", ((8, 1), (32, 1), (32, 2), (64, 4), (128, 1), (128, 2), (128, 8), (11008, 8)))
+@pytest.mark.parametrize("size", (100, 65504, 1e20))
+def test_a_huge_activation_without_weight_leaves_the_small_ones(isa, group, huge, size):
+    """The columns of the huge values hold their zero points: the result is carried by the others alone."""
+    k = 11008 if group == 11008 else 1024
+    weight, x = qtensor(33, k, group), activations(5, k)
+    for begin in range(0, k, min(group, 128)):
+        columns = begin + np.arange(huge) * 3
+        weight.codes[:, columns] = weight.zeros[:, columns // group]
+        x[:, columns] = np.float32(size) * np.sign(x[:, columns])
+    assert nmse(linear(PackedLinear.pack(weight, isa), x), exact(weight, x)) < 1e-6
+
+
+@pytest.mark.parametrize("group", (32, 128, 512))
+def test_q4_with_adversarial_weights(isa, group):
+    k = 512
+    x = activations(5, k)
+    weight = qtensor(33, k, group)
+    weight.codes[:, :group] = np.repeat(weight.zeros[:, :1], group, axis=1)  # a group of zeros
+    weight.codes[3], weight.zeros[3] = 15, 0  # constant rows: all the largest, all the smallest, all zero
+    weight.codes[4], weight.zeros[4] = 0, 15
+    weight.codes[5], weight.zeros[5] = 7, 7
+    weight.scales[6] = 0
+    weight.scales[7] = np.float16(6e-8)  # the smallest subnormal
+    weight.scales[8] = -weight.scales[8]
+    found, expected = linear(PackedLinear.pack(weight, isa), x), exact(weight, x)
+    assert nmse(found, expected) < 1e-6
+    assert (found[:, 5] == 0).all() and (found[:, 6] == 0).all()
+    assert nmse(found[:, 7:8].T, expected[:, 7:8].T) < 1e-6
+
+
+@pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf))
+def test_what_is_not_finite_stays_so(isa, bad):
+    for weight in (qtensor(17, 300, 128), qtensor(17, 300, 300), np.ones((17, 300), np.float16)):
+        x = activations(6, 300)
+        packed = PackedLinear.pack(weight, isa)
+        clean = linear(packed, x)
+        x[2, 290] = bad
+        found = linear(packed, x)
+        assert not np.isfinite(found[2]).any()
+        assert same(np.delete(found, 2, axis=0), np.delete(clean, 2, axis=0))
+
+
+# ---- other types -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_float_weights_equal_float64(isa, dtype):
+    for n, k, _ in SHAPES:
+        weight, x = activations(n, k, seed=3).astype(dtype), activations(9, k)
+        expected, packed = exact(weight, x), PackedLinear.pack(weight, isa)
+        for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9):
+            found = linear(packed, x[:rows])
+            assert ((found - expected[:rows]) ** 2).sum() <= 1e-11 * (expected[:rows] ** 2).sum(), (n, k, rows)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_subnormal_weights_count(isa, dtype):
+    info_bits = {np.float32: 23, np.float16: 10, bfloat16: 7}[dtype]
+    unsigned = np.uint32 if dtype is np.float32 else np.uint16
+    patterns = np.random.default_rng(2).integers(1, 2**info_bits, (20, 50)).astype(unsigned)
+    weight = patterns.view(dtype)
+    x = activations(3, 50) * np.float32(2) ** 100 if dtype is not np.float16 else activations(3, 50)
+    assert nmse(linear(PackedLinear.pack(weight, isa), x), exact(weight, x)) < 1e-11
+
+
+# ---- slices, neighbours and borders ----------------------------------------------------------------------------------
+
+WEIGHTS = {
+    "q4": lambda: qtensor(75, 300, 128),
+    "q4-wide": lambda: qtensor(75, 300, 300, scale_dtype=np.float32),
+    "f32": lambda: activations(75, 301),
+    "f16": lambda: activations(75, 301).astype(np.float16),
+    "bf16": lambda: activations(75, 301).astype(bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_a_row_does_not_depend_on_its_neighbours(isa, kind):
+    packed = PackedLinear.pack(WEIGHTS[kind](), isa)
+    x = one_huge(activations(150, packed.shape[1]))  # so many that they go in several panels
+    whole = linear(packed, x)
+    for begin, end in ((0, 1), (1, 3), (3, 10), (10, 27), (27, 150)):
+        assert same(linear(packed, x[begin:end]), whole[begin:end])
+
+
+def run_slices(isa, segment, x, y, slices):
+    bytes_per_row = cpu.activation_bytes(isa, segment.shape)
+    prepared = cpu_linear.aligned(bytes_per_row * len(x))
+    cpu.prepare(isa, segment.shape, x.ctypes.data, prepared.ctypes.data, len(x))
+    for begin, end in slices:
+        address, stride = y.ctypes.data, y.strides[0] // 4
+        cpu.linear(
+            isa, segment.shape, segment.data.ctypes.data, prepared.ctypes.data, len(x), begin, end, address, stride
+        )
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_slices_fill_their_rows_and_nothing_else(isa, kind):
+    (segment,) = (packed := PackedLinear.pack(WEIGHTS[kind](), isa)).segments
+    n, k = packed.shape
+    x = activations(11, k)
+    whole = linear(packed, x)
+    for slices in ([(0, 5)], [(4, 5), (0, 2), (2, 4)], [(i, i + 1) for i in range(5)], [(2, 2), (0, 5)]):
+        y = np.full((11, n + 7), np.float32(-12345))
+        run_slices(isa, segment, x, y, slices)
+        assert same(np.ascontiguousarray(y[:, :n]), whole)
+        assert (y[:, n:] == -12345).all()
+    y = np.full((11, n + 7), np.float32(-12345))
+    run_slices(isa, segment, x, y, [(1, 2)])
+    assert (np.delete(y, slice(16, 32), axis=1) == -12345).all()
+
+
+class Fenced:
+    """Memory that ends, or begins, at a page which may not be touched."""
+
+    def __init__(self, nbytes, at_end):
+        page = mmap.PAGESIZE
+        size = -(-nbytes // page) * page
+        self.map = mmap.mmap(-1, size + page)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+        fence = start + size if at_end else start
+        assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(fence), page, 0) == 0
+        self.address = fence - nbytes if at_end else start + page
+        self.fence = fence
+
+    def put(self, array):
+        ctypes.memmove(self.address, array.ctypes.data, array.nbytes)
+        return self.address
+
+    def free(self):
+        ctypes.CDLL(None).mprotect(ctypes.c_void_p(self.fence), mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="mprotect as Linux has it")
+@pytest.mark.parametrize("at_end", (True, False))
+def test_nothing_outside_the_buffers_is_touched(isa, at_end):
+    for weight in (*(make() for make in WEIGHTS.values()), qtensor(1, 1, 1), qtensor(3, 9, 4)):
+        (segment,) = (packed := PackedLinear.pack(weight, isa)).segments
+        n, k = packed.shape
+        rows, tiles = 7, -(-n // 16)
+        x = one_huge(activations(rows, k))
+        arrays = (weight.codes, weight.scales, weight.zeros) if isinstance(weight, QTensor) else (weight,)
+        fences = [Fenced(a.nbytes, at_end) for a in arrays]
+        addresses = [f.put(a) for f, a in zip(fences, arrays, strict=True)] + [0, 0]
+        to_pack = Fenced(segment.data.nbytes, at_end)
+        to_prepare = Fenced(cpu.activation_bytes(isa, segment.shape) * rows, at_end)
+        source, target = Fenced(x.nbytes, at_end), Fenced(rows * n * 4, at_end)
+        cpu.pack(isa, segment.shape, *addresses[:3], to_pack.address, 0, tiles)
+        cpu.unpack(isa, segment.shape, to_pack.address, *addresses[:3])
+        cpu.prepare(isa, segment.shape, source.put(x), to_prepare.address, rows)
+        cpu.linear(isa, segment.shape, to_pack.address, to_prepare.address, rows, 0, tiles, target.address, n)
+        found = np.frombuffer(ctypes.string_at(target.address, rows * n * 4), np.float32).reshape(rows, n)
+        assert same(found, linear(packed, x))
+        for fence in (*fences, to_pack, to_prepare, source, target):
+            fence.free()
+
+
+# ---- levels ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_forces_a_level(isa, monkeypatch):
+    monkeypatch.setenv("TINYCHAT_ISA", isa)
+    assert cpu.isa() == isa
+    assert PackedLinear.pack(qtensor(3, 8, 8)).isa == isa
+    monkeypatch.delenv("TINYCHAT_ISA")
+    assert cpu.isa() == ISAS[0]
+    monkeypatch.setenv("TINYCHAT_ISA", "mmx")
+    with pytest.raises(BackendError, match=r"TINYCHAT_ISA=mmx does not run here; supported: .*scalar"):
+        PackedLinear.pack(qtensor(3, 8, 8))
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs /proc/cpuinfo")
+def test_levels_are_those_of_the_cpu(isa):
+    flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split())
+    needs = {"scalar": set(), "avx2": {"avx2", "fma", "f16c"}}
+    needs["avx512"] = needs["avx2"] | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+    needs["avx512vnni"] = needs["avx512"] | {"avx512_vnni"}
+    if platform.machine() not in ("x86_64", "AMD64"):
+        needs = {"scalar": set()}
+    assert set(ISAS) == {name for name, needed in needs.items() if needed <= flags}
+
+
+def test_levels_agree(isa):
+    """The integers are the same everywhere; only fp32 additions differ in order."""
+    weight, x = qtensor(50, 1000, 128), one_huge(activations(4, 1000))
+    scalar = linear(PackedLinear.pack(weight, "scalar"), x).astype(np.float64)
+    assert nmse(linear(PackedLinear.pack(weight, isa), x), scalar) < 1e-12
+
+
+def test_objects_share_no_code_with_other_levels(isa):
+    """A weak symbol in a level's object may be linked into the path of a CPU that cannot run it."""
+    build = Path(__file__).resolve().parent.parent / "build"
+    objects = [o for o in build.rglob("*.o") if f"level_{isa}." in str(o)]
+    if not objects or not shutil.which("nm"):
+        pytest.skip("no objects of this level, or no nm, at hand")
+    for path in objects:
+        symbols = subprocess.run(["nm", str(path)], capture_output=True, text=True, check=True).stdout.splitlines()
+        weak = [line for line in symbols if line.split()[-2] in "vVwWu"]
+        assert not weak, f"{path.name}: {weak}"
+
+
+# ---- the wrapper -----------------------------------------------------------------------------------------------------
+
+
+def test_fused_segments_of_mixed_precision(isa):
+    segments = (qtensor(20, 64, 32), activations(7, 64).astype(bfloat16), qtensor(16, 64, 64, scale_dtype=np.float32))
+    bias = activations(1, 43)[0]
+    packed = PackedLinear.pack(Linear(segments, bias), isa)
+    x = activations(5, 64)
+    expected = np.concatenate([exact(s, x) for s in segments], axis=1) + bias
+    assert packed.shape == (43, 64) and nmse(linear(packed, x), expected) < 1e-6
+    assert same(packed.unpack().bias, bias)
+
+
+def test_arrays_need_not_be_contiguous(isa):
+    whole = qtensor(20, 128, 32)
+    weight = QTensor(whole.codes[::2], whole.scales[::2], whole.zeros[::2], 4, 32)
+    x = activations(128, 6).T
+    assert nmse(linear(PackedLinear.pack(weight, isa), x), exact(weight, x)) < 1e-6
+    dense = activations(128, 20).T
+    assert nmse(linear(PackedLinear.pack(dense, isa), x), exact(dense, x)) < 1e-11
+
+
+def test_no_rows(isa):
+    assert linear(PackedLinear.pack(qtensor(20, 64, 32), isa), np.empty((0, 64), np.float32)).shape == (0, 20)
+
+
+def test_what_does_not_fit_is_refused(isa):
+    packed = PackedLinear.pack(qtensor(20, 64, 32), isa)
+    for x in (activations(2, 63), activations(2, 64)[0], activations(2, 64).astype(np.float64)):
+        with pytest.raises(ValueError, match=r"fp32 \[T, 64\]"):
+            linear(packed, x)
+    with pytest.raises(BackendError, match="'sse9' does not run here"):
+        PackedLinear.pack(qtensor(2, 8, 8), "sse9")
+    with pytest.raises(BackendError, match="up to 4 bits; found 8"):
+        PackedLinear.pack(qtensor(2, 8, 8, bits=8), isa)
+    with pytest.raises(ValueError, match="codes up to 16"):
+        PackedLinear.pack(
+            QTensor(np.full((2, 8), 16, np.uint8), qtensor(2, 8, 8).scales, np.zeros((2, 1), np.uint8), 4, 8)
+        )
+    with pytest.raises(TypeError, match="float64"):
+        PackedLinear.pack(np.ones((2, 8)), isa)
+    with pytest.raises(ValueError, match="nothing to multiply"):
+        PackedLinear.pack(np.ones((0, 8), np.float32), isa)
+    with pytest.raises(ValueError, match="share K"):
+        PackedLinear.pack(Linear((activations(2, 8), activations(2, 9))), isa)
+    with pytest.raises(ValueError, match="a bias for 2 outputs"):
+        PackedLinear.pack(Linear((activations(2, 8),), np.zeros(3, np.float32)), isa)

@@ -1,0 +1,386 @@
+"""The lowered decoder against the PyTorch one, on tiny random models."""
+
+import dataclasses
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from tinychat import rope
+from tinychat.backends import cpu
+from tinychat.cache import Rows
+from tinychat.config import ModelConfig, Rope
+from tinychat.cpuinfo import physical_cores
+from tinychat.errors import BackendError, UsageError
+from tinychat.qtensor import QTensor, bfloat16
+from tinychat.weights import Layer, Linear, MemoryWeights
+
+if cpu.available():
+    pytest.skip(f"cpu backend: {cpu.available()}", allow_module_level=True)
+
+from tinychat import _cpu
+
+ISAS = _cpu.supported_isas().split()
+
+
+def f32(*shape, seed=0, scale=1.0):
+    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
+
+
+def quantized(n, k, group, seed, scales=np.float16):
+    """A random QTensor whose weights have a standard deviation near 0.15."""
+    random = np.random.default_rng(seed)
+    groups = -(-k // group)
+    return QTensor(
+        random.integers(0, 16, (n, k)).astype(np.uint8),
+        random.uniform(0.02, 0.04, (n, groups)).astype(scales),
+        random.integers(5, 11, (n, groups)).astype(np.uint8),
+        4,
+        group,
+    )
+
+
+def model(
+    *,
+    vocab=97,
+    hidden=60,
+    inter=107,
+    layers=2,
+    heads=6,
+    kv_heads=2,
+    dim=10,
+    weight="f32",
+    group=32,
+    tied=False,
+    bias=(),
+    qk_norm=False,
+    window=None,
+    windowed=(1,),
+    table=np.float32,
+):
+    """A random model. `weight`: f32, f16, bf16, q4, or mixed (segments of one linear differ)."""
+    config = ModelConfig(
+        model_type="test",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_dim=dim,
+        intermediate_size=inter,
+        max_positions=512,
+        norm_eps=1e-5,
+        rope=Rope(dim=dim),
+        sliding_window=window,
+        windowed_layers=frozenset(windowed if window else ()),
+        qk_norm=qk_norm,
+        biases=frozenset(bias),
+        tied_head=tied,
+    )
+    seeds = iter(range(10_000))
+
+    def one(n, k, kind):
+        seed = next(seeds)
+        if kind.startswith("q4"):
+            return quantized(n, k, group, seed, {"q4": np.float16, "q4b": bfloat16}[kind])
+        return f32(n, k, seed=seed, scale=0.15).astype({"f32": np.float32, "f16": np.float16, "bf16": bfloat16}[kind])
+
+    def linear(name, sizes, k):
+        kinds = {"mixed": ["q4", "bf16", "q4b"]}.get(weight, [weight] * 3)
+        values = f32(sum(sizes), seed=next(seeds), scale=0.3) if name in bias else None
+        return Linear(tuple(one(n, k, kind) for n, kind in zip(sizes, kinds, strict=False)), values)
+
+    def norm(n):
+        return 1 + f32(n, seed=next(seeds), scale=0.2)
+
+    def layer():
+        return Layer(
+            norm1=norm(hidden),
+            qkv=linear("qkv", [heads * dim, kv_heads * dim, kv_heads * dim], hidden),
+            out=linear("out", [hidden], heads * dim),
+            norm2=norm(hidden),
+            up=linear("up", [inter, inter], hidden),
+            down=linear("down", [hidden], inter),
+            q_norm=norm(dim) if qk_norm else None,
+            k_norm=norm(dim) if qk_norm else None,
+        )
+
+    return MemoryWeights(
+        config,
+        f32(vocab, hidden, seed=next(seeds)).astype(table),
+        [layer() for _ in range(layers)],
+        norm(hidden),
+        None if tied else linear("head", [vocab], hidden),
+    )
+
+
+MODELS = {
+    "plain": {},
+    "mha-64": {"heads": 3, "kv_heads": 3, "dim": 64, "tied": True},
+    "gqa-7": {"heads": 7, "kv_heads": 1, "dim": 8, "bias": ("qkv",), "hidden": 96},
+    "gqa-3-80": {"heads": 6, "kv_heads": 2, "dim": 80, "bias": ("qkv", "out", "up", "down"), "vocab": 131},
+    "qk-norm": {"qk_norm": True, "dim": 16, "tied": True, "table": np.float16},
+    "window": {"window": 5, "layers": 3, "windowed": (0, 2)},
+    "bf16-table": {"tied": True, "table": bfloat16, "hidden": 33},
+}
+
+
+def reference(weights, **options):
+    from tinychat.backends import reference
+
+    return reference.build(weights, **{"ctx_size": 64, "kv_dtype": "fp32", "threads": 1, **options})
+
+
+def build(weights, **options):
+    return cpu.build(weights, **{"ctx_size": 64, "kv_dtype": "fp32", "threads": 2, **options})
+
+
+def ids(n, vocab, seed=0):
+    return np.random.default_rng(seed).integers(0, vocab, n).astype(np.int32)
+
+
+def nmse(y, expected):
+    return ((y - expected) ** 2).sum() / (expected**2).sum()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_the_reference(name):
+    weights = model(**MODELS[name])
+    tokens = ids(40, weights.config.vocab_size)
+    expected = reference(weights).step(Rows.of(tokens, 0, wanted="all"))
+    for isa in ISAS:
+        whole = build(weights, isa=isa).step(Rows.of(tokens, 0, wanted="all"))
+        np.testing.assert_allclose(whole, expected, atol=1e-4)
+        runner = build(weights, isa=isa)
+        pieces = [runner.step(Rows.of(part, at, wanted="all")) for part, at in [(tokens[:23], 0), (tokens[23:30], 23)]]
+        pieces += [runner.step(Rows.of(tokens[at : at + 1], at)) for at in range(30, 40)]
+        np.testing.assert_allclose(np.concatenate(pieces), expected, atol=1e-4)
+        assert runner.cache.lengths.tolist() == [40]
+
+
+@pytest.mark.parametrize("weight", ["f16", "bf16", "q4", "mixed"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_weights_of_every_type(weight, isa):
+    weights = model(weight=weight, bias=("qkv",), kv_heads=2, dim=12, hidden=72, inter=131)
+    tokens = ids(20, weights.config.vocab_size)
+    expected = reference(weights, dtype="fp64").step(Rows.of(tokens, 0, wanted="all"))
+    runner = build(weights, isa=isa)
+    pieces = [runner.step(Rows.of(part, at, wanted="all")) for part, at in [(tokens[:15], 0), (tokens[15:], 15)]]
+    y = np.concatenate(pieces)
+    assert nmse(y, expected) < 1e-6
+    assert build(weights, isa=isa, kv_dtype="fp16").step(Rows.of(tokens, 0)).shape == (1, 97)
+
+
+def test_a_cache_of_fp16_costs_little():
+    weights = model()
+    tokens = ids(30, 97)
+    expected = reference(weights).step(Rows.of(tokens, 0))
+    assert nmse(build(weights, kv_dtype="fp16").step(Rows.of(tokens, 0)), expected) < 1e-5
+
+
+def joined(*parts):
+    """One step of several; wanted rows shift along."""
+    starts = np.cumsum([0, *(len(p) for p in parts)])
+    return Rows(
+        np.concatenate([p.tokens for p in parts]),
+        np.concatenate([p.positions for p in parts]),
+        np.concatenate([p.slots for p in parts]),
+        np.concatenate([p.wanted + start for p, start in zip(parts, starts[:-1], strict=True)]).astype(np.int32),
+    )
+
+
+@pytest.mark.parametrize("name", ["plain", "window", "qk-norm"])
+def test_three_slots_in_one_step(name):
+    """One slot prefills while two, of unequal length, decode: each gets what it gets alone."""
+    weights = model(**MODELS[name])
+    runner = build(weights, n_slots=3)
+    texts = [ids(n, 97, seed=n) for n in (19, 6, 31)]
+    alone = []
+    for text in texts:
+        single = build(weights)
+        single.step(Rows.of(text[:5], 0))
+        single.step(Rows.of(text[5:-1], 5, wanted="none"))
+        alone.append(single.step(Rows.of(text[-1:], len(text) - 1)))
+    runner.step(joined(*(Rows.of(texts[slot][:5], 0, slot) for slot in (2, 0))))
+    runner.step(Rows.of(texts[0][5:-1], 5, 0, wanted="none"))
+    runner.step(Rows.of(texts[2][5:-1], 5, 2, wanted="none"))
+    decode0, decode2 = (Rows.of(texts[s][-1:], len(texts[s]) - 1, s) for s in (0, 2))
+    y = runner.step(joined(decode2, Rows.of(texts[1], 0, 1), decode0))
+    np.testing.assert_allclose(y, np.concatenate([alone[2], alone[1], alone[0]]), atol=2e-5)
+    assert runner.cache.lengths.tolist() == [19, 6, 31]
+    reference_runner = reference(weights)
+    np.testing.assert_allclose(y[1:2], reference_runner.step(Rows.of(texts[1], 0)), atol=1e-4)
+    # Rows of different slots may alternate.
+    mixed = Rows(
+        np.array([3, 4, 5, 6], np.int32),
+        np.array([6, 19, 7, 20], np.int32),
+        np.array([1, 0, 1, 0], np.int32),
+        np.array([3, 2], np.int32),
+    )
+    apart = build(weights, n_slots=3)
+    apart.cache.keys[:], apart.cache.values[:], apart.cache.lengths[:] = (
+        runner.cache.keys,
+        runner.cache.values,
+        runner.cache.lengths,
+    )
+    expected = [apart.step(Rows.of([4, 6], 19, 0)), apart.step(Rows.of([3, 5], 6, 1))]
+    np.testing.assert_allclose(runner.step(mixed), np.concatenate(expected), atol=2e-5)
+
+
+def test_slots_are_cut_and_copied():
+    weights = model()
+    runner = build(weights, n_slots=2)
+    tokens = ids(20, 97)
+    whole = runner.step(Rows.of(tokens, 0, wanted="all"))
+    runner.cache.truncate(0, 12)
+    runner.cache.copy(0, 1)
+    for slot in (0, 1):
+        again = runner.step(Rows.of(tokens[12:], 12, slot, wanted="all"))
+        np.testing.assert_allclose(again, whole[12:], atol=2e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weight", ["f32", "q4"])
+def test_threads_do_not_change_a_bit(isa, weight):
+    weights = model(weight=weight)
+    tokens = ids(21, 97)
+    results = []
+    for threads in (1, 2, 3, 7):
+        runner = build(weights, isa=isa, threads=threads)
+        results.append([runner.step(Rows.of(tokens[:20], 0, wanted="all")), runner.step(Rows.of(tokens[20:], 20))])
+    for result in results[1:]:
+        for y, expected in zip(result, results[0], strict=True):
+            np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("table", [np.float32, np.float16, bfloat16])
+def test_embeddings_in_place_of_tokens(table):
+    weights = model(table=table)
+    tokens = ids(9, 97)
+    by_token = Rows.of(tokens, 0, wanted="all")
+    vectors = weights.embedding[tokens].astype(np.float32)
+    by_vector = Rows(None, by_token.positions, by_token.slots, by_token.wanted, vectors)
+    np.testing.assert_array_equal(build(weights).step(by_vector), build(weights).step(by_token))
+
+
+def test_wanted_rows_come_in_the_order_asked():
+    weights = model()
+    rows = Rows.of(ids(6, 97), 0, wanted="all")
+    every = build(weights).step(rows)
+    wanted = np.array([5, 0, 0, 3, 5, 1, 2, 4, 5], np.int32)  # more than there are rows
+    some = build(weights).step(Rows(rows.tokens, rows.positions, rows.slots, wanted))
+    np.testing.assert_array_equal(some, every[wanted])
+    assert build(weights).step(Rows.of(ids(6, 97), 0, wanted="none")).shape == (0, 97)
+
+
+def test_partly_rotated_heads_pass_the_rest_through():
+    """Keys in the cache where the first 4 of 10 dimensions are rotated, against those where all are, turned back."""
+    weights = model(layers=1, heads=1, kv_heads=1, hidden=20)
+    full, part = weights.config, dataclasses.replace(weights.config, rope=Rope(dim=4))
+    runner = build(dataclasses.replace(weights, config=part))
+    tokens = ids(5, 97)
+    runner.step(Rows.of(tokens, 0))
+    plain = build(dataclasses.replace(weights, config=full))
+    plain.step(Rows.of(tokens, 0))
+    positions = np.arange(5, dtype=np.int32)
+    cos, sin = rope.angles(full.rope, positions, np.full(5, 5, np.int32))
+    a, b = np.split(plain.cache.keys[0, 0, 0, :5], 2, axis=-1)
+    raw = np.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
+    cos, sin = rope.angles(part.rope, positions, np.full(5, 5, np.int32))
+    expected = raw.copy()
+    expected[:, :2] = raw[:, :2] * cos - raw[:, 2:4] * sin
+    expected[:, 2:4] = raw[:, 2:4] * cos + raw[:, :2] * sin
+    np.testing.assert_allclose(runner.cache.keys[0, 0, 0, :5], expected, atol=1e-5)
+
+
+def test_what_cannot_be_run_is_refused_before_it_runs():
+    weights = model()
+    runner = build(weights)
+    for tokens in ([97], [-1], [3, 2**31 - 1]):
+        with pytest.raises(ValueError, match="token ids"):
+            runner.step(Rows.of(np.array(tokens, np.int32), 0))
+    rows = Rows.of(ids(3, 97), 0)
+    with pytest.raises(ValueError, match="wanted"):
+        runner.step(Rows(rows.tokens, rows.positions, rows.slots, np.array([3], np.int32)))
+    with pytest.raises(ValueError, match="neither"):
+        runner.step(Rows(None, rows.positions, rows.slots, rows.wanted))
+    with pytest.raises(ValueError, match="embeddings"):
+        runner.step(Rows(None, rows.positions, rows.slots, rows.wanted, np.zeros((3, 7), np.float32)))
+    with pytest.raises(ValueError, match="continues"):
+        runner.step(Rows.of(ids(3, 97), 1))
+    with pytest.raises(ValueError, match="cache"):
+        runner.step(Rows.of(ids(65, 97), 0))
+    assert runner.cache.lengths.tolist() == [0]
+    with pytest.raises(UsageError, match="kv_dtype"):
+        build(weights, kv_dtype="int8")
+    with pytest.raises(BackendError, match=r"supported: .*scalar"):
+        build(weights, isa="mmx")
+    for threads in (0, -1, 10**9):
+        with pytest.raises(UsageError, match="threads"):
+            build(weights, threads=threads)
+
+
+def test_a_weight_of_the_wrong_shape_is_named():
+    weights = model()
+    wrong = Layer(**{**vars(weights.layers[1]), "down": weights.layers[1].out})
+    with pytest.raises(ValueError, match="down"):
+        build(MemoryWeights(weights.config, weights.embedding, [weights.layers[0], wrong], weights.final_norm))
+
+
+def test_options_from_the_environment(monkeypatch):
+    monkeypatch.setenv("TINYCHAT_THREADS", "3")
+    assert cpu.thread_count(None) == 3
+    assert cpu.thread_count(2) == 2
+    assert "3 threads" in cpu.describe()
+    monkeypatch.setenv("TINYCHAT_ISA", "scalar")
+    assert cpu.describe() == "cpu (scalar, 3 threads)"
+    monkeypatch.setenv("TINYCHAT_ISA", "mmx")
+    assert "mmx" in cpu.available() and "scalar" in cpu.available()
+    monkeypatch.setenv("TINYCHAT_THREADS", "many")
+    with pytest.raises(UsageError, match="TINYCHAT_THREADS is 'many'"):
+        cpu.thread_count(None)
+
+
+def test_physical_cores_within_the_quota(tmp_path):
+    assert 1 <= physical_cores() <= (os.cpu_count() or 1)
+    assert physical_cores(tmp_path) >= 1
+    for cpu_number in os.sched_getaffinity(0):  # every CPU a thread of one core
+        topology = tmp_path / f"sys/devices/system/cpu/cpu{cpu_number}/topology"
+        topology.mkdir(parents=True)
+        (topology / "physical_package_id").write_text("0\n")
+        (topology / "core_id").write_text("0\n")
+    assert physical_cores(tmp_path) == 1
+    for cpu_number in os.sched_getaffinity(0):
+        (tmp_path / f"sys/devices/system/cpu/cpu{cpu_number}/topology/core_id").write_text(f"{cpu_number}\n")
+    assert physical_cores(tmp_path) == len(os.sched_getaffinity(0))
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/box/inner\n")
+    (tmp_path / "sys/fs/cgroup/box/inner").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/box/inner/cpu.max").write_text("max 100000\n")
+    (tmp_path / "sys/fs/cgroup/box/cpu.max").write_text("50000 100000\n")
+    assert physical_cores(tmp_path) == 1
+
+
+def test_a_forked_child_steps_with_threads_of_its_own():
+    weights = model()
+    runner = build(weights)
+    tokens = ids(8, 97)
+    expected = runner.step(Rows.of(tokens, 0))
+    runner.cache.truncate(0, 0)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a child that hangs is killed
+        same = np.array_equal(runner.step(Rows.of(tokens, 0)), expected)
+        del runner
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    np.testing.assert_array_equal(runner.step(Rows.of(tokens, 0)), expected)
+
+
+def test_progress_and_size():
+    seen = []
+    runner = build(model(tied=True), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 2), (2, 2)]
+    per_layer = 60 * (60 + 40) + 60 * 60 + 60 * 107 * 3 + 120
+    assert 4 * (97 * 60 + 2 * per_layer + 60) <= runner.weight_bytes < 4.6 * (97 * 60 + 2 * per_layer + 60)

@@ -1,0 +1,260 @@
+"""The CPU backend: the decoder lowered to C++ (`csrc/decoder.cpp`), its weights packed for this CPU's instructions.
+
+Every shape and dtype is checked here; C++ gets addresses. It imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tinychat import rope
+from tinychat.cache import KVCache, Rows
+from tinychat.cpuinfo import physical_cores
+from tinychat.errors import BackendError, UsageError
+from tinychat.qtensor import QTensor, Weight, bfloat16
+from tinychat.weights import Layer, Linear, WeightSource
+
+_cpu: Any = None
+try:
+    _cpu = importlib.import_module("tinychat._cpu")
+except ImportError as error:
+    _missing = (
+        f"the compiled kernels (tinychat._cpu) are missing ({error}); "
+        "reinstall tinychat with a C++ compiler present: pip install ."
+    )
+
+MAX_THREADS = 1024
+
+
+def available() -> str | None:
+    """None, or why this backend cannot be used."""
+    if _cpu is None:
+        return _missing
+    try:
+        _cpu.isa()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def describe() -> str:
+    """One line: the instruction set and threads, as 'cpu (avx512vnni, 2 threads)'."""
+    return _describe(_cpu.isa(), thread_count(None))
+
+
+def thread_count(threads: int | None) -> int:
+    """`threads`, or TINYCHAT_THREADS, or one for each physical core. UsageError where it is not a sensible number."""
+    if threads is None:
+        name, given = "TINYCHAT_THREADS", os.environ.get("TINYCHAT_THREADS", "")
+    else:
+        name, given = "threads", str(threads)
+    if not given:
+        return min(physical_cores(), MAX_THREADS)
+    if not given.isascii() or not given.isdigit() or not 1 <= int(given) <= MAX_THREADS:
+        raise UsageError(f"{name} is {given!r}; expected a number from 1 to {MAX_THREADS}")
+    return int(given)
+
+
+def build(
+    source: WeightSource,
+    *,
+    ctx_size: int,
+    n_slots: int = 1,
+    threads: int | None = None,
+    kv_dtype: str = "fp16",
+    isa: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CpuRunner:
+    """A runner of `source` with `n_slots` caches of `ctx_size` positions each.
+
+    threads: see `thread_count`; kv_dtype fp16 or fp32; isa: one of the levels that run here, by default the best or
+    what TINYCHAT_ISA names; progress(done, total): called after each layer. Peak memory is the packed model and one
+    layer. Raises UsageError for a wrong option, BackendError where this machine cannot hold or run the model.
+    """
+    if kv_dtype not in ("fp16", "fp32"):
+        raise UsageError(f"kv_dtype {kv_dtype!r}; the cpu backend has fp16 and fp32")
+    if reason := available():
+        raise BackendError(f"backend 'cpu' cannot be used here: {reason}")
+    isa = isa or _cpu.isa()
+    if isa not in _cpu.supported_isas().split():
+        raise BackendError(f"instruction set {isa!r} does not run here; supported: {_cpu.supported_isas()}")
+    config = source.config
+    try:
+        cache = KVCache(config.n_layers, n_slots, config.n_kv_heads, ctx_size, config.head_dim, kv_dtype)
+        return CpuRunner(source, cache, isa, thread_count(threads), progress)
+    except MemoryError:
+        need = n_slots * config.kv_bytes(ctx_size, 2 if kv_dtype == "fp16" else 4)
+        raise BackendError(
+            f"not enough memory for the model and a KV cache of {need / 1e9:.2f} GB "
+            f"({n_slots} x {ctx_size} positions); load with a smaller context (--ctx-size)"
+        ) from None
+
+
+class CpuRunner:
+    """A `Runner` (see `backends`): weights in C++, the cache in numpy, one call per step. One step at a time."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        cache: KVCache,
+        isa: str,
+        n_threads: int,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        self.config = config = source.config
+        self.cache = cache
+        self.description = _describe(isa, n_threads)
+        self._decoder = _cpu.Decoder(
+            isa=isa,
+            n_threads=n_threads,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            intermediate_size=config.intermediate_size,
+            rope_dim=config.rope.dim,
+            norm_eps=config.norm_eps,
+            windows=[config.window(layer) for layer in range(config.n_layers)],
+        )
+        self._set_embed(source.embed())
+        for index in range(config.n_layers):
+            self._add_layer(source.layer(index))
+            if progress:
+                progress(index + 1, config.n_layers)
+        keep: list[np.ndarray] = []
+        head = None if config.tied_head else source.head()
+        packed = None if head is None else _linear(head, config.vocab_size, config.hidden_size, "head", keep)
+        self._decoder.finish(_vector(source.norm(), config.hidden_size, "norm", keep), packed)
+        self.weight_bytes: int = self._decoder.weight_bytes
+
+    def _set_embed(self, table: np.ndarray) -> None:
+        expected = (self.config.vocab_size, self.config.hidden_size)
+        if table.shape != expected:
+            raise ValueError(f"the embedding table is {table.shape}, expected {expected}")
+        table = np.ascontiguousarray(table)
+        self._decoder.set_embed(_float_type(table), table.ctypes.data)
+
+    def _add_layer(self, layer: Layer) -> None:
+        config = self.config
+        keep: list[np.ndarray] = []
+        if (layer.q_norm is not None, layer.k_norm is not None) != (config.qk_norm, config.qk_norm):
+            raise ValueError("a layer has q and k norms and the config does not, or the other way round")
+        hidden, inter, q_size = config.hidden_size, config.intermediate_size, config.q_size
+        self._decoder.add_layer(
+            norm1=_vector(layer.norm1, hidden, "norm1", keep),
+            norm2=_vector(layer.norm2, hidden, "norm2", keep),
+            q_norm=_vector(layer.q_norm, config.head_dim, "q_norm", keep),
+            k_norm=_vector(layer.k_norm, config.head_dim, "k_norm", keep),
+            qkv=_linear(layer.qkv, q_size + 2 * config.kv_size, hidden, "qkv", keep),
+            out=_linear(layer.out, hidden, q_size, "out", keep),
+            up=_linear(layer.up, 2 * inter, hidden, "up", keep),
+            down=_linear(layer.down, hidden, inter, "down", keep),
+        )
+
+    def step(self, rows: Rows) -> np.ndarray:
+        """Run `rows`, extend the cache, return fp32 logits [len(rows.wanted), vocab_size].
+
+        Raises ValueError where the rows do not continue their slots, or a token is not in the vocabulary.
+        """
+        config, cache, n = self.config, self.cache, len(rows)
+        slots, positions = _indices(rows.slots, n, "slots"), _indices(rows.positions, n, "positions")
+        wanted = _indices(rows.wanted, len(rows.wanted), "wanted")
+        tokens = embeddings = None
+        if rows.embeddings is not None:
+            embeddings = np.ascontiguousarray(rows.embeddings, np.float32)
+            if embeddings.shape != (n, config.hidden_size):
+                raise ValueError(f"embeddings {embeddings.shape}, expected {(n, config.hidden_size)}")
+        elif rows.tokens is not None:
+            tokens = _indices(rows.tokens, n, "tokens")
+            if n and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
+                raise ValueError(f"token ids must lie in 0..{config.vocab_size - 1}")
+        else:
+            raise ValueError("rows have neither tokens nor embeddings")
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < n:
+            raise ValueError(f"wanted rows must lie in 0..{n - 1}")
+        lengths = cache.check(rows)
+        cos, sin = (np.ascontiguousarray(a, np.float32) for a in rope.angles(config.rope, positions, lengths[slots]))
+        logits = np.empty((len(wanted), config.vocab_size), np.float32)
+        self._decoder.step(
+            rows=n,
+            tokens=_address(tokens),
+            embeddings=_address(embeddings),
+            positions=_address(positions),
+            slots=_address(slots),
+            cos=_address(cos),
+            sin=_address(sin),
+            n_wanted=len(wanted),
+            wanted=_address(wanted),
+            cache_type=_cpu.CacheType.f16 if cache.dtype == np.float16 else _cpu.CacheType.f32,
+            n_slots=cache.n_slots,
+            capacity=cache.capacity,
+            keys=_address(cache.keys),
+            values=_address(cache.values),
+            logits=_address(logits),
+        )
+        cache.lengths[:] = lengths
+        return logits
+
+
+def _describe(isa: str, n_threads: int) -> str:
+    return f"cpu ({isa}, {n_threads} thread{'s' if n_threads > 1 else ''})"
+
+
+def _address(array: np.ndarray | None) -> int:
+    return 0 if array is None else array.ctypes.data
+
+
+def _indices(values: np.ndarray, n: int, name: str) -> np.ndarray:
+    array = np.asarray(values)
+    if array.shape != (n,) or array.dtype != np.int32:
+        raise ValueError(f"{name}: {array.dtype} {array.shape}, expected int32 ({n},)")
+    return np.ascontiguousarray(array)
+
+
+def _kept(array: np.ndarray, keep: list[np.ndarray]) -> int:
+    """The array's address, contiguous; `keep` holds it alive until the call that reads it is over."""
+    keep.append(np.ascontiguousarray(array))
+    return keep[-1].ctypes.data
+
+
+def _vector(values: np.ndarray | None, n: int, name: str, keep: list[np.ndarray]) -> int:
+    if values is None:
+        return 0
+    if values.shape != (n,):
+        raise ValueError(f"{name} is {values.shape}, expected ({n},)")
+    return _kept(values.astype(np.float32, copy=False), keep)
+
+
+def _linear(linear: Linear, n: int, k: int, name: str, keep: list[np.ndarray]) -> tuple[list[tuple], int]:
+    """What `_cpu.Decoder` takes for a linear [n, k]: (segments, bias)."""
+    if linear.shape != (n, k) or any(segment.shape[1] != k for segment in linear.segments):
+        raise ValueError(f"{name} is {[segment.shape for segment in linear.segments]}, expected {(n, k)} in all")
+    bias = _vector(linear.bias, n, f"bias of {name}", keep)
+    return [_segment(segment, keep) for segment in linear.segments], bias
+
+
+def _segment(weight: Weight, keep: list[np.ndarray]) -> tuple:
+    """(shape, addresses of values, scales, zeros)."""
+    n, k = weight.shape
+    if isinstance(weight, QTensor):
+        if weight.bits > 4:
+            raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 4")
+        wide = weight.scales.dtype != np.float16
+        scales = weight.scales.astype(np.float32, copy=False) if wide else weight.scales
+        shape = _cpu.WeightShape(_cpu.WeightType.q4, n, k, min(weight.group_size, k), wide)
+        return shape, _kept(weight.codes, keep), _kept(scales, keep), _kept(weight.zeros, keep)
+    return _cpu.WeightShape(_float_type(weight), n, k, k, False), _kept(weight, keep), 0, 0
+
+
+def _float_type(values: np.ndarray) -> Any:
+    types = _cpu.WeightType
+    kinds = {np.dtype(np.float32): types.f32, np.dtype(np.float16): types.f16, bfloat16: types.bf16}
+    if values.dtype not in kinds:
+        raise ValueError(f"a weight of {values.dtype}; expected float32, float16 or bfloat16")
+    return kinds[values.dtype]

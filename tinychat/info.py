@@ -1,0 +1,150 @@
+"""`tinychat info`: what a model is, how precise, the memory it needs, and the backend that it would run on.
+
+`gather` makes plain data of the configuration and of the headers of the weight files; it reads no weight. `table` puts
+that into words.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from tinychat import backends, checkpoint, engine, memory, tokenizer
+from tinychat.checkpoint.inventory import LAYER_LINEARS, Inventory, segments
+from tinychat.checkpoint.shards import Shards
+from tinychat.errors import TemplateError, TokenizerError
+
+KV_ITEMSIZE = {"fp16": 2, "fp32": 4}
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+
+def gather(
+    model: str,
+    *,
+    device: str = "auto",
+    ctx_size: int | None = None,
+    kv_dtype: str = "fp16",
+    revision: str | None = None,
+    offline: bool = False,
+    ignore_config: Collection[str] = (),
+) -> dict[str, Any]:
+    """The facts about `model` under names that `tinychat info --json` prints; bytes and counts are plain numbers."""
+    path = checkpoint.locate(model, revision=revision, offline=offline)
+    source = checkpoint.open(path, ignore_config=ignore_config)
+    c = source.config
+    size = engine.context_size(c, ctx_size)
+    module, why = backends.choose(device)
+    shards = Shards(path)
+    return {
+        "model": model,
+        "path": str(path),
+        "architecture": c.model_type,
+        "n_parameters": source.n_parameters,
+        **{name: getattr(c, name) for name in ("n_layers", "hidden_size", "n_heads", "n_kv_heads", "head_dim")},
+        **{name: getattr(c, name) for name in ("intermediate_size", "vocab_size", "max_positions", "tied_head")},
+        "weights": _weights(source, shards),
+        "file_bytes": source.file_bytes,
+        "n_files": len(shards.files),
+        "ctx_size": size,
+        "kv_dtype": kv_dtype,
+        "memory": {
+            **memory.estimate(c, source.file_bytes, size, kv_itemsize=KV_ITEMSIZE[kv_dtype]),
+            "available": memory.available(),
+        },
+        **_text(path),
+        "backend": module.__name__.rpartition(".")[2],
+        "backend_description": module.describe(),
+        "backend_reason": why,
+    }
+
+
+def _weights(source: checkpoint.Checkpoint, shards: Shards) -> dict[str, Any]:
+    """How many weights are quantized and how, how many are plain in which dtype, which linears the quantizer left."""
+    c, names, quantization = source.config, source.names, source.quantization
+    modules = Inventory(c, names, quantization, shards).quantized
+    n_quantized, left = 0, []
+    plain = Counter({_DTYPES[shards.info(f"{names.embed}.weight").dtype]: c.vocab_size * c.hidden_size})
+    places = [(linear, layer) for layer in range(c.n_layers) for linear in LAYER_LINEARS]
+    for linear, layer in places if c.tied_head else [*places, ("head", 0)]:
+        for segment in segments(c, names, linear, layer):
+            count = segment.shape[0] * segment.shape[1]
+            if segment.module in modules:
+                n_quantized += count
+            else:
+                plain[_DTYPES[shards.info(f"{segment.module}.weight").dtype]] += count
+                left.append(segment.module)
+    facts: dict[str, Any] = {"plain": dict(plain), "quantized": n_quantized}
+    if quantization is not None:
+        bits, group = quantization.bits, quantization.group_size
+        facts |= {"method": "awq", "bits": bits, "group_size": group, "linears": len(modules), "left_plain": left}
+    return facts
+
+
+def _text(path: Path) -> dict[str, Any]:
+    """Whether there is a tokenizer and a chat template; what is wrong with them where they cannot be read."""
+    try:
+        found = tokenizer.load(path)
+    except (TokenizerError, TemplateError) as error:
+        return {"tokenizer": False, "chat_template": False, "tokenizer_error": str(error)}
+    return {"tokenizer": found is not None, "chat_template": found is not None and found.chat_template is not None}
+
+
+def table(facts: dict[str, Any]) -> str:
+    """`facts` in words, a line for each matter."""
+    f, need = facts, facts["memory"]
+    kv_heads = "" if f["n_kv_heads"] == f["n_heads"] else f", {f['n_kv_heads']} for keys and values"
+    head = "tied to the embedding" if f["tied_head"] else "of its own"
+    left = need["available"]
+    rows = [
+        ("model", f["model"] if f["model"] == f["path"] else f"{f['model']} in {f['path']}"),
+        ("architecture", f"{f['architecture']}: {f['n_layers']} layers of width {f['hidden_size']}"),
+        ("", f"{f['n_heads']} heads of {f['head_dim']}{kv_heads}; MLP {f['intermediate_size']}"),
+        ("", f"vocabulary {f['vocab_size']}, output head {head}"),
+        ("parameters", _count(f["n_parameters"])),
+        *_precision_rows(f["weights"]),
+        ("files", f"{memory.megabytes(f['file_bytes'])} in {f['n_files']} file{'s' if f['n_files'] > 1 else ''}"),
+        ("context", f"{f['ctx_size']} of at most {f['max_positions']} tokens (-c)"),
+        ("memory", f"about {memory.megabytes(need['total'])}, " + _of(left)),
+        ("", f"{memory.megabytes(need['weights'])} weights, packed"),
+        ("", f"{memory.megabytes(need['kv_cache'])} KV cache: {f['kv_dtype']}, {_per_token(f)} a token"),
+        ("", f"{memory.megabytes(need['overhead'])} program and buffers"),
+        ("tokenizer", f.get("tokenizer_error") or ("yes" if f["tokenizer"] else "none: takes token ids only")),
+        ("template", "yes" if f["chat_template"] else "none: 'tinychat generate' works, 'tinychat chat' does not"),
+        ("backend", f"{f['backend_description']} ({f['backend_reason']})"),
+    ]
+    return "\n".join(f"{left:<14}{right}" for left, right in rows)
+
+
+def _precision_rows(weights: dict[str, Any]) -> list[tuple[str, str]]:
+    plain = ", ".join(f"{_count(count)} in {dtype}" for dtype, count in weights["plain"].items())
+    if not weights["quantized"]:
+        return [("weights", plain)]
+    bits, group, left = weights["bits"], weights["group_size"], weights["left_plain"]
+    each = (
+        "a group a row"
+        if group == -1
+        else f"groups of {group}: {bits + (16 + bits) / group:.2f} bits each, scales included"
+    )
+    shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
+    return [
+        ("weights", f"{_count(weights['quantized'])} in {bits} bits, in {weights['linears']} linears (awq, {each})"),
+        ("", f"{plain}: the embedding" + (f", {shown}" if left else "")),
+    ]
+
+
+def _of(available: int | None) -> str:
+    return "what is available is unknown" if available is None else f"{memory.megabytes(available)} available"
+
+
+def _per_token(facts: dict[str, Any]) -> str:
+    return f"{facts['memory']['kv_cache'] / facts['ctx_size'] / 1024:.3g} KiB"
+
+
+def _count(number: int) -> str:
+    """1234567 as '1.2 M'."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
