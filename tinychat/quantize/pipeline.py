@@ -31,7 +31,7 @@ from tinychat.weights import Layer, Linear, MemoryWeights, WeightSource
 
 FILE_BITS = 4
 SAMPLED, FROM_FILE = 32, 128  # calibration sequences, unless the caller says how many
-SEARCH_TOKENS = 8192  # of the calibration set, on which losses are measured; statistics take all of it
+SEARCH_TOKENS = 4096  # of the calibration set, on which losses are measured; statistics take all of it
 
 Sequences = Sequence[Sequence[int]]
 # (layer, canonical linear, segment, shape) -> (the segment's name for the user, why it stays in 16 bits or None)
