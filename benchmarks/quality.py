@@ -1,0 +1,108 @@
+"""What quantizing costs: perplexity, likelihood and KL divergence of round-to-nearest and AWQ against the original.
+
+    python benchmarks/quality.py MODEL --text FILE [--bits 4] [--group-size 128] [--calibration FILE] [--stories 30]
+
+Every linear is quantized, in memory. The text is scored in windows, each on its own; or, with --stories, in pieces that
+begin with "Once upon a time", the beginning token first. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+
+from tinychat import checkpoint, tokenizer
+from tinychat.backends import reference
+from tinychat.quantize import evaluation, from_file, quantize_in_memory, self_generated
+from tinychat.quantize.calibration import start_tokens
+
+
+def windows(args: argparse.Namespace, loaded: tokenizer.Tokenizer, limit: int) -> list[list[int]]:
+    """The token windows to score."""
+    text = args.text.read_text(encoding="utf-8")
+    if args.stories:
+        stories = re.split(r"\n\n(?=Once upon a time)", text)[: args.stories]
+        return [loaded.encode(story.strip())[:limit] for story in stories]
+    return evaluation.windows(loaded.encode(text[: args.characters]), min(args.window, limit))
+
+
+def measured(name: str, source, fp, base, token_windows) -> dict:
+    """One row of the table."""
+    runner = reference.build(source, ctx_size=fp.cache.capacity)
+    score = evaluation.score(runner, token_windows)
+    difference = evaluation.compare(score, base)
+    kl, top1 = evaluation.divergence(runner, fp, token_windows)
+    row = {"method": name, "perplexity": score.perplexity, "log_likelihood_change": difference.mean}
+    return {**row, "interval": [difference.low, difference.high], "kl_divergence": kl, "top1_agreement": top1}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--characters", type=int, default=60_000, help="of the text, from its beginning")
+    parser.add_argument("--window", type=int, default=256, help="tokens")
+    parser.add_argument("--stories", type=int, default=0, help="score so many stories instead of windows")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--calibration", help="a text file; left out: sampled from the model itself")
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    args = parser.parse_args()
+
+    source = checkpoint.open(checkpoint.locate(args.model))
+    loaded = tokenizer.load(source.path)
+    if loaded is None:
+        raise SystemExit(f"{args.model} has no tokenizer")
+    length = min(args.length, source.config.max_positions)
+    token_windows = windows(args, loaded, source.config.max_positions)
+    if args.calibration:
+        sequences = from_file(args.calibration, source.path, n_sequences=args.sequences, length=length)
+    else:
+        starts = start_tokens(source.generation_config, source.hf_config)
+        sequences = self_generated(source, starts=starts, n_sequences=args.sequences, length=length)
+
+    fp = reference.build(source, ctx_size=max(map(len, token_windows)))
+    base = evaluation.score(fp, token_windows)
+    rows: list[dict] = [{"method": source.config.dtype, "perplexity": base.perplexity}]
+    bits = 0.0
+    scores = {}
+    for method in ("rtn", "awq"):
+        began = time.monotonic()
+        made, report = quantize_in_memory(
+            source, method=method, bits=args.bits, group_size=args.group_size, sequences=sequences
+        )
+        seconds = time.monotonic() - began
+        bits = report.bits_per_weight
+        rows.append({**measured(method, made, fp, base, token_windows), "seconds": seconds})
+        scores[method] = evaluation.score(reference.build(made, ctx_size=fp.cache.capacity), token_windows)
+        print(report, "\n")
+    against = evaluation.compare(scores["awq"], scores["rtn"])
+
+    print(f"{'':<10}{'perplexity':>11}  {'log-likelihood, 95 %':<34}{'KL':>8}{'top-1':>8}")
+    for row in rows:
+        line = f"{row['method']:<10}{row['perplexity']:>11.4f}"
+        if "interval" in row:
+            low, high = row["interval"]
+            change = f"{row['log_likelihood_change']:+.5f} ({low:+.5f} .. {high:+.5f})"
+            line += f"  {change:<34}{row['kl_divergence']:>8.4f}{row['top1_agreement']:>8.1%}"
+        print(line)
+    print(f"awq against rtn: {against.mean:+.5f} ({against.low:+.5f} .. {against.high:+.5f}) nats per token\n")
+    result = {
+        "model": args.model,
+        "bits": args.bits,
+        "group_size": args.group_size,
+        "bits_per_weight": bits,
+        "tokens": len(base.log_likelihoods),
+        "rows": rows,
+        "awq_against_rtn": [against.mean, against.low, against.high],
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

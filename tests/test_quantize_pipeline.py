@@ -1,0 +1,242 @@
+"""From a checkpoint to a checkpoint: what is written is what was evaluated, and what cannot be written is said."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import tiny_checkpoints as tiny
+import tokenizer_files
+from safetensors.numpy import load_file
+
+from tinychat import checkpoint
+from tinychat import quantize as package
+from tinychat.backends import reference
+from tinychat.cache import Rows
+from tinychat.errors import CheckpointError, TinychatError, TokenizerError, UsageError
+from tinychat.qtensor import QTensor
+from tinychat.quantize import calibration, quantize, quantize_in_memory
+
+LINEARS = ("qkv", "out", "up", "down")
+SMALL = {"n_sequences": 4, "length": 24, "progress": False}
+
+
+@pytest.fixture
+def source(tmp_path):
+    tensors = {name: array * np.float16(0.3) for name, array in tiny.plain().items()}
+    return tiny.write(tmp_path / "source", tensors, bos_token_id=1)
+
+
+def weights_of(source):
+    for index in range(source.config.n_layers):
+        layer = source.layer(index)
+        for name in ("norm1", "norm2"):
+            yield name, getattr(layer, name)
+        for name in LINEARS:
+            for i, segment in enumerate(getattr(layer, name).segments):
+                yield f"{index} {name} {i}", segment
+
+
+def assert_same(found, expected):
+    if isinstance(expected, QTensor):
+        assert isinstance(found, QTensor) and found.group_size == expected.group_size
+        for field in ("codes", "scales", "zeros"):
+            assert np.array_equal(getattr(found, field), getattr(expected, field))
+    else:
+        assert not isinstance(found, QTensor) and np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_what_is_written_is_what_is_in_memory(source, tmp_path, method):
+    report = quantize(source, tmp_path / "out", method=method, group_size=32, **SMALL)
+    opened, original = checkpoint.open(tmp_path / "out"), checkpoint.open(source)
+    sequences = calibration.self_generated(original, starts=[1], n_sequences=4, length=24)
+    made, _ = quantize_in_memory(original, method=method, group_size=32, sequences=sequences)
+    for (name, found), (_, expected) in zip(weights_of(opened), weights_of(made), strict=True):
+        assert_same(found, expected)
+        assert name.startswith("norm") or isinstance(found, QTensor)
+    assert np.array_equal(opened.embed(), original.embed())
+    assert np.array_equal(opened.head().segments[0], original.head().segments[0])
+    rows = Rows.of([1, 5, 9, 30], 0, wanted="all")
+    logits = [reference.build(model, ctx_size=8).step(rows) for model in (opened, made, original)]
+    assert np.array_equal(logits[0], logits[1])
+    assert 0 < np.abs(logits[0] - logits[2]).max() < 0.5 * np.abs(logits[2]).max()
+    assert report.kept == {} and report.bits_per_weight == 4 + 20 / 32
+    assert report.bytes_after == (tmp_path / "out" / "model.safetensors").stat().st_size < report.bytes_before
+
+
+def test_config_is_what_other_engines_read(source, tmp_path):
+    quantize(source, tmp_path / "out", method="rtn", group_size=32, progress=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == "float16" and config["architectures"] == ["LlamaForCausalLM"]
+    assert config["quantization_config"] == {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 32,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": None,
+    }
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["model.layers.1.mlp.down_proj.qweight"].shape == (96, 8)
+    assert tensors["model.layers.1.mlp.down_proj.scales"].dtype == np.float16
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_what_the_layout_cannot_express_stays_in_16_bits(source, tmp_path, method):
+    """96 inputs of down_proj are not a multiple of 64."""
+    report = quantize(source, tmp_path / "out", method=method, group_size=64, **SMALL)
+    expected = {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
+    assert set(report.kept) == expected
+    assert "not a multiple of the group size 64" in str(report)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    listed = config["quantization_config"]["modules_to_not_convert"]
+    assert set(listed) == expected
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    quantized = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    assert len(quantized) == 12
+    for module in quantized:  # engines match these names as substrings, or as regular expressions at the beginning
+        assert not any(name in module or re.match(name, module) for name in listed)
+    opened = checkpoint.open(tmp_path / "out")
+    assert opened.layer(0).down.segments[0].dtype == np.float16
+    assert not any(result.group == "up -> down" for result in report.groups)
+
+
+def test_the_same_seed_gives_the_same_bytes(source, tmp_path):
+    for name in ("a", "b"):
+        quantize(source, tmp_path / name, group_size=32, seed=3, **SMALL)
+    quantize(source, tmp_path / "c", group_size=32, seed=4, **SMALL)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_report(source, tmp_path):
+    report = quantize(source, tmp_path / "out", group_size=32, **SMALL)
+    text = str(report)
+    for part in ("norm1 -> qkv", "v -> out", "up -> down", "whole block", "alpha", "bits per quantized weight", " s"):
+        assert part in text
+    assert "4 sequences, 96 tokens" in text
+    found = json.loads(json.dumps(report.to_dict()))
+    assert found["method"] == "awq" and len(found["groups"]) == 2 * 5 and found["seconds"] > 0
+
+
+def test_progress_goes_to_stderr(source, tmp_path, capfd):
+    quantize(source, tmp_path / "out", group_size=32, n_sequences=2, length=8)
+    captured = capfd.readouterr()
+    assert "quantizing" in captured.err and "sampling calibration text" in captured.err and not captured.out
+
+
+def test_errors_leave_nothing_behind(source, tmp_path):
+    out = tmp_path / "out"
+    cases = [
+        (UsageError, "5 bits cannot be written", {"bits": 5}),
+        (UsageError, "no method", {"method": "magic"}),
+        (UsageError, "group size", {"group_size": 0}),
+        (UsageError, "no linear .* can be quantized", {"group_size": 80, "method": "rtn"}),
+        (UsageError, "does not exist", {"calibration": tmp_path / "nowhere.txt"}),
+    ]
+    make_tokenizer(source)
+    for kind, message, arguments in cases:
+        with pytest.raises(kind, match=message):
+            quantize(source, out, **{**SMALL, **arguments})
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    with pytest.raises(TinychatError, match="nowhere"):
+        quantize(tmp_path / "nowhere", out)
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not empty"):
+        quantize(source, out, method="rtn", group_size=32, progress=False)
+    assert (out / "config.json").read_text() == "{}"
+    quantize(source, out, method="rtn", group_size=32, overwrite=True, progress=False)
+    with pytest.raises(UsageError, match="quantized already"):
+        quantize(out, tmp_path / "again", method="rtn", group_size=32)
+
+
+def test_weights_that_fp16_cannot_hold(tmp_path):
+    tensors = tiny.plain(np.float32)
+    tensors["lm_head.weight"][3, 3] = 70000
+    source = tiny.write(tmp_path / "source", tensors)
+    with pytest.raises(CheckpointError, match=r"head.*70000.*65504"):
+        quantize(source, tmp_path / "out", method="rtn", group_size=32, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_are_the_files_that_transform():
+    assert package.methods() == ["awq", "rtn"]
+
+
+def make_tokenizer(directory):
+    (directory / "tokenizer.model").write_bytes(tokenizer_files.sentencepiece_model(tokenizer_files.PIECES))
+
+
+# Calibration
+
+
+def test_self_generated_is_what_the_model_says(source):
+    opened = checkpoint.open(source)
+    found = calibration.self_generated(opened, starts=[1], n_sequences=3, length=200, seed=1)
+    assert len(found) == 3 and all(len(sequence) == 128 and sequence[0] == 1 for sequence in found)  # the context
+    assert found == calibration.self_generated(opened, starts=[1], n_sequences=3, length=200, seed=1)
+    assert found != calibration.self_generated(opened, starts=[1], n_sequences=3, length=200, seed=2)
+    anywhere = calibration.self_generated(opened, starts=[], n_sequences=8, length=2)
+    assert len({sequence[0] for sequence in anywhere}) > 2
+
+
+def test_start_tokens():
+    assert calibration.start_tokens({}, {"bos_token_id": 7, "eos_token_id": 9}) == [7]
+    assert calibration.start_tokens({"bos_token_id": None, "eos_token_id": [9, 8]}, {}) == [9]
+    assert calibration.start_tokens({}, {"eos_token_id": None}) == []
+
+
+def read(path, model, n=4, length=16):
+    return calibration.from_file(path, model, n_sequences=n, length=length)
+
+
+def test_text_files(data_dir, tmp_path):
+    model = data_dir / "stories260K"
+    tokenizer = calibration.tokenizers.load(model)
+    text = (data_dir / "text" / "tinystories_val.txt").read_text()[:20000]
+    (tmp_path / "long.txt").write_text(text)
+    found = read(tmp_path / "long.txt", model)
+    assert len(found) == 4 and all(len(s) == 16 and s[0] == tokenizer.bos_id for s in found)
+    decoded = [tokenizer.decode(s).strip() for s in found]
+    places = [text.replace("\n", " ").find(d.replace("\n", " ")[:12]) for d in decoded]
+    assert places[-1] > 10000 and places == sorted(places)
+    (tmp_path / "short.txt").write_text("Once upon a time there was a cat.")
+    found = read(tmp_path / "short.txt", model, length=512)
+    assert len(found) == 1 and tokenizer.decode(found[0]).strip() == "Once upon a time there was a cat."
+
+
+def test_json_lines(data_dir, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]
+    path.write_text(json.dumps({"messages": messages}) + "\n\n" + json.dumps({"text": "A plain text"}) + "\n")
+    found = read(path, data_dir / "pebble-11m", length=64)
+    tokenizer = calibration.tokenizers.load(data_dir / "pebble-11m")
+    texts = [tokenizer.decode(s, skip_special=False) for s in found]
+    assert len(found) == 2 and "<|user|>" in texts[0] and "Hi there" in texts[0] and "A plain text" in texts[1]
+    assert all(s.count(tokenizer.bos_id) == 1 for s in found)
+    with pytest.raises(UsageError, match="line 1 holds messages, and the checkpoint has no chat template"):
+        read(path, data_dir / "stories260K")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b"{nonsense}\n", "line 1 is not JSON"),
+        ("x.jsonl", b'{"prompt": "Hi"}\n', "is neither"),
+        ("x.txt", b"  \n", "no text to calibrate on"),
+        ("x.txt", b"\xff\xfe", "UTF-8"),
+    ],
+)
+def test_files_that_are_no_calibration_text(source, tmp_path, name, content, message):
+    make_tokenizer(source)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path / name, source)
+
+
+def test_text_needs_a_tokenizer(source, tmp_path):
+    (tmp_path / "x.txt").write_text("text")
+    with pytest.raises(TokenizerError, match="has no tokenizer"):
+        read(tmp_path / "x.txt", source)

@@ -1,0 +1,139 @@
+"""A decoder block as the searches work on it: whole fp32 matrices, run by the decoder's own functions.
+
+Fused linears stay fused; a segment that the output format cannot express carries the reason and keeps 16 bits.
+It knows no quantization method and no file layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinychat.backends.reference import TorchOps
+from tinychat.decoder import PackedLayer
+from tinychat.errors import CheckpointError, UsageError
+from tinychat.qtensor import QTensor, Weight
+from tinychat.quantize.grid import FP16_MAX, Grid, as_float
+from tinychat.weights import Layer, Linear
+
+LINEARS = ("qkv", "out", "up", "down")
+NORMS = ("norm1", "norm2", "q_norm", "k_norm")
+
+# For segment i of a canonical linear, of shape (N, K): its name for the user, and why it stays in 16 bits (None: it
+# is quantized).
+Plan = Callable[[str, int, tuple[int, int]], tuple[str, str | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A fused linear. For each segment: its outputs, its name, and why it stays in 16 bits (None: quantized)."""
+
+    name: str  # canonical: qkv, out, up, down
+    weight: torch.Tensor  # fp32 [N, K]
+    bias: torch.Tensor | None  # fp32 [N]
+    rows: tuple[int, ...]
+    modules: tuple[str, ...]
+    kept: tuple[str | None, ...]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any segment is."""
+        return any(reason is None for reason in self.kept)
+
+    def segments(self) -> Iterator[tuple[torch.Tensor, str, str | None]]:
+        """(weight [N_i, K], module, why it stays in 16 bits) of each segment."""
+        return zip(self.weight.split(self.rows), self.modules, self.kept, strict=True)
+
+    def rounded(self, grid: Grid, columns: torch.Tensor | None = None) -> Dense:
+        """The same linear with its weights on the grid; with `columns` [K], round(W * columns) / columns."""
+        parts = []
+        for part, module, reason in self.segments():
+            if reason is not None:
+                parts.append(part)
+            elif columns is None:
+                parts.append(grid.round_trip(part, module))
+            else:
+                parts.append(grid.round_trip(part * columns, module).div_(columns))
+        return replace(self, weight=torch.cat(parts) if len(parts) > 1 else parts[0])
+
+
+class DenseOps(TorchOps):
+    """The reference operations on `Dense` linears; `watch(linear, x)` sees every linear's input [T, K]."""
+
+    def __init__(self, watch: Callable[[Dense, torch.Tensor], None] | None = None):
+        super().__init__()
+        self._watch = watch
+
+    def linear(self, x: torch.Tensor, weight: Dense) -> torch.Tensor:  # type: ignore[override]
+        """y = x W^T + b."""
+        if self._watch:
+            self._watch(weight, x)
+        return torch.nn.functional.linear(x, weight.weight, weight.bias)
+
+
+def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:
+    """`layer` in fp32, each linear a `Dense`. UsageError where it is quantized already."""
+
+    def linear(name: str) -> Dense:
+        found: Linear = getattr(layer, name)
+        parts, modules, kept = [], [], []
+        for i, segment in enumerate(found.segments):
+            module, reason = plan(name, i, segment.shape)
+            if isinstance(segment, QTensor):
+                raise UsageError(
+                    f"{module} is quantized already, to {segment.bits} bits; quantize the original checkpoint instead"
+                )
+            parts.append(as_float(segment))
+            modules.append(module)
+            kept.append(reason)
+        bias = None if found.bias is None else as_float(found.bias)
+        weight = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return Dense(name, weight, bias, tuple(len(p) for p in parts), tuple(modules), tuple(kept))
+
+    made: dict[str, Any] = {name: linear(name) for name in LINEARS}
+    for name in NORMS:
+        values = getattr(layer, name)
+        made[name] = None if values is None else as_float(values)
+    return PackedLayer(**made)
+
+
+def quantized_layer(layer: PackedLayer, grid: Grid) -> Layer:
+    """`layer` as it is written: `QTensor` where segments are quantized, fp16 values everywhere else."""
+
+    def linear(dense: Dense) -> Linear:
+        segments: list[Weight] = []
+        for part, module, reason in dense.segments():
+            segments.append(grid.quantize(part, module) if reason is None else half(part.numpy(), module))
+        bias = None
+        if dense.bias is not None:
+            bias = half(dense.bias.numpy(), f"the bias of {', '.join(dense.modules)}").astype(np.float32)
+        return Linear(tuple(segments), bias)
+
+    where = f"of the layer of {layer.qkv.modules[0]}"
+    made: dict[str, Any] = {name: linear(getattr(layer, name)) for name in LINEARS}
+    for name in NORMS:
+        values = getattr(layer, name)
+        made[name] = None if values is None else half(values.numpy(), f"{name} {where}").astype(np.float32)
+    return Layer(**made)
+
+
+def changed(layer: PackedLayer, **parts: torch.Tensor | Dense) -> PackedLayer:
+    """`layer` with some of its linears and norms replaced."""
+    replaced: dict[str, Any] = dict(parts)
+    return replace(layer, **replaced)
+
+
+def half(array: np.ndarray, name: str) -> np.ndarray:
+    """`array` in fp16; CheckpointError where a value is beyond fp16's range or not finite."""
+    if array.dtype == np.float16:
+        return array
+    largest = float(np.abs(array).max(initial=0).astype(np.float32))
+    if not largest <= FP16_MAX:
+        raise CheckpointError(
+            f"{name}: its largest value is {largest:.5g}; the checkpoint written is fp16, which ends at {FP16_MAX:.0f}"
+        )
+    return array.astype(np.float16)

@@ -1,0 +1,104 @@
+"""Scaling groups: where AWQ's per-channel scales go in, and where their inverse is folded so that nothing changes.
+
+A group has a producer, whose outputs are divided by s, and consumers, whose inputs are multiplied by it; in exact
+arithmetic the block computes what it did before. Groups follow from `ModelConfig`, so that every architecture has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from tinychat.config import Activation, ModelConfig
+from tinychat.decoder import PackedLayer
+from tinychat.quantize.dense import Dense, changed
+
+# down(act(gate) * up) is linear in up; what passes through the non-linearity itself could not be scaled exactly.
+GATED = frozenset({Activation.SILU})
+
+
+@dataclass(frozen=True)
+class Group:
+    """One scale per channel between a producer and its consumer.
+
+    producer  a norm (its weight is divided), or a linear: the rows, and the bias, of its last segment (v; up)
+    consumer  the linear whose columns are multiplied
+    block     whose output gives the loss: attention or mlp
+    repeat    consumer channels that read one producer channel: query heads per key-value head
+    head_dim  channels that are repeated as a whole; 0 where repeat is 1
+    """
+
+    producer: str
+    consumer: str
+    block: str
+    repeat: int = 1
+    head_dim: int = 0
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        return f"{ {'qkv': 'v'}.get(self.producer, self.producer) } -> {self.consumer}"
+
+    @property
+    def ends_block(self) -> bool:
+        """Whether the block's output is the consumer's: the loss then is quadratic in the weight's error."""
+        return self.consumer in ("out", "down")
+
+    def pooled(self, statistic: torch.Tensor) -> torch.Tensor:
+        """A statistic of the consumer's channels [K], averaged over those that share a producer channel: [C]."""
+        if self.repeat == 1:
+            return statistic
+        return statistic.view(-1, self.repeat, self.head_dim).mean(1).flatten()
+
+    def spread(self, scales: torch.Tensor) -> torch.Tensor:
+        """The producer's scales [C] for each channel of the consumer: [K]."""
+        if self.repeat == 1:
+            return scales
+        return scales.view(-1, 1, self.head_dim).expand(-1, self.repeat, -1).flatten()
+
+    def settled(self, layer: PackedLayer, scales: torch.Tensor) -> torch.Tensor:
+        """The scales nearest to `scales` [C] whose folding loses nothing in the fp16 of the file.
+
+        A norm's weight g becomes fp16(g / s), so s is g / fp16(g / s); rows of a linear are rounded with their own
+        scales, which follow. 1 where a channel is always zero.
+        """
+        norm = getattr(layer, self.producer)
+        if isinstance(norm, Dense):
+            return scales
+        folded = (norm / scales).to(torch.float16).float()
+        usable = (folded.abs() >= 2.0**-14) & torch.isfinite(folded)
+        return torch.where(usable, norm / torch.where(usable, folded, 1.0), 1.0)
+
+    def fold(self, layer: PackedLayer, scales: torch.Tensor) -> PackedLayer:
+        """`layer` with the producer divided by `scales` [C] and the consumer multiplied."""
+        producer = getattr(layer, self.producer)
+        made: torch.Tensor | Dense
+        if isinstance(producer, Dense):
+            first = sum(producer.rows[:-1])
+            weight = producer.weight.clone()
+            weight[first:] /= scales[:, None]
+            bias = producer.bias
+            if bias is not None:
+                bias = bias.clone()
+                bias[first:] /= scales
+            made = replace(producer, weight=weight, bias=bias)
+        else:
+            made = producer / scales
+        layer = changed(layer, **{self.producer: made})
+        consumer: Dense = getattr(layer, self.consumer)
+        scaled = replace(consumer, weight=consumer.weight * self.spread(scales))
+        return changed(layer, **{self.consumer: scaled})
+
+
+def scaling_groups(config: ModelConfig) -> tuple[Group, ...]:
+    """The groups of one block, in the order of the forward pass."""
+    repeat = config.n_heads // config.n_kv_heads
+    groups = [
+        Group("norm1", "qkv", "attention"),
+        Group("qkv", "out", "attention", repeat, config.head_dim),
+        Group("norm2", "up", "mlp"),
+    ]
+    if config.activation in GATED:
+        groups.append(Group("up", "down", "mlp"))
+    return tuple(groups)

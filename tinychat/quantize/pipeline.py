@@ -1,0 +1,224 @@
+"""The quantizer's walk: layers one at a time from a source, through a method, to memory or to a checkpoint.
+
+A method is a file of this package with `NEEDS_CALIBRATION` and `transform(config, layer, index, observed, grid)`, which
+returns the layer to round and what it found. What is handed on is what is written, fp16 rounding included.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from tqdm import tqdm
+
+from tinychat import checkpoint
+from tinychat.architectures.names import TensorNames
+from tinychat.checkpoint import awq as awq_layout
+from tinychat.errors import UsageError
+from tinychat.qtensor import QTensor
+from tinychat.quantize import calibration as calibrating
+from tinychat.quantize.activations import Activations
+from tinychat.quantize.dense import LINEARS, NORMS, dense_layer, half, quantized_layer
+from tinychat.quantize.grid import Grid
+from tinychat.quantize.report import Report
+from tinychat.weights import Layer, Linear, MemoryWeights, WeightSource
+
+FILE_BITS = 4
+SEARCH_TOKENS = 8192  # of the calibration set, on which losses are measured; statistics take all of it
+
+Sequences = Sequence[Sequence[int]]
+# (layer, canonical linear, segment, shape) -> (the segment's name for the user, why it stays in 16 bits or None)
+LayerPlan = Callable[[int, str, int, tuple[int, int]], tuple[str, str | None]]
+
+
+def quantize(
+    source: str | Path,
+    output: str | Path,
+    *,
+    method: str = "awq",
+    bits: int = 4,
+    group_size: int = 128,
+    calibration: str | Path | None = None,
+    n_sequences: int = 128,
+    length: int = 512,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Quantize the checkpoint `source` and write it to the directory `output` in the AWQ layout.
+
+    calibration  a text file, or JSON lines of {"text"} or {"messages"}; None: text sampled from the model itself
+    n_sequences, length  of the calibration set, at most
+    progress     bars on stderr
+
+    Raises UsageError for arguments that cannot be, CheckpointError for what is wrong with the source or the output.
+    """
+    began = time.monotonic()
+    if bits != FILE_BITS:
+        raise UsageError(
+            f"{bits} bits cannot be written: the AWQ layout holds {FILE_BITS}; "
+            f"other widths exist in memory (tinychat.quantize.quantize_in_memory)"
+        )
+    grid, chosen = Grid(bits, group_size), find(method)
+    opened = checkpoint.open(checkpoint.locate(source))
+    if opened.quantization is not None:
+        raise UsageError(f"{opened.path} is quantized already; quantize the original checkpoint instead")
+    report = Report(method, bits, group_size, bytes_before=opened.file_bytes)
+    with checkpoint.CheckpointWriter(output, source=opened.path, overwrite=overwrite) as writer:
+        sequences: Sequences | None = None
+        if chosen.NEEDS_CALIBRATION:
+            length = min(length, opened.config.max_positions)
+            if calibration is None:
+                sequences = calibrating.self_generated(
+                    opened,
+                    starts=calibrating.start_tokens(opened.generation_config, opened.hf_config),
+                    n_sequences=n_sequences,
+                    length=length,
+                    seed=seed,
+                    progress=progress,
+                )
+            else:
+                sequences = calibrating.from_file(calibration, opened.path, n_sequences=n_sequences, length=length)
+            origin = "text sampled from the model itself" if calibration is None else str(calibration)
+            report.calibration = _described(sequences, origin)
+
+        names = opened.names
+
+        def plan(index: int, linear: str, i: int, shape: tuple[int, int]) -> tuple[str, str | None]:
+            return names.layer.format(index) + getattr(names, linear)[i], awq_layout.fits(shape, group_size)
+
+        writer.add(f"{names.embed}.weight", half(opened.embed(), names.embed))
+        for index, layer in enumerate(_layers(opened, chosen, grid, sequences, plan, report, progress)):
+            _write(writer, names, index, layer)
+        writer.add(f"{names.norm}.weight", half(opened.norm(), names.norm))
+        if head := _half_head(opened):
+            writer.add(f"{names.head}.weight", np.asarray(head.segments[0]))
+        if not report.quantized_weights:
+            raise UsageError(
+                f"no linear of {opened.path} can be quantized: "
+                + "; ".join(sorted(set(report.kept.values())))
+                + ". Choose another --group-size"
+            )
+        layout = awq_layout.AwqFormat(group_size=group_size, modules_to_not_convert=tuple(report.kept))
+        config = {**opened.hf_config, "torch_dtype": "float16"}
+        if "dtype" in config:
+            config["dtype"] = "float16"
+        path = writer.finish(config, layout)
+    report.bytes_after = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def quantize_in_memory(
+    source: WeightSource,
+    *,
+    method: str = "awq",
+    bits: int = 4,
+    group_size: int = 128,
+    sequences: Sequences | None = None,
+    progress: bool = False,
+) -> tuple[MemoryWeights, Report]:
+    """Every linear of `source` as a `QTensor`, whatever its shape; the rest in fp16. `sequences` are token ids.
+
+    Raises UsageError where the method needs calibration and there are no sequences.
+    """
+    began = time.monotonic()
+    grid, chosen = Grid(bits, group_size), find(method)
+    report = Report(method, bits, group_size)
+    if chosen.NEEDS_CALIBRATION:
+        if not sequences:
+            raise UsageError(f"method {method!r} needs calibration: give token sequences")
+        report.calibration = _described(sequences, "the tokens given")
+
+    def plan(index: int, linear: str, i: int, shape: tuple[int, int]) -> tuple[str, str | None]:
+        return f"layers.{index}.{linear}[{i}]", None
+
+    layers = list(_layers(source, chosen, grid, sequences, plan, report, progress))
+    weights = MemoryWeights(
+        config=source.config,
+        embedding=half(source.embed(), "embed"),
+        layers=layers,
+        final_norm=half(source.norm(), "norm").astype(np.float32),
+        output_head=_half_head(source),
+    )
+    report.seconds = time.monotonic() - began
+    return weights, report
+
+
+def methods() -> list[str]:
+    """The names that `method` may have."""
+    package = importlib.import_module(__package__)
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return [name for name in names if hasattr(importlib.import_module(f"{__package__}.{name}"), "transform")]
+
+
+def find(method: str) -> ModuleType:
+    """The file of a method; UsageError, listing those there are, where there is none."""
+    if method not in methods():
+        raise UsageError(f"no method {method!r}; there are: {', '.join(methods())}")
+    return importlib.import_module(f"{__package__}.{method}")
+
+
+def _layers(
+    source: WeightSource,
+    method: ModuleType,
+    grid: Grid,
+    sequences: Sequences | None,
+    plan: LayerPlan,
+    report: Report,
+    progress: bool,
+) -> Iterator[Layer]:
+    """The layers as they are written, one after the other; what is found goes to the report."""
+    activations = None
+    if method.NEEDS_CALIBRATION:
+        activations = Activations(source.config, source.embed(), sequences or [], SEARCH_TOKENS)
+    layers = tqdm(range(source.config.n_layers), desc="quantizing", unit="layer", disable=not progress)
+    for index in layers:
+        layer = dense_layer(source.layer(index), partial(plan, index))
+        observed = activations.advance(layer, index) if activations else None
+        changed, results = method.transform(source.config, layer, index, observed, grid)
+        report.groups += results
+        for name in LINEARS:
+            report.kept |= {module: reason for _, module, reason in getattr(layer, name).segments() if reason}
+        done = quantized_layer(changed, grid)
+        report.count(done)
+        yield done
+
+
+def _write(writer: checkpoint.CheckpointWriter, names: TensorNames, index: int, layer: Layer) -> None:
+    prefix = names.layer.format(index)
+    for norm in NORMS:
+        if (values := getattr(layer, norm)) is not None:
+            writer.add(f"{prefix}{getattr(names, norm)}.weight", half(values, norm))
+    for name in LINEARS:
+        linear: Linear = getattr(layer, name)
+        first = 0
+        for part, segment in zip(getattr(names, name), linear.segments, strict=True):
+            module = prefix + part
+            if isinstance(segment, QTensor):
+                for ending, array in awq_layout.pack(segment).items():
+                    writer.add(f"{module}.{ending}", array)
+            else:
+                writer.add(f"{module}.weight", segment)
+            if linear.bias is not None:
+                writer.add(f"{module}.bias", half(linear.bias[first : first + segment.shape[0]], module))
+            first += segment.shape[0]
+
+
+def _described(sequences: Sequences, origin: str) -> str:
+    return f"{origin}, {len(sequences)} sequences, {sum(map(len, sequences)):,} tokens"
+
+
+def _half_head(source: WeightSource) -> Linear | None:
+    head = source.head()
+    if head is None:
+        return None
+    if any(isinstance(segment, QTensor) for segment in head.segments):
+        raise UsageError("the output head is quantized already; quantize the original checkpoint instead")
+    return Linear(tuple(half(np.asarray(segment), "the output head") for segment in head.segments), head.bias)

@@ -1,0 +1,103 @@
+"""What a quantization did, for the user's eyes and for machines."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tinychat.qtensor import QTensor
+from tinychat.weights import Layer
+
+BLOCK = "whole block"
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """What was found for one group of one layer. Losses are relative: mean error^2 over mean output^2.
+
+    `alpha` is 0 where plain rounding was best; of the whole block (group `BLOCK`, all groups together) it is None.
+    """
+
+    layer: int
+    group: str
+    alpha: float | None
+    loss_rtn: float
+    loss: float
+
+
+@dataclass
+class Report:
+    """A quantization. `kept` are the linears left in 16 bits and why; sizes are of the weight files."""
+
+    method: str
+    bits: int
+    group_size: int
+    calibration: str = "none"
+    groups: list[GroupResult] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    quantized_weights: int = 0
+    quantized_bits: float = 0
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    seconds: float = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized linears: codes, scales and zeros."""
+        return self.quantized_bits / self.quantized_weights if self.quantized_weights else 0.0
+
+    def count(self, layer: Layer) -> None:
+        """Add a quantized layer's linears to the totals."""
+        for linear in (layer.qkv, layer.out, layer.up, layer.down):
+            for segment in linear.segments:
+                if isinstance(segment, QTensor):
+                    self.quantized_weights += segment.codes.size
+                    self.quantized_bits += segment.bits_per_weight * segment.codes.size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {**asdict(self), "bits_per_weight": self.bits_per_weight}
+
+    def __str__(self) -> str:
+        group = "whole rows" if self.group_size == -1 else f"groups of {self.group_size}"
+        lines = [f"{self.method}, {self.bits} bits in {group}; calibrated on: {self.calibration}"]
+        names = list(dict.fromkeys(result.group for result in self.groups))
+        if names:
+            lines.append("")
+            lines.append(f"{'relative loss, all layers':<28}{'rtn':>11}{self.method:>11}{'change':>9}   alpha")
+        for name in names:
+            found = [result for result in self.groups if result.group == name]
+            before = float(np.mean([result.loss_rtn for result in found]))
+            after = float(np.mean([result.loss for result in found]))
+            change = f"{after / before - 1:+.1%}" if before else "0"
+            alphas = [result.alpha for result in found if result.alpha is not None]
+            lines.append(f"  {name:<26}{before:>11.3e}{after:>11.3e}{change:>9}   {_spread(alphas)}".rstrip())
+        if names:
+            lines.append("")
+        if self.kept:
+            reasons = sorted(set(self.kept.values()))
+            n = len(self.kept)
+            lines.append(f"left in 16 bits: {n} linear{'s' if n > 1 else ''}, because")
+            for reason in reasons:
+                modules = [module for module, why in self.kept.items() if why == reason]
+                more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+                lines.append(f"  {reason}: {', '.join(modules[:3])}{more}")
+        size = ""
+        if self.bytes_before is not None and self.bytes_after is not None:
+            size = f"{_bytes(self.bytes_before)} -> {_bytes(self.bytes_after)}; "
+        lines.append(f"{size}{self.bits_per_weight:.3f} bits per quantized weight; {self.seconds:.1f} s")
+        return "\n".join(lines)
+
+
+def _spread(alphas: list[float]) -> str:
+    if not alphas:
+        return ""
+    text = f"{min(alphas):.2f} .. {max(alphas):.2f}" if min(alphas) < max(alphas) else f"{alphas[0]:.2f}"
+    kept = sum(alpha == 0 for alpha in alphas)
+    return f"{text}, {kept} of {len(alphas)} not scaled" if kept else text
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
