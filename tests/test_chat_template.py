@@ -12,9 +12,9 @@ import pytest
 from tokenizers import Tokenizer as Core
 from tokenizers.models import WordLevel
 
-from tinychat import chat_template
-from tinychat.chat_template import ChatTemplate, find_template
 from tinychat.errors import TemplateError
+from tinychat.tokenizer import chat_template
+from tinychat.tokenizer.chat_template import ChatTemplate, find_template
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 TOOLS = [

@@ -9,9 +9,9 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Core
 
 from tinychat import tokenizer
-from tinychat.detokenizer import Scheme
 from tinychat.errors import TokenizerError
-from tinychat.sentencepiece_model import BYTE
+from tinychat.tokenizer.detokenizer import Scheme
+from tinychat.tokenizer.sentencepiece_model import BYTE
 
 
 def test_pebble_streams_every_split_of_unicode(data_dir):
@@ -62,7 +62,7 @@ def test_byte_level_stream_equals_decoding_at_once(byte_level, data):
 
 
 def byte_level_character(byte: int) -> str:
-    from tinychat.detokenizer import _BYTE_OF_CHARACTER
+    from tinychat.tokenizer.detokenizer import _BYTE_OF_CHARACTER
 
     return next(character for character, value in _BYTE_OF_CHARACTER.items() if value == byte)
 

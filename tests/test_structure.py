@@ -14,7 +14,7 @@ FLOORS = [
     {"errors"},
     {"config", "qtensor", "cache", "results", "progress"},
     {"rope", "weights", "sampling", "memory", "prompt"},
-    {"architectures", "tokenizer", "chat_template", "text_stream", "cpuinfo", "settings"},
+    {"architectures", "tokenizer", "text_stream", "cpuinfo", "settings"},
     {"checkpoint", "decoder"},
     {"backends"},
     {"quantize", "engine"},

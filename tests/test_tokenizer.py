@@ -26,7 +26,7 @@ from tokenizers import Tokenizer as Core
 
 from tinychat import tokenizer
 from tinychat.errors import TokenizerError
-from tinychat.sentencepiece_model import BYTE
+from tinychat.tokenizer.sentencepiece_model import BYTE
 
 
 def differences(directory: Path, texts: list[str]) -> list[str]:
@@ -346,7 +346,7 @@ def test_damaged_tokenizer_config(tmp_path, config, message):
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     make_directory(tmp_path, LLAMA, sentencepiece_model(PIECES))
-    monkeypatch.setattr(tokenizer, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(tokenizer.tokenizer, "MAX_FILE_BYTES", 1000)
     with pytest.raises(TokenizerError, match="more than 1,000 is refused"):
         tokenizer.load(tmp_path)
 

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, pre_tokenizers
 
 from tinychat import tokenizer
-from tinychat.detokenizer import IncrementalDecoder
-from tinychat.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from tinychat.tokenizer.detokenizer import IncrementalDecoder
+from tinychat.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 LLAMA = {"tokenizer_class": "LlamaTokenizer"}
 SEPARATOR = "\n__ggml_vocab_test__\n"

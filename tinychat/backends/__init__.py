@@ -34,12 +34,9 @@ class Runner(Protocol):
 
 def backend(name: str) -> ModuleType:
     """The module of backend `name`; BackendError where there is none or it cannot run here."""
-    try:
-        module = importlib.import_module(f"tinychat.backends.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"tinychat.backends.{name}":
-            raise
-        raise BackendError(f"no backend {name!r}; there are: auto, {', '.join(PREFERENCE)}") from None
+    if name not in PREFERENCE:
+        raise BackendError(f"no backend {name!r}; there are: auto, {', '.join(PREFERENCE)}")
+    module = importlib.import_module(f"tinychat.backends.{name}")
     if reason := module.available():
         raise BackendError(f"backend {name!r} cannot be used here: {reason}")
     return module

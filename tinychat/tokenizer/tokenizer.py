@@ -16,10 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .chat_template import ChatTemplate, find_template
-from .detokenizer import IncrementalDecoder, Scheme, read_scheme
-from .errors import TokenizerError
-from .sentencepiece_model import CONTROL, USER_DEFINED, bpe_merges, read_model
+from tinychat.errors import TokenizerError
+from tinychat.tokenizer.chat_template import ChatTemplate, find_template
+from tinychat.tokenizer.detokenizer import IncrementalDecoder, Scheme, read_scheme
+from tinychat.tokenizer.sentencepiece_model import CONTROL, USER_DEFINED, bpe_merges, read_model
 
 if TYPE_CHECKING:
     import tokenizers

@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import TemplateError
-from .template_worker import read_frame, write_frame
+from tinychat.errors import TemplateError
+from tinychat.tokenizer.template_worker import read_frame, write_frame
 
 CPU_LIMIT_S = 1.0
 """Processor time one rendering may take; the kernel ends the process that takes more."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import TokenizerError
+from tinychat.errors import TokenizerError
 
 _EACH_BYTE = "tinychat_replace_each_byte"
 
