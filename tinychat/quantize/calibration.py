@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from tinychat import backends
 from tinychat import tokenizer as tokenizers
-from tinychat.backends import reference
 from tinychat.cache import Rows
 from tinychat.errors import TokenizerError, UsageError
 from tinychat.weights import WeightSource
@@ -53,8 +53,8 @@ def self_generated(
     source: WeightSource,
     *,
     starts: Sequence[int],
-    n_sequences: int = 32,
-    length: int = 512,
+    n_sequences: int = 128,
+    length: int = 128,
     seed: int = 0,
     progress: bool = False,
 ) -> list[list[int]]:
@@ -62,19 +62,23 @@ def self_generated(
 
     starts  tokens to begin with, one drawn for each sequence; empty: any token of the vocabulary
 
+    The token after it is drawn evenly from the likeliest quarter of the vocabulary: many short texts that begin
+    differently cover more of what a model can say than its few favourite openings do.
+
     An end token does not end a sequence: a chat model goes on with the next turn, another with the next document, as
     in the text they were trained on. The whole model is in memory meanwhile, in the precision it is stored in.
     """
     generator = np.random.default_rng(seed)
     length = min(length, source.config.max_positions)
-    runner = reference.build(source, ctx_size=length, n_slots=n_sequences)
+    runner = backends.choose()[0].build(source, ctx_size=length, n_slots=n_sequences)
     first = np.asarray(starts if len(starts) else np.arange(source.config.vocab_size))
     ids = np.empty((n_sequences, length), np.int32)
     ids[:, 0] = generator.choice(first, n_sequences)
     slots = np.arange(n_sequences, dtype=np.int32)
     for at in tqdm(range(1, length), desc="sampling calibration text", unit="token", disable=not progress):
         rows = Rows(ids[:, at - 1].copy(), np.full(n_sequences, at - 1, np.int32), slots, slots)
-        ids[:, at] = _draw(runner.step(rows), generator)
+        logits = runner.step(rows)
+        ids[:, at] = _draw(logits, generator) if at > 1 else _draw_evenly(logits, generator)
     return [sequence.tolist() for sequence in ids]
 
 
@@ -94,6 +98,14 @@ def _ids(value: Any) -> list[int]:
 def _draw(logits: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """One token of each row of logits [R, vocab_size], by their probabilities: the Gumbel-max trick."""
     return np.argmax(logits + generator.gumbel(size=logits.shape), axis=-1)
+
+
+def _draw_evenly(logits: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """One token of each row of logits [R, vocab_size]: any of its likeliest quarter."""
+    quarter = -(-logits.shape[1] // 4)
+    likeliest = np.argpartition(-logits, quarter - 1, axis=-1)[:, :quarter]  # [R, quarter]
+    drawn = generator.integers(quarter, size=(len(logits), 1))
+    return np.take_along_axis(likeliest, drawn, axis=-1)[:, 0]
 
 
 def _texts(path: Path, loaded: tokenizers.Tokenizer, count: int, characters: int) -> Iterator[str]:

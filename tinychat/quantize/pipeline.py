@@ -30,7 +30,7 @@ from tinychat.quantize.report import Report
 from tinychat.weights import Layer, Linear, MemoryWeights, WeightSource
 
 FILE_BITS = 4
-SAMPLED, FROM_FILE = 32, 128  # calibration sequences, unless the caller says how many
+SAMPLED, FROM_FILE = 128, 512  # tokens of a calibration sequence
 SEARCH_TOKENS = 4096  # of the calibration set, on which losses are measured; statistics take all of it
 
 Sequences = Sequence[Sequence[int]]
@@ -46,8 +46,8 @@ def quantize(
     bits: int = 4,
     group_size: int = 128,
     calibration: str | Path | None = None,
-    n_sequences: int | None = None,
-    length: int = 512,
+    n_sequences: int = 128,
+    length: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
@@ -55,7 +55,7 @@ def quantize(
     """Quantize the checkpoint `source` and write it to the directory `output` in the AWQ layout.
 
     calibration  a text file, or JSON lines of {"text"} or {"messages"}; None: text sampled from the model itself
-    n_sequences, length  of the calibration set, at most; None: 128 from a file, 32 sampled
+    n_sequences, length  of the calibration set, at most; None: 512 tokens from a file, 128 sampled
     progress     bars on stderr
 
     Raises UsageError for arguments that cannot be, CheckpointError for what is wrong with the source or the output.
@@ -74,19 +74,19 @@ def quantize(
     with checkpoint.CheckpointWriter(output, source=opened.path, overwrite=overwrite) as writer:
         sequences: Sequences | None = None
         if chosen.NEEDS_CALIBRATION:
-            length = min(length, opened.config.max_positions)
+            wanted = length or (SAMPLED if calibration is None else FROM_FILE)
+            length = min(wanted, opened.config.max_positions)
             if calibration is None:
                 sequences = calibrating.self_generated(
                     opened,
                     starts=calibrating.start_tokens(opened.generation_config, opened.hf_config),
-                    n_sequences=n_sequences or SAMPLED,
+                    n_sequences=n_sequences,
                     length=length,
                     seed=seed,
                     progress=progress,
                 )
             else:
-                count = n_sequences or FROM_FILE
-                sequences = calibrating.from_file(calibration, opened.path, n_sequences=count, length=length)
+                sequences = calibrating.from_file(calibration, opened.path, n_sequences=n_sequences, length=length)
             origin = "text sampled from the model itself" if calibration is None else str(calibration)
             report.calibration = _described(sequences, origin)
 
