@@ -22,6 +22,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 
 namespace tinychat {
 namespace {
@@ -133,7 +134,12 @@ Decoder::~Decoder() {
 
 Team& Decoder::team() {
     if (team_ && !team_->alive()) team_.release();
-    if (!team_) team_ = std::make_unique<Team>(n_threads_);
+    if (team_) return *team_;
+    try {
+        team_ = std::make_unique<Team>(n_threads_);
+    } catch (const std::system_error& error) {
+        throw std::runtime_error(std::to_string(n_threads_) + " threads cannot be started: " + error.what());
+    }
     return *team_;
 }
 
