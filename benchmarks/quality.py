@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--calibration", help="a text file; left out: sampled from the model itself")
-    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     args = parser.parse_args()
 

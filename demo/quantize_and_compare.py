@@ -17,7 +17,11 @@ def main(model: str, text_file: str, group_size: int = 128) -> None:
         paths = {"original": model}
         for method in ("rtn", "awq"):
             paths[method] = str(Path(folder) / method)
-            print(quantize(model, paths[method], method=method, group_size=group_size, n_sequences=16, length=128))
+            print(
+                quantize(
+                    model, paths[method], method=method, group_size=group_size, n_sequences=8, length=64, progress=False
+                )
+            )
         for name, path in paths.items():
             with tinychat.load(path) as llm:
                 windows = evaluation.windows(llm.tokenizer.encode(text), 256)

@@ -137,7 +137,7 @@ DST is a checkpoint in the AWQ layout that other engines read too; a report of t
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="text like that of its later use, for awq (default: a text that comes along)",
+        help="text like that of its later use, for awq (default: text sampled from the model itself)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DST where it exists")
 

@@ -63,7 +63,7 @@ def self_generated(
     starts  tokens to begin with, one drawn for each sequence; empty: any token of the vocabulary
 
     An end token does not end a sequence: a chat model goes on with the next turn, another with the next document, as
-    in the text they were trained on. The whole model is held in fp32 meanwhile.
+    in the text they were trained on. The whole model is in memory meanwhile, in the precision it is stored in.
     """
     generator = np.random.default_rng(seed)
     length = min(length, source.config.max_positions)

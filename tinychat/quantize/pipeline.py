@@ -30,7 +30,8 @@ from tinychat.quantize.report import Report
 from tinychat.weights import Layer, Linear, MemoryWeights, WeightSource
 
 FILE_BITS = 4
-SEARCH_TOKENS = 8192  # of the calibration set, on which losses are measured; statistics take all of it
+SAMPLED, FROM_FILE = 32, 128  # calibration sequences, unless the caller says how many
+SEARCH_TOKENS = 4096  # of the calibration set, on which losses are measured; statistics take all of it
 
 Sequences = Sequence[Sequence[int]]
 # (layer, canonical linear, segment, shape) -> (the segment's name for the user, why it stays in 16 bits or None)
@@ -45,7 +46,7 @@ def quantize(
     bits: int = 4,
     group_size: int = 128,
     calibration: str | Path | None = None,
-    n_sequences: int = 128,
+    n_sequences: int | None = None,
     length: int = 512,
     seed: int = 0,
     overwrite: bool = False,
@@ -54,7 +55,7 @@ def quantize(
     """Quantize the checkpoint `source` and write it to the directory `output` in the AWQ layout.
 
     calibration  a text file, or JSON lines of {"text"} or {"messages"}; None: text sampled from the model itself
-    n_sequences, length  of the calibration set, at most
+    n_sequences, length  of the calibration set, at most; None: 128 from a file, 32 sampled
     progress     bars on stderr
 
     Raises UsageError for arguments that cannot be, CheckpointError for what is wrong with the source or the output.
@@ -78,13 +79,14 @@ def quantize(
                 sequences = calibrating.self_generated(
                     opened,
                     starts=calibrating.start_tokens(opened.generation_config, opened.hf_config),
-                    n_sequences=n_sequences,
+                    n_sequences=n_sequences or SAMPLED,
                     length=length,
                     seed=seed,
                     progress=progress,
                 )
             else:
-                sequences = calibrating.from_file(calibration, opened.path, n_sequences=n_sequences, length=length)
+                count = n_sequences or FROM_FILE
+                sequences = calibrating.from_file(calibration, opened.path, n_sequences=count, length=length)
             origin = "text sampled from the model itself" if calibration is None else str(calibration)
             report.calibration = _described(sequences, origin)
 
