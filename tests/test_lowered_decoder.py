@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -429,6 +431,24 @@ def test_more_threads_than_cores_do_not_crawl():
     finally:
         os.sched_setaffinity(0, cores)
     assert times[4] < 10 * times[1] + 0.1  # seconds; with barriers it was 60 to 100 times as long
+
+
+def test_the_interpreter_may_end_while_a_thread_is_inside_a_step():
+    program = """
+import threading, time
+from test_lowered_decoder import Rows, build, ids, model
+runner = build(model(weight="q4"), threads=3)
+def steps():
+    while True:
+        runner.cache.truncate(0, 0)
+        runner.step(Rows.of(ids(40, 97), 0, wanted="all"))
+threading.Thread(target=steps, daemon=True).start()
+time.sleep(0.05)
+"""
+    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_progress_and_size():
