@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -445,7 +446,7 @@ def steps():
 threading.Thread(target=steps, daemon=True).start()
 time.sleep(0.05)
 """
-    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     command = [sys.executable, "-c", program]
     ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=30)
     assert ended.returncode == 0, ended.stderr
