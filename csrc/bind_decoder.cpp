@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <exception>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -30,6 +31,21 @@ LinearData linear_data(const LinearArgs& args) {
         data.segments.push_back({shape, {pointer(values), pointer(scales), pointer(zeros)}});
     }
     return data;
+}
+
+// Runs `work` while other Python threads run. Not a py::gil_scoped_release: where the interpreter has ended meanwhile,
+// Python ends this thread by unwinding it, which out of a destructor ends the process with an abort.
+template <class Work>
+void without_interpreter(const Work& work) {
+    PyThreadState* state = PyEval_SaveThread();
+    std::exception_ptr error;
+    try {
+        work();
+    } catch (...) {
+        error = std::current_exception();
+    }
+    PyEval_RestoreThread(state);
+    if (error) std::rethrow_exception(error);
 }
 
 }  // namespace
@@ -75,15 +91,16 @@ void bind_decoder(py::module_& m) {
             [](Decoder& decoder, int64_t rows, Address tokens, Address embeddings, Address positions, Address slots,
                Address cos, Address sin, int64_t n_wanted, Address wanted, CacheType cache_type, int64_t n_slots,
                int64_t capacity, Address keys, Address values, Address logits) {
-                decoder.step({rows, pointer<const int32_t>(tokens), pointer<const float>(embeddings),
-                              pointer<const int32_t>(positions), pointer<const int32_t>(slots), pointer<const float>(cos),
-                              pointer<const float>(sin), n_wanted, pointer<const int32_t>(wanted), cache_type, n_slots,
-                              capacity, pointer(keys), pointer(values), pointer<float>(logits)});
+                const Step step{rows, pointer<const int32_t>(tokens), pointer<const float>(embeddings),
+                                pointer<const int32_t>(positions), pointer<const int32_t>(slots), pointer<const float>(cos),
+                                pointer<const float>(sin), n_wanted, pointer<const int32_t>(wanted), cache_type, n_slots,
+                                capacity, pointer(keys), pointer(values), pointer<float>(logits)};
+                without_interpreter([&] { decoder.step(step); });
             },
             py::kw_only(), py::arg("rows"), py::arg("tokens"), py::arg("embeddings"), py::arg("positions"),
             py::arg("slots"), py::arg("cos"), py::arg("sin"), py::arg("n_wanted"), py::arg("wanted"),
             py::arg("cache_type"), py::arg("n_slots"), py::arg("capacity"), py::arg("keys"), py::arg("values"),
-            py::arg("logits"), release());
+            py::arg("logits"));
 
     // The block kernels one by one, for tests.
     m.def("rms_norm", [](const char* isa, Address x, Address weight, float eps, int64_t n, Address y) {

@@ -12,7 +12,7 @@
 //
 // All T rows go through a phase together, so each weight is read once per step. A phase divides what it computes among
 // the threads (rows, tiles of output rows, or heads of rows) and each result is computed whole by one thread, so that no
-// result depends on how many there are. A barrier stands wherever a thread reads what another has written.
+// result depends on how many there are or on who computes what. A phase begins when the one before it is done.
 //
 // The sum x + y of a residual is left to the thread that next norms the row, so adding costs no phase of its own.
 #include "decoder.h"
@@ -22,6 +22,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 
 namespace tinychat {
 namespace {
@@ -94,6 +95,17 @@ struct Decoder::Linear {
     int64_t activation_bytes = 0;  // of one row, all preparations
 
     void add_segment(const WeightShape& shape, const LinearKernels& kernels);
+
+    // work(segment, tiles of its own) for each segment that reaches into the tiles `part` of the whole.
+    template <class Work>
+    void each_segment(Range part, const Work& work) const {
+        const auto ends_by = [&](const Segment& segment) { return segment.first_tile + segment.tiles <= part.begin; };
+        auto segment = std::partition_point(segments.begin(), segments.end(), ends_by);
+        for (; segment != segments.end() && segment->first_tile < part.end; ++segment) {
+            work(*segment, Range{std::max<int64_t>(part.begin - segment->first_tile, 0),
+                                 std::min(part.end - segment->first_tile, segment->tiles)});
+        }
+    }
 };
 
 struct Decoder::Layer {
@@ -122,7 +134,12 @@ Decoder::~Decoder() {
 
 Team& Decoder::team() {
     if (team_ && !team_->alive()) team_.release();
-    if (!team_) team_ = std::make_unique<Team>(n_threads_);
+    if (team_) return *team_;
+    try {
+        team_ = std::make_unique<Team>(n_threads_);
+    } catch (const std::system_error& error) {
+        throw std::runtime_error(std::to_string(n_threads_) + " threads cannot be started: " + error.what());
+    }
     return *team_;
 }
 
@@ -163,14 +180,11 @@ Decoder::Linear Decoder::pack(const LinearData& data, int64_t n, int64_t k) {
     }
     if (rows != n) refuse("the segments of a linear have " + std::to_string(rows) + " rows, not " + std::to_string(n));
     linear.packed.reserve(bytes);
-    team().run([&](Share share) {
-        for (size_t i = 0; i < data.segments.size(); ++i) {
-            const Linear::Segment& segment = linear.segments[i];
-            const Range tiles = share.of(segment.tiles);
-            if (tiles.begin == tiles.end) continue;
-            kernels.pack(segment.shape, data.segments[i].data, linear.packed.data() + segment.offset, tiles.begin,
-                         tiles.end);
-        }
+    team().run(linear.tiles, [&](Range tiles, int) {
+        linear.each_segment(tiles, [&](const Linear::Segment& segment, Range part) {
+            const WeightData& weight = data.segments[static_cast<size_t>(&segment - linear.segments.data())].data;
+            kernels.pack(segment.shape, weight, linear.packed.data() + segment.offset, part.begin, part.end);
+        });
     });
     weight_bytes_ += bytes;
     if (data.bias) linear.bias = keep(data.bias, n);
@@ -236,7 +250,7 @@ void Decoder::step(const Step& step) {
     int64_t length = 0;
     for (int64_t t = 0; t < step.rows; ++t) length = std::max<int64_t>(length, step.positions[t] + 1);
     reserve(std::max(step.rows, step.n_wanted), length);
-    team().run([&](Share share) { forward(step, share); });
+    forward(step);
 }
 
 void Decoder::check(const Step& step) const {
@@ -264,78 +278,66 @@ void Decoder::reserve(int64_t rows, int64_t length) {
     floats(unpacked_, n_threads_ * kernels_.linear.tile * shape_.hidden_size);
 }
 
-void Decoder::forward(const Step& step, Share share) {
+void Decoder::forward(const Step& step) {
     const BlockKernels& block = kernels_.block;
     const int64_t T = step.rows, hidden = shape_.hidden_size, inter = shape_.intermediate_size;
-    const Range rows = share.of(T);
-    Team& team = *team_;
     float* x = x_.floats();              // [T, hidden_size]
     float* y = y_.floats();              // [T, hidden_size]
     float* normed = normed_.floats();    // [T, hidden_size]
     float* qkv = qkv_.floats();          // [T, qkv_size]
     float* mixed = mixed_.floats();      // [T, q_size]
     float* gate_up = gate_up_.floats();  // [T, 2 * intermediate_size]
+    const auto each_row = [&](int64_t rows, const auto& work) {
+        team().run(rows, [&](Range part, int thread) {
+            for (int64_t t = part.begin; t < part.end; ++t) work(t, thread);
+        });
+    };
 
-    for (int64_t t = rows.begin; t < rows.end; ++t) embed(step, t, share);
+    each_row(T, [&](int64_t t, int thread) { embed(step, t, thread); });
 
     for (size_t l = 0; l < layers_.size(); ++l) {
         const Layer& layer = layers_[l];
 
-        for (int64_t t = rows.begin; t < rows.end; ++t) {
+        each_row(T, [&](int64_t t, int) {
             if (l > 0) add(x + t * hidden, y + t * hidden, hidden);
             block.rms_norm(x + t * hidden, layer.norm1.floats(), shape_.norm_eps, hidden, normed + t * hidden);
             prepare(layer.qkv, normed + t * hidden, t, T);
-        }
-        team.barrier();
-        apply(layer.qkv, T, qkv, shape_.qkv_size(), share);
-        team.barrier();
+        });
+        apply(layer.qkv, T, qkv, shape_.qkv_size());
+        append(step, l);
+        attend(step, l);
+        each_row(T, [&](int64_t t, int) { prepare(layer.out, mixed + t * shape_.q_size(), t, T); });
+        apply(layer.out, T, y, hidden);
 
-        append(step, l, share);
-        team.barrier();  // a row sees the keys and values that this step appends before it
-        attend(step, l, share);
-        team.barrier();
-
-        for (int64_t t = rows.begin; t < rows.end; ++t) prepare(layer.out, mixed + t * shape_.q_size(), t, T);
-        team.barrier();
-        apply(layer.out, T, y, hidden, share);
-        team.barrier();
-
-        for (int64_t t = rows.begin; t < rows.end; ++t) {
+        each_row(T, [&](int64_t t, int) {
             add(x + t * hidden, y + t * hidden, hidden);
             block.rms_norm(x + t * hidden, layer.norm2.floats(), shape_.norm_eps, hidden, normed + t * hidden);
             prepare(layer.up, normed + t * hidden, t, T);
-        }
-        team.barrier();
-        apply(layer.up, T, gate_up, 2 * inter, share);
-        team.barrier();
-
-        for (int64_t t = rows.begin; t < rows.end; ++t) {
+        });
+        apply(layer.up, T, gate_up, 2 * inter);
+        each_row(T, [&](int64_t t, int) {
             float* gate = gate_up + t * 2 * inter;
             block.silu_multiply(gate, gate + inter, inter, gate);
             prepare(layer.down, gate, t, T);
-        }
-        team.barrier();
-        apply(layer.down, T, y, hidden, share);
-        team.barrier();
+        });
+        apply(layer.down, T, y, hidden);
     }
 
     // Row t of x stays without its last y: a row may be wanted twice.
     const Linear& head = head_ ? *head_ : *table_;
-    const Range wanted = share.of(step.n_wanted);
-    for (int64_t r = wanted.begin; r < wanted.end; ++r) {
+    each_row(step.n_wanted, [&](int64_t r, int) {
         const int64_t t = step.wanted[r];
         float* last = normed + r * hidden;
         std::memcpy(last, x + t * hidden, static_cast<size_t>(hidden) * sizeof(float));
         if (!layers_.empty()) add(last, y + t * hidden, hidden);
         block.rms_norm(last, norm_.floats(), shape_.norm_eps, hidden, last);
         prepare(head, last, r, step.n_wanted);
-    }
-    team.barrier();
-    if (step.n_wanted) apply(head, step.n_wanted, step.logits, shape_.vocab_size, share);
+    });
+    if (step.n_wanted) apply(head, step.n_wanted, step.logits, shape_.vocab_size);
 }
 
 // x[row] = the embedding of its token, or the one that came with the step.
-void Decoder::embed(const Step& step, int64_t row, Share share) {
+void Decoder::embed(const Step& step, int64_t row, int thread) {
     const int64_t hidden = shape_.hidden_size, tile = kernels_.linear.tile;
     float* x = x_.floats() + row * hidden;
     if (!step.tokens) {
@@ -344,7 +346,7 @@ void Decoder::embed(const Step& step, int64_t row, Share share) {
     }
     const int64_t token = step.tokens[row];
     const Linear::Segment& segment = table_->segments[static_cast<size_t>(token / tile)];
-    char* unpacked = unpacked_.data() + share.index * tile * hidden * static_cast<int64_t>(sizeof(float));
+    char* unpacked = unpacked_.data() + thread * tile * hidden * static_cast<int64_t>(sizeof(float));
     kernels_.linear.unpack(segment.shape, table_->packed.data() + segment.offset, {unpacked, nullptr, nullptr});
     const WeightType type = segment.shape.type;
     widen(type, unpacked + token % tile * hidden * bytes_of(type), hidden, x);
@@ -358,33 +360,28 @@ void Decoder::prepare(const Linear& linear, const float* x, int64_t row, int64_t
     }
 }
 
-// y[rows, n] = linear(the prepared rows), this thread's share of the tiles.
-void Decoder::apply(const Linear& linear, int64_t rows, float* y, int64_t y_stride, Share share) {
+// y[rows, n] = linear(the prepared rows)
+void Decoder::apply(const Linear& linear, int64_t rows, float* y, int64_t y_stride) {
     const int64_t tile = kernels_.linear.tile;
-    const Range mine = share.of(linear.tiles);
-    for (const Linear::Segment& segment : linear.segments) {
-        const int64_t begin = std::max<int64_t>(mine.begin - segment.first_tile, 0);
-        const int64_t end = std::min(mine.end - segment.first_tile, segment.tiles);
-        if (begin >= end) continue;
+    const auto apply_tiles = [&](const Linear::Segment& segment, Range tiles) {
         const char* activations = activations_.data() + linear.preparations[segment.preparation].offset * rows;
         float* first = y + segment.first_row;
-        kernels_.linear.linear(segment.shape, linear.packed.data() + segment.offset, activations, rows, begin, end, first,
-                               y_stride);
-        if (!linear.bias) continue;
+        kernels_.linear.linear(segment.shape, linear.packed.data() + segment.offset, activations, rows, tiles.begin,
+                               tiles.end, first, y_stride);
+        if (!linear.bias) return;
+        const int64_t begin = tiles.begin * tile, n = std::min(tiles.end * tile, segment.shape.n) - begin;
         const float* bias = linear.bias.floats() + segment.first_row;
-        const int64_t n = std::min(end * tile, segment.shape.n) - begin * tile;
-        for (int64_t t = 0; t < rows; ++t) add(first + t * y_stride + begin * tile, bias + begin * tile, n);
-    }
+        for (int64_t t = 0; t < rows; ++t) add(first + t * y_stride + begin, bias + begin, n);
+    };
+    team().run(linear.tiles, [&](Range tiles, int) { linear.each_segment(tiles, apply_tiles); });
 }
 
-// For each row and key-value head of this thread: norm and rotate its queries and its key, append key and value.
-void Decoder::append(const Step& step, size_t layer, Share share) {
+// For each row and key-value head: norm and rotate its queries and its key, append key and value.
+void Decoder::append(const Step& step, size_t layer) {
     const BlockKernels& block = kernels_.block;
     const float *q_norm = layers_[layer].q_norm.floats(), *k_norm = layers_[layer].k_norm.floats();  // [head_dim] or null
     const int64_t heads = shape_.n_kv_heads, dim = shape_.head_dim, group = shape_.group(), half = shape_.rope_dim / 2;
-    const Range items = share.of(step.rows * heads);
-    for (int64_t item = items.begin; item < items.end; ++item) {
-        const int64_t t = item / heads, h = item % heads;
+    const auto append_head = [&](int64_t t, int64_t h) {
         float* row = qkv_.floats() + t * shape_.qkv_size();  // q | k | v
         const auto turn = [&](float* head, const float* norm) {
             if (norm) block.rms_norm(head, norm, shape_.norm_eps, dim, head);
@@ -396,25 +393,30 @@ void Decoder::append(const Step& step, size_t layer, Share share) {
         block.store(step.cache_type, k, dim, entries(step, step.keys, layer, t, h, step.positions[t]));
         block.store(step.cache_type, k + shape_.kv_size(), dim,
                     entries(step, step.values, layer, t, h, step.positions[t]));
-    }
+    };
+    team().run(step.rows * heads, [&](Range items, int) {
+        for (int64_t item = items.begin; item < items.end; ++item) append_head(item / heads, item % heads);
+    });
 }
 
-// For each row and key-value head of this thread: mixed[row, the heads that share it]. Rows are dealt out one by one,
-// since later rows of a prompt see more.
-void Decoder::attend(const Step& step, size_t layer, Share share) {
+// For each row and key-value head: mixed[row, the heads that share it].
+void Decoder::attend(const Step& step, size_t layer) {
     const int64_t heads = shape_.n_kv_heads, dim = shape_.head_dim, group = shape_.group();
     const int64_t window = shape_.windows[layer];
     const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-    const int64_t each = scores_.bytes() / static_cast<int64_t>(sizeof(float)) / share.count;
-    float* scores = scores_.floats() + share.index * each;  // [group, end - begin]
-    for (int64_t item = share.index; item < step.rows * heads; item += share.count) {
-        const int64_t t = item / heads, h = item % heads;
+    const int64_t scores_size = scores_.bytes() / static_cast<int64_t>(sizeof(float)) / n_threads_;
+    const auto attend_head = [&](int64_t t, int64_t h, float* scores) {
         const int64_t end = step.positions[t] + 1, begin = window ? std::max<int64_t>(end - window, 0) : 0;
-        kernels_.block.attend(step.cache_type, qkv_.floats() + t * shape_.qkv_size() + h * group * dim, dim,
-                              entries(step, step.keys, layer, t, h, 0), entries(step, step.values, layer, t, h, 0), begin,
-                              end, group, dim, scale, scores, mixed_.floats() + t * shape_.q_size() + h * group * dim,
+        const float* q = qkv_.floats() + t * shape_.qkv_size() + h * group * dim;
+        float* mixed = mixed_.floats() + t * shape_.q_size() + h * group * dim;
+        kernels_.block.attend(step.cache_type, q, dim, entries(step, step.keys, layer, t, h, 0),
+                              entries(step, step.values, layer, t, h, 0), begin, end, group, dim, scale, scores, mixed,
                               dim);
-    }
+    };
+    team().run(step.rows * heads, [&](Range items, int thread) {
+        float* scores = scores_.floats() + thread * scores_size;  // [group, end - begin]
+        for (int64_t item = items.begin; item < items.end; ++item) attend_head(item / heads, item % heads, scores);
+    });
 }
 
 // Where keys or values of `head` for the slot of row `t` lie, from `position` on: [.., head_dim].

@@ -111,17 +111,17 @@ class Decoder {
     Buffer keep(const float* values, int64_t n);
     void check(const Step& step) const;
     void reserve(int64_t rows, int64_t length);
-    void forward(const Step& step, Share share);
-    void embed(const Step& step, int64_t row, Share share);
+    void forward(const Step& step);
+    void embed(const Step& step, int64_t row, int thread);
     void prepare(const Linear& linear, const float* x, int64_t row, int64_t rows);
-    void apply(const Linear& linear, int64_t rows, float* y, int64_t y_stride, Share share);
-    void append(const Step& step, size_t layer, Share share);
-    void attend(const Step& step, size_t layer, Share share);
+    void apply(const Linear& linear, int64_t rows, float* y, int64_t y_stride);
+    void append(const Step& step, size_t layer);
+    void attend(const Step& step, size_t layer);
     void* entries(const Step& step, void* cache, size_t layer, int64_t row, int64_t head, int64_t position) const;
     Team& team();
 
     const DecoderShape shape_;
-    const Kernels& kernels_;
+    const Kernels kernels_;
     const int n_threads_;
     std::unique_ptr<Team> team_;
     std::atomic<bool> busy_{false};

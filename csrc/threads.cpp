@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <algorithm>
+
 #if defined(_WIN32)
 #include <process.h>
 #else
@@ -12,10 +14,12 @@
 namespace tinychat {
 namespace {
 
-// A phase of a step lasts microseconds, so waiting threads spin; but a thread that waits for one the system has set
-// aside only steals its core, so after some ten microseconds they sleep. (Yielding instead puts a thread behind every
-// other process on the machine, over and over.)
-constexpr int kSpins = 2000;
+using std::chrono::microseconds;
+
+// A phase of a step lasts microseconds, so a thread that waits spins; but where threads are more than cores it only takes
+// the core from one that works, so it soon sleeps, and a sleeper is not called at every phase.
+constexpr microseconds kSpin{20}, kBetweenCalls{100};
+constexpr int kPartsPerThread = 4;  // more even shares, for more claims
 
 void pause_briefly() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -23,6 +27,17 @@ void pause_briefly() {
 #elif defined(__aarch64__)
     asm volatile("isb");
 #endif
+}
+
+// Whether `ready` came true within a short while.
+template <class Ready>
+bool soon(const Ready& ready) {
+    const auto end = std::chrono::steady_clock::now() + kSpin;
+    do {
+        if (ready()) return true;
+        pause_briefly();
+    } while (std::chrono::steady_clock::now() < end);
+    return false;
 }
 
 int64_t this_process() {
@@ -36,69 +51,82 @@ int64_t this_process() {
 }  // namespace
 
 Team::Team(int n_threads) : size_(n_threads), process_(this_process()) {
-    for (int index = 1; index < size_; ++index) helpers_.emplace_back([this, index] { help(index); });
+    try {
+        for (int thread = 1; thread < size_; ++thread) helpers_.emplace_back([this, thread] { help(thread); });
+    } catch (...) {
+        close();  // or the threads that did start would end the process
+        throw;
+    }
 }
 
-Team::~Team() {
+Team::~Team() { close(); }
+
+void Team::close() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         closing_ = true;
     }
-    wake_.notify_all();
+    called_.notify_all();
     for (std::thread& helper : helpers_) helper.join();
 }
 
 bool Team::alive() const { return process_ == this_process(); }
 
-void Team::run(const std::function<void(Share)>& work) {
-    if (size_ > 1) {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            work_ = &work;
-            ++run_;
-        }
-        wake_.notify_all();
-    }
-    work({0, size_});
-    barrier();
-}
-
-void Team::help(int index) {
-    for (uint64_t runs = 0;;) {
-        const std::function<void(Share)>* work;
-        {
-            std::unique_lock<std::mutex> lock(mutex_);
-            wake_.wait(lock, [&] { return closing_ || run_ != runs; });
-            if (closing_) return;
-            runs = run_;
-            work = work_;
-        }
-        (*work)({index, size_});
-        barrier();
-    }
-}
-
-void Team::barrier() {
-    if (size_ == 1) return;
-    const uint32_t generation = generation_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-        arrived_.store(0, std::memory_order_relaxed);
-        generation_.store(generation + 1);
-        // In one order for all threads: either this sees the sleeper, or the sleeper sees the new generation.
-        if (sleepers_.load() > 0) {
-            { std::lock_guard<std::mutex> lock(mutex_); }
-            passed_.notify_all();
-        }
+void Team::run(Job job) {
+    job.parts = static_cast<int>(std::min<int64_t>(job.items, int64_t{kPartsPerThread} * size_));
+    if (size_ == 1 || job.parts <= 1) {
+        if (job.items > 0) job.call(job.work, {0, job.items}, 0);
         return;
     }
-    for (int looks = 0; looks < kSpins; ++looks) {
-        if (generation_.load(std::memory_order_acquire) != generation) return;
-        pause_briefly();
-    }
+    job_ = job;
+    unfinished_.store(job.parts, std::memory_order_relaxed);
+    unclaimed_.store(job.parts);
+    take_parts(0);
+    const auto finished = [&] { return unfinished_.load() == 0; };
+    if (soon(finished)) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    sleepers_.fetch_add(1);
-    passed_.wait(lock, [&] { return generation_.load() != generation; });
-    sleepers_.fetch_sub(1);
+    // Of this store and the load in finished(), and of those in take_parts(), one order for all threads: either the last
+    // part's thread sees the sleeper, or the sleeper sees that it is done.
+    caller_sleeps_.store(true);
+    finished_.wait(lock, finished);
+    caller_sleeps_.store(false);
+}
+
+void Team::take_parts(int thread) {
+    for (int left = unclaimed_.load(); left > 0;) {
+        if (thread == 0 && sleepers_.load() > 0) call_helpers();
+        if (!unclaimed_.compare_exchange_weak(left, left - 1)) continue;
+        const int64_t part = left - 1;
+        job_.call(job_.work, {job_.items * part / job_.parts, job_.items * (part + 1) / job_.parts}, thread);
+        if (unfinished_.fetch_sub(1) == 1 && caller_sleeps_.load()) {
+            { std::lock_guard<std::mutex> lock(mutex_); }
+            finished_.notify_one();
+        }
+        left = unclaimed_.load();
+    }
+}
+
+void Team::call_helpers() {
+    const auto now = Clock::now();
+    if (now - last_call_ < kBetweenCalls) return;
+    last_call_ = now;
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        ++calls_;
+    }
+    called_.notify_all();
+}
+
+void Team::help(int thread) {
+    for (uint64_t calls = 0;;) {
+        while (soon([&] { return unclaimed_.load() > 0; })) take_parts(thread);
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleepers_.fetch_add(1);
+        called_.wait(lock, [&] { return closing_ || calls_ != calls || unclaimed_.load() > 0; });
+        sleepers_.fetch_sub(1);
+        if (closing_) return;
+        calls = calls_;
+    }
 }
 
 }  // namespace tinychat

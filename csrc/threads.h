@@ -1,9 +1,10 @@
-// One team of threads for a whole step: they enter together, meet at barriers between phases, and sleep between steps.
+// One team of threads for a whole step. The work of each phase is cut into parts, and whoever is awake claims the next
+// one: a thread that the system has set aside owes nothing, so that on a crowded machine the others go on without it.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
-#include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -14,47 +15,59 @@ struct Range {
     int64_t begin, end;
 };
 
-// One thread's share of the work: thread `index` of `count`.
-struct Share {
-    int index, count;
-
-    // Its part of `total` items: consecutive, all parts together cover them, sizes differ by one at most.
-    Range of(int64_t total) const { return {total * index / count, total * (index + 1) / count}; }
-};
-
 class Team {
   public:
-    explicit Team(int n_threads);  // the caller is one of them: n_threads - 1 helpers are started
+    // The caller of run() is one of the threads: n_threads - 1 helpers are started. Throws std::system_error where the
+    // system has no more of them.
+    explicit Team(int n_threads);
     ~Team();
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
-    int size() const { return size_; }
     // False in a process forked after the team was made: the helpers did not come along.
     bool alive() const;
-    // Runs `work` once on every thread of the team and returns when all are done. `work` must not throw.
-    void run(const std::function<void(Share)>& work);
-    // Called by every thread of the team, inside run(): nobody leaves before all have come, and what was written
-    // before is seen by all after.
-    void barrier();
+
+    // Calls work(Range part, int thread) for consecutive parts that together cover [0, items), and returns when all are
+    // done; what they wrote is seen by the caller and by later runs. Which thread of 0 .. n_threads - 1 does a part is
+    // left to chance, and no thread does two at a time. One run at a time; `work` must not throw.
+    template <class Work>
+    void run(int64_t items, const Work& work) {
+        run({&work, [](const void* what, Range part, int thread) { (*static_cast<const Work*>(what))(part, thread); },
+             items, 0});
+    }
 
   private:
-    void help(int index);
+    using Clock = std::chrono::steady_clock;
+
+    struct Job {
+        const void* work;
+        void (*call)(const void* work, Range part, int thread);
+        int64_t items;
+        int parts;  // 0 until run() cuts them
+    };
+
+    void run(Job job);
+    void take_parts(int thread);
+    void help(int thread);
+    void call_helpers();
+    void close();
 
     const int size_;
     const int64_t process_;
     std::vector<std::thread> helpers_;
 
-    std::mutex mutex_;
-    std::condition_variable wake_;    // a run has started, or the team closes
-    std::condition_variable passed_;  // a barrier
-    const std::function<void(Share)>* work_ = nullptr;
-    uint64_t run_ = 0;  // runs started
-    bool closing_ = false;
+    Job job_{};  // read only by a thread that has claimed one of its parts: until that is done, it stays
+    alignas(64) std::atomic<int> unclaimed_{0};   // parts of job_, taken from the last to the first
+    alignas(64) std::atomic<int> unfinished_{0};  // parts of job_
 
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<uint32_t> generation_{0};  // barriers passed
-    std::atomic<int> sleepers_{0};                     // of those who wait at a barrier
+    alignas(64) std::atomic<int> sleepers_{0};  // helpers
+    std::atomic<bool> caller_sleeps_{false};
+    Clock::time_point last_call_{};  // of the helpers, by the caller
+    std::mutex mutex_;
+    std::condition_variable called_;    // calls_ or closing_ has changed
+    std::condition_variable finished_;  // unfinished_ is 0
+    uint64_t calls_ = 0;
+    bool closing_ = false;
 };
 
 }  // namespace tinychat

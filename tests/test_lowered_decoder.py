@@ -3,6 +3,11 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -376,6 +381,75 @@ def test_a_forked_child_steps_with_threads_of_its_own():
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
     np.testing.assert_array_equal(runner.step(Rows.of(tokens, 0)), expected)
+
+
+def test_threads_that_cannot_be_started_are_an_error():
+    resource = pytest.importorskip("resource")
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+            if os.getuid() == 0:  # whom the limit does not bind
+                os.setuid(65534)
+            build(model(), threads=64)
+        except BackendError as error:
+            os._exit(0 if "64 threads" in str(error) else 2)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_two_decoders_step_at_the_same_time():
+    weights = model(weight="q4")
+    tokens = ids(40, 97)
+    expected = build(weights, threads=1).step(Rows.of(tokens, 0, wanted="all"))
+
+    def steps(runner):
+        for _ in range(20):
+            runner.cache.truncate(0, 0)
+            np.testing.assert_array_equal(runner.step(Rows.of(tokens, 0, wanted="all")), expected)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(steps, [build(weights, threads=3) for _ in range(2)]))
+
+
+def test_more_threads_than_cores_do_not_crawl():
+    """All on one core: a step waits for no thread that is not running."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("no affinity on this system")
+    weights, cores = model(weight="q4", layers=8), os.sched_getaffinity(0)
+    times = {}
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        for threads in (1, 4):
+            runner = build(weights, threads=threads)
+            runner.step(Rows.of([1], 0))
+            start = time.perf_counter()
+            for position in range(1, 60):
+                runner.step(Rows.of([1], position))
+            times[threads] = time.perf_counter() - start
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert times[4] < 10 * times[1] + 0.1  # seconds; with barriers it was 60 to 100 times as long
+
+
+def test_the_interpreter_may_end_while_a_thread_is_inside_a_step():
+    program = """
+import threading, time
+from test_lowered_decoder import Rows, build, ids, model
+runner = build(model(weight="q4"), threads=3)
+def steps():
+    while True:
+        runner.cache.truncate(0, 0)
+        runner.step(Rows.of(ids(40, 97), 0, wanted="all"))
+threading.Thread(target=steps, daemon=True).start()
+time.sleep(0.05)
+"""
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_progress_and_size():

@@ -93,6 +93,8 @@ def build(
             f"not enough memory for the model and a KV cache of {need / 1e9:.2f} GB "
             f"({n_slots} x {ctx_size} positions); load with a smaller context (--ctx-size)"
         ) from None
+    except RuntimeError as error:  # the only one that C++ throws here
+        raise BackendError(f"{error}; ask for fewer (--threads or TINYCHAT_THREADS)") from None
 
 
 class CpuRunner:
@@ -177,7 +179,7 @@ class CpuRunner:
         else:
             raise ValueError("rows have neither tokens nor embeddings")
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < n:
-            raise ValueError(f"wanted rows must lie in 0..{n - 1}")
+            raise ValueError(f"wanted rows must be some of the {n} of the step")
         lengths = cache.check(rows)
         cos, sin = (np.ascontiguousarray(a, np.float32) for a in rope.angles(config.rope, positions, lengths[slots]))
         logits = np.empty((len(wanted), config.vocab_size), np.float32)
