@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tinychat import checkpoint
+from tinychat import tokenizer as tokenizers
 
 
 def main() -> None:
@@ -29,9 +30,12 @@ def main() -> None:
     model.save_pretrained(args.output)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(args.tokenizer / name, args.output / name)
+    tokenizer = tokenizers.load(args.output)
+    assert tokenizer is not None
     generation = {
         "bos_token_id": model.config.bos_token_id,
-        "eos_token_id": model.config.eos_token_id,
+        # A model this small sometimes forgets to end its turn; the next speaker's mark ends it too.
+        "eos_token_id": [*model.config.eos_token_id, tokenizer.token_id("<|user|>")],
         "do_sample": True,
         "temperature": 0.7,
         "top_p": 0.95,
