@@ -10,6 +10,7 @@ Importing this module is nearly free: each public name is imported from its home
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from tinychat.results import Piece as Piece
     from tinychat.results import Result as Result
     from tinychat.sampling import SamplingParams as SamplingParams
+
+# Python started inside a clone finds the sources first, which hold no compiled kernels; those installed serve them too.
+__path__ = pkgutil.extend_path(__path__, __name__)
 
 __version__ = "0.1.0"
 
