@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 from tinychat.errors import ContextOverflowError
 from tinychat.results import Piece, Result, Timings, Usage
+from tinychat.sampling import SamplingParams
 
 
 class FakeTokenizer:
@@ -34,17 +35,20 @@ class FakeEngine:
 
     def __init__(self, *answers: str, ctx_size: int = 100, delay: float = 0.0, template: bool = True):
         self.answers = list(answers)
-        self.ctx_size = ctx_size
+        self.ctx_size = self.max_ctx_size = ctx_size
         self.delay = delay
         self.tokenizer = FakeTokenizer(template)
         self.calls: list[tuple] = []  # (prompt, options)
         self._cached: list[str] = []
 
+    def sampling(self, **options):
+        return SamplingParams.resolve(options)
+
     def stream(self, prompt, *, cancel=None, **options):
         self.calls.append((prompt, options))
         words = prompt.split() if isinstance(prompt, str) else [w for m in prompt for w in m["content"].split()]
         if len(words) >= self.ctx_size:
-            raise ContextOverflowError(len(words), self.ctx_size)
+            raise ContextOverflowError(len(words), self.ctx_size, self.max_ctx_size)
         cached = next((i for i, (a, b) in enumerate(zip(words, self._cached, strict=False)) if a != b), len(words))
         cached = min(cached, len(self._cached))
         answer = self.answers.pop(0) if self.answers else f"You said: {words[-1] if words else ''}"

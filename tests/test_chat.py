@@ -294,7 +294,14 @@ def test_set_takes_any_spelling_and_checks_at_once():
         with pytest.raises(UsageError, match=complaint):
             commands.execute(session, line)
     assert session.settings == before
-    assert "default" in commands.execute(session, "/set")
+
+
+def test_set_alone_shows_what_the_next_answer_will_use():
+    session = Session(FakeEngine(ctx_size=77), settings={"top_k": 7})
+    rows = {line[1:].split()[0]: line for line in commands.execute(session, "/set").splitlines()}
+    assert rows["temperature"].startswith(" temperature") and " 0.7 " in rows["temperature"]
+    assert rows["top_k"].startswith("*top_k") and " 7 " in rows["top_k"]
+    assert " 77 " in rows["max_tokens"] and "none" in rows["seed"]
 
 
 def test_clear_system_and_show():
@@ -418,7 +425,22 @@ def test_notices_on_length_and_on_a_context_that_fills(monkeypatch):
     err = piped(monkeypatch, "Hi\n", FakeEngine("a b c d e f g", ctx_size=9))[2]
     assert "context 88 % full: 8 of 9" in err
     err = piped(monkeypatch, "Hi\n", FakeEngine("a b c d e f g h i j", ctx_size=9))[2]
-    assert "context is full: 9 of 9" in err and "cut at" not in err
+    assert "context is full: 9 of 9" in err and "cut at" not in err and "-c" not in err
+    engine = FakeEngine("a b c d e f g h i j", ctx_size=9)
+    engine.max_ctx_size = 64
+    assert "-c 64 at the start gives more" in piped(monkeypatch, "Hi\n", engine)[2]
+
+
+def test_notes_break_between_words_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "20")
+    for kind, shown in ((Terminal, "a sentence that is\nlonger than a line\n\n  and\n"), (io.StringIO, None)):
+        out = kind()
+        Screen(out, interactive=True).note(text := "a sentence that is longer than a line\n\n  and")
+        assert out.getvalue() == (shown or f"{text}\n")
 
 
 def test_the_closing_line_says_what_the_cache_saved(monkeypatch):

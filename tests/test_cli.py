@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -180,6 +181,42 @@ def test_other_exceptions(monkeypatch, capsys):
     monkeypatch.setenv("TINYCHAT_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         failing(ZeroDivisionError("oops"))
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("generate hi <&-", 0, ""),
+        ("chat <&-", 0, ""),
+        ("generate hi >&-", 0, ""),
+        ("generate hi -v 2>&-", 0, ""),
+        ("generate hi >/dev/full", 1, "tinychat: error: No space left on device\n"),
+        ("generate hi --json >/dev/full", 1, "tinychat: error: No space left on device\n"),
+    ],
+)
+def test_closed_streams_and_full_disks_are_no_accidents(command, code, said):
+    if "/dev/full" in command and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    program = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from fake_engine import FakeEngine
+from tinychat import cli, engine
+engine.load = lambda model, **options: FakeEngine("fine")
+raise SystemExit(cli.main())
+"""
+    shell = f"exec {sys.executable} -c {shlex.quote(program)} {command}"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_the_version_is_the_package_s(capsys):
+    import tinychat
+
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{tinychat.__version__}"' in project
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"tinychat {tinychat.__version__}\n"
 
 
 def test_warnings_look_like_the_rest(fake, monkeypatch, capsys):

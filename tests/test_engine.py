@@ -466,9 +466,8 @@ def test_load_puts_the_parts_together(parts):
     llm = tinychat.load("pebble", threads=1, kv_dtype="fp32", n_slots=2)
     assert parts.builds == [{"ctx_size": 64, "n_slots": 2, "threads": 1, "kv_dtype": "fp32", "progress": None}]
     assert llm.eos_ids == {7, EOS}
-    assert llm.description == (
-        "pebble: fake, 0.3M parameters, float16 · cpu (2 threads); the fastest available · context 64"
-    )
+    assert llm.description == "pebble: fake, 0.3M parameters, float16 · cpu (2 threads) · context 64"
+    assert llm.max_ctx_size == 64
     assert tinychat.load(".", ctx_size=32).ctx_size == 32
 
 
@@ -489,11 +488,29 @@ def test_load_refuses_wrong_arguments(parts, options, words):
     assert not parts.builds
 
 
-def test_a_slow_backend_is_never_silent(parts):
-    parts.backend, parts.why = "reference", "cpu not used: the extension is not built"
-    with pytest.warns(RuntimeWarning, match=r"not built.*install"):
+def test_a_slow_backend_is_never_silent_and_says_so_once(parts, monkeypatch, recwarn):
+    monkeypatch.setattr(engine_module, "_warned", set())
+    parts.backend, parts.why = "reference", "cpu not used: the extension is not built; install it"
+    for _ in range(2):
         llm = tinychat.load("pebble")
-    assert "not built" in llm.description
+    tinychat.load("pebble")
+    assert [str(w.message) for w in recwarn] == [
+        "the slow reference backend runs the model: cpu not used: the extension is not built; install it"
+    ]
+    assert "not built" not in llm.description
+
+
+def test_a_larger_context_is_suggested_only_where_the_model_has_one(parts):
+    with pytest.raises(ContextOverflowError, match=r"100 tokens.*--ctx-size, at most 64"):
+        tinychat.load("pebble", ctx_size=32).generate([5] * 100)
+    with pytest.raises(ContextOverflowError, match=r"holds 64.*all this model can hold") as caught:
+        tinychat.load("pebble").generate([5] * 100)
+    assert "ctx-size" not in str(caught.value)
+
+
+def test_bytes_are_no_token_ids():
+    with pytest.raises(UsageError, match=r"the prompt is b'Hi'; it must be a text"):
+        make().generate(b"Hi")
 
 
 def test_models_given_by_name_are_loaded_once(parts):

@@ -110,6 +110,8 @@ def test_a_file_is_not_a_directory(tmp_path, hub):
         locate(str(tmp_path / "model.safetensors"))
     with pytest.raises(CheckpointError, match="local directory, which has no revision 'main'"):
         locate(str(tmp_path), revision="main")
+    with pytest.raises(CheckpointError, match="'pebble' ships with tinychat and has no revision 'main'"):
+        locate("pebble", revision="main")
 
 
 def test_how_the_hub_is_asked(hub, tmp_path):

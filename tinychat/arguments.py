@@ -55,21 +55,6 @@ def _is_option(word: str) -> bool:
     return word.startswith("-") and word != "-"
 
 
-class Version(argparse.Action):
-    """Look the version up only when it is asked for: importlib.metadata is slow to import."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
-        """Print and leave."""
-        from importlib import metadata
-
-        try:
-            version = metadata.version("tinychat")
-        except metadata.PackageNotFoundError:
-            version = "(not installed; run from its source)"
-        print(f"tinychat {version}")
-        parser.exit()
-
-
 def whole(text: str) -> int:
     """A positive whole number, for argparse."""
     try:

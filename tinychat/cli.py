@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinychat import __version__
 from tinychat.arguments import (
     DEFAULT_MODEL,
     Parser,
-    Version,
     add_device,
     add_model,
     add_sampling,
@@ -49,13 +49,15 @@ def build_parser() -> Parser:
 A MODEL is a directory, an id on the Hugging Face hub, or 'pebble'. TINYCHAT_DEBUG=1 shows tracebacks.
 'tinychat COMMAND --help' tells more.""",
     )
-    parser.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
+    parser.add_argument(
+        "--version", action="version", version=f"tinychat {__version__}", help="show the version and exit"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=Parser)
     for name, summary, fill, run in (
         ("chat", "talk to a model in the terminal", _chat_options, _chat),
         ("generate", "continue a text, for scripts", _generate_options, _generate),
         ("quantize", "make a 4-bit checkpoint", _quantize_options, _quantize),
-        ("info", "what a model is, the memory it needs, the backend it would run on", _info_options, _info),
+        ("info", "what a model is, the memory it needs, its backend", _info_options, _info),
     ):
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         parser.commands[name] = command
@@ -283,9 +285,7 @@ def _warn(message: Warning | str, *where: object, **more: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the program's own); returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows '?', not a traceback
+    _prepare_streams()
     warnings.showwarning = _warn
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -293,19 +293,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not argv:
             parser.print_help()
             return 0
-        code = _run(parser, argv)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # `| head` has seen enough; nothing more can be written, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _run(parser, argv)
+    except BrokenPipeError:  # `| head` has seen enough
+        _abandon_stdout()
         return CLOSED_PIPE
+
+
+def _prepare_streams() -> None:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # whoever started us closed it: `<&-`, a service manager
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for the whole run
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows '?', not a traceback
+
+
+def _abandon_stdout() -> None:
+    """Let what is buffered vanish: nothing more can be written, not even at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(parser: Parser, argv: list[str]) -> int:
     debug = bool(os.environ.get("TINYCHAT_DEBUG"))
     try:
         args = parser.parse(argv)
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except (BrokenPipeError, SystemExit):
         raise
     except KeyboardInterrupt:
@@ -325,6 +339,13 @@ def _run(parser: Parser, argv: list[str]) -> int:
         if debug:
             raise
         print("tinychat: error: out of memory; 'tinychat info MODEL' shows what a model needs", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a directory that may not be read: the machine's, not ours
+        if debug:
+            raise
+        _abandon_stdout()
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"tinychat: error: {error.strerror or error}{where}", file=sys.stderr)
         return 1
     except Exception as error:
         if debug:

@@ -60,7 +60,7 @@ def load(
 
     Raises a TinychatError: UsageError, CheckpointError, ConfigError, TokenizerError or BackendError, the last also
     where the memory would not do (TINYCHAT_NO_MEMORY_CHECK=1 skips that check). On a backend slower than the best,
-    taken because that one cannot run, a RuntimeWarning says why.
+    taken because that one cannot run, a RuntimeWarning says why, once in a process.
     """
     from tinychat import backends, checkpoint, tokenizer
 
@@ -78,32 +78,38 @@ def load(
     words = tokenizer.load(path)
     runner = module.build(source, n_slots=n_slots, ctx_size=size, threads=threads, kv_dtype=kv_dtype, progress=progress)
     if device == "auto" and module.__name__.rpartition(".")[2] != PREFERENCE[0]:
-        warnings.warn(
-            f"tinychat runs on a slow backend ({why}); to have the fast one, install tinychat anew where a C++ "
-            f"compiler is at hand (Debian: apt install g++ python3-dev)",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _warn_once(f"the slow {module.__name__.rpartition('.')[2]} backend runs the model: {why}")
     name = path.resolve().name if Path(model).is_dir() else Path(model).name
     weights = memory.parameters_text(source.n_parameters)
     return Engine(
         runner,
         words,
-        description=f"{name}: {config.model_type}, {weights}, {_precision(source)} · {module.describe()}; {why} · "
+        description=f"{name}: {config.model_type}, {weights}, {_precision(source)} · {module.describe()} · "
         f"context {size}",
         generation_config=source.generation_config,
         eos_ids=_eos_ids(source.generation_config, source.hf_config, words),
     )
 
 
-def context_size(config: ModelConfig, asked: int | None = None) -> int:
-    """The context to allocate: `asked`, or the model's maximum up to 4096. UsageError where it exceeds the maximum.
+_warned: set[str] = set()
 
-    Under dynamic, yarn and llama3 rope scaling the maximum may be the stretched one that the configuration implies.
-    """
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def max_context_size(config: ModelConfig) -> int:
+    """Positions that the model can use; under dynamic, yarn and llama3 rope scaling the stretched number."""
     rope = config.rope
     stretched = rope.scaling in (RopeScaling.DYNAMIC, RopeScaling.YARN, RopeScaling.LLAMA3)
-    limit = max(config.max_positions, int(rope.factor * rope.original_max_positions) if stretched else 0)
+    return max(config.max_positions, int(rope.factor * rope.original_max_positions) if stretched else 0)
+
+
+def context_size(config: ModelConfig, asked: int | None = None) -> int:
+    """The context to allocate: `asked`, or the model's maximum up to 4096. UsageError where it exceeds the maximum."""
+    limit = max_context_size(config)
     if asked is not None and asked > limit:
         raise UsageError(f"a context of {asked} was asked for; the model has {limit} positions; ask for at most that")
     return asked or min(limit, DEFAULT_CTX_SIZE)
@@ -114,8 +120,8 @@ class Engine:
 
     config       the model's
     tokenizer    None where the checkpoint has none: prompts are token ids then, and results carry no text
-    ctx_size     positions that prompt and answer share
-    description  one line: model, precision, backend and why, context
+    ctx_size     positions that prompt and answer share; at most max_ctx_size, the model's own limit
+    description  one line: model, precision, backend, context
     """
 
     def __init__(
@@ -131,6 +137,7 @@ class Engine:
         self.config = runner.config
         self.tokenizer = tokenizer
         self.ctx_size: int = runner.cache.capacity
+        self.max_ctx_size = max_context_size(runner.config)
         self.description = description
         self.generation_config = dict(generation_config or {})
         self.eos_ids = eos_ids
@@ -184,7 +191,7 @@ class Engine:
             raise TokenizerError("stop strings need a tokenizer and this checkpoint has none; use max_tokens")
         tokens = self.prompt_tokens(prompt)
         if len(tokens) >= self.ctx_size:
-            raise ContextOverflowError(len(tokens), self.ctx_size)
+            raise ContextOverflowError(len(tokens), self.ctx_size, self.max_ctx_size)
         text = TextStream(self.tokenizer.decoder() if self.tokenizer else None, params.stop)
         if not is_chat(prompt):
             text.prime(tokens[-PRIMING:])
@@ -206,7 +213,7 @@ class Engine:
         runner = self._alive()
         tokens = token_ids(tokens, self.config.vocab_size)
         if len(tokens) > self.ctx_size:
-            raise ContextOverflowError(len(tokens), self.ctx_size)
+            raise ContextOverflowError(len(tokens), self.ctx_size, self.max_ctx_size)
         out = np.empty((len(tokens), self.config.vocab_size), np.float32)
         self._acquire(lambda: False)
         try:

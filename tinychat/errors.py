@@ -42,10 +42,14 @@ class BackendError(TinychatError):
 class ContextOverflowError(TinychatError):
     """The tokens do not fit in the context."""
 
-    def __init__(self, n_tokens: int, ctx_size: int):
+    def __init__(self, n_tokens: int, ctx_size: int, max_ctx_size: int):
         super().__init__(
             f"the prompt has {n_tokens} tokens and the context holds {ctx_size}, one of them kept for the answer; "
-            f"shorten the prompt, clear the conversation, or load with a larger context (--ctx-size)"
+            + (
+                f"shorten the prompt, or load with a larger context (--ctx-size, at most {max_ctx_size})"
+                if max_ctx_size > ctx_size
+                else "that is all this model can hold: shorten the prompt"
+            )
         )
         self.n_tokens = n_tokens
         self.ctx_size = ctx_size

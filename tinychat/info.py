@@ -16,7 +16,6 @@ from tinychat.checkpoint.inventory import LAYER_LINEARS, Inventory, segments
 from tinychat.checkpoint.shards import Shards
 from tinychat.errors import TemplateError, TokenizerError
 
-KV_ITEMSIZE = {"fp16": 2, "fp32": 4}
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
@@ -50,7 +49,7 @@ def gather(
         "ctx_size": size,
         "kv_dtype": kv_dtype,
         "memory": {
-            **memory.estimate(c, source.file_bytes, size, kv_itemsize=KV_ITEMSIZE[kv_dtype]),
+            **memory.estimate(c, source.file_bytes, size, kv_itemsize=engine.KV_ITEMSIZE[kv_dtype]),
             "available": memory.available(),
         },
         **_text(path),

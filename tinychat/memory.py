@@ -56,8 +56,8 @@ def parameters_text(n: int) -> str:
 
 
 def megabytes(n: int) -> str:
-    """`n` bytes in words, to the nearest MB or tenth of a GB."""
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
+    """`n` bytes in words, to two digits or to the MB."""
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB" if n >= 1e7 else f"{n / 1e6:.1f} MB"
 
 
 def _fields(path: Path) -> dict[str, int]:

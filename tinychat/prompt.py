@@ -70,6 +70,8 @@ def render(messages: Sequence[Message], tokenizer: Any) -> str:
 def token_ids(prompt: Any, vocab_size: int) -> list[int]:
     """`prompt` as a list of ints, each an id of the vocabulary; UsageError where it is none such."""
     try:
+        if isinstance(prompt, bytes | bytearray):  # a list of ints too, but surely meant as a text
+            raise TypeError
         tokens = list(prompt)
     except TypeError:
         raise UsageError(

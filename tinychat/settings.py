@@ -46,12 +46,12 @@ SETTINGS = (
     Setting("max_tokens", int, _LENGTH, 512, "stop after this many new tokens"),
     Setting("temperature", float, ("--temp", "--temperature"), 0.7, "randomness; 0 always takes the likeliest token"),
     Setting("top_k", int, ("--top-k",), 40, "choose among the K likeliest tokens; 0: all"),
-    Setting("top_p", float, ("--top-p",), 0.95, "choose among the likeliest tokens that hold this probability; 1: all"),
-    Setting("min_p", float, ("--min-p",), 0.05, "drop tokens less likely than this share of the likeliest; 0: none"),
+    Setting("top_p", float, ("--top-p",), 0.95, "keep the likeliest, up to this probability; 1: all"),
+    Setting("min_p", float, ("--min-p",), 0.05, "drop below this share of the likeliest; 0: none"),
     Setting("repetition_penalty", float, _REPETITION, 1.0, "above 1 discourages tokens already seen"),
     Setting("presence_penalty", float, ("--presence-penalty",), 0.0, "lowers tokens that the answer already has"),
     Setting("frequency_penalty", float, ("--frequency-penalty",), 0.0, "the same, once for each time they occurred"),
-    Setting("seed", int, ("-s", "--seed"), None, "the same seed and request give the same answer; -1: a fresh one"),
+    Setting("seed", int, ("-s", "--seed"), None, "same seed, same answer; -1: a fresh one"),
     Setting("stop", list, ("--stop",), None, "end the answer before this text"),
 )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,11 @@ _cpu: Any = None
 try:
     _cpu = importlib.import_module("tinychat._cpu")
 except ImportError as error:
-    _missing = (
-        f"the compiled kernels (tinychat._cpu) are missing ({error}); "
-        "reinstall tinychat with a C++ compiler present: pip install ."
+    _source_tree = Path(__file__).resolve().parents[2]
+    _missing = f"its compiled kernels are missing ({error}); to have them, " + (
+        f"run 'pip install .' in {_source_tree}: this is the source tree, in which nothing has been built"
+        if (_source_tree / "CMakeLists.txt").exists()
+        else "install tinychat anew where a C++ compiler is at hand (Debian: apt install g++ python3-dev)"
     )
 
 MAX_THREADS = 1024

@@ -45,16 +45,14 @@ def execute(session: Session, text: str) -> str | None:
 def _help(session: Session, argument: str) -> str:
     rows = [(f"/{command.name} {command.argument}".rstrip(), command) for command in COMMANDS]
     width = max(len(left) for left, _ in rows) + 2
-    lines = [
-        f"{left:<{width}}{command.help}" + (f" (also /{', /'.join(command.aliases)})" if command.aliases else "")
-        for left, command in rows
-    ]
+    lines = [f"{left:<{width}}{command.help}" for left, command in rows]
     return "\n".join(
         [
             *lines,
+            "Also: " + ", ".join(f"/{alias} for /{c.name}" for c in COMMANDS for alias in c.aliases),
             "",
-            'Enter sends, Alt-Enter starts a new line; a text of several lines may also stand between """ and """.',
-            "Ctrl-C stops an answer, Ctrl-D leaves.",
+            "Enter sends, Alt-Enter starts a new line. Ctrl-C stops an answer, Ctrl-D leaves.",
+            'A text of several lines may also stand between """ and """.',
         ]
     )
 
@@ -86,16 +84,23 @@ def _set(session: Session, argument: str) -> str:
 
 
 def _settings(session: Session) -> str:
-    width = max(len(setting.name) for setting in table.SETTINGS) + 2
-    shown = {name: json.dumps(value, ensure_ascii=False) for name, value in session.settings.items()}
-    return "\n".join(f"{s.name:<{width}}{shown.get(s.name, 'default'):<12}{s.help}" for s in table.SETTINGS)
+    """Every setting as the next answer will have it; a star marks those that were set."""
+    width = max(len(setting.name) for setting in table.SETTINGS) + 1
+    now = session.sampling()
+    rows = []
+    for setting in table.SETTINGS:
+        value = getattr(now, setting.name)
+        shown = "none" if value in (None, ()) else json.dumps(value, ensure_ascii=False)
+        star = "*" if setting.name in session.settings else " "
+        rows.append(f"{star}{setting.name:<{width}}{shown:<7} {setting.help}")
+    return "\n".join(rows)
 
 
 def _show(session: Session, argument: str) -> str:
     return "\n".join(
         [
             f"model     {session.engine.description}",
-            f"context   {session.used} of {session.engine.ctx_size} tokens used",
+            f"context   {_used(session)}",
             f"messages  {len(session.messages)}",
             f"system    {session.system or 'none'}",
             "settings  "
@@ -105,6 +110,12 @@ def _show(session: Session, argument: str) -> str:
             ),
         ]
     )
+
+
+def _used(session: Session) -> str:
+    if session.messages and not session.used:  # loaded, not yet encoded
+        return f"{session.engine.ctx_size} tokens; the next answer tells how many are used"
+    return f"{session.used} of {session.engine.ctx_size} tokens used"
 
 
 def _path(name: str, argument: str) -> Path:
@@ -128,9 +139,9 @@ def _load(session: Session, argument: str) -> str:
 
 COMMANDS = (
     Command("help", "", "this list", _help, ("?",)),
-    Command("clear", "", "forget the conversation; system prompt and settings stay", _clear, ("reset",)),
-    Command("system", "TEXT", "set the system prompt; 'none' removes it, no text shows it", _system),
-    Command("set", "KEY VALUE", "change a setting, such as /set temperature 0; 'default' undoes it", _set),
+    Command("clear", "", "forget the conversation; prompt and settings stay", _clear, ("reset",)),
+    Command("system", "TEXT", "set the system prompt; 'none' removes it", _system),
+    Command("set", "KEY VALUE", "change a setting (temperature 0); 'default' undoes it", _set),
     Command("show", "", "model, context used, system prompt, settings", _show),
     Command("save", "FILE", "write the conversation to a file", _save),
     Command("load", "FILE", "take up a saved conversation", _load),

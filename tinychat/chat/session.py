@@ -22,6 +22,7 @@ from tinychat.errors import UsageError
 if TYPE_CHECKING:
     from tinychat.engine import Engine
     from tinychat.results import Piece
+    from tinychat.sampling import SamplingParams
 
 MAX_FILE_BYTES = 64 << 20  # a saved conversation; anything larger is some other file
 
@@ -70,6 +71,10 @@ class Session:
                 mark = {"interrupted": True} if interrupted else {}
                 self.messages.append({"role": "assistant", "content": answer, **mark})
                 self._transcript.answered(answer, tokens)
+
+    def sampling(self) -> SamplingParams:
+        """What the settings, the model's own preferences and the defaults amount to."""
+        return self.engine.sampling(**self._options())
 
     def _options(self) -> dict[str, Any]:
         # An answer in a chat ends where the model ends it or where the context is full.

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,11 +53,17 @@ class Screen:
         self.out.write(self._filter(text) if self._filter else text)
         self.out.flush()
 
-    def note(self, text: str, style: str = "") -> None:
-        """Say something of our own on a line of its own; `style` is "", "dim" or "bold"."""
-        code = {"dim": "2", "bold": "1"}.get(style)
-        self.notes.write(f"\x1b[{code}m{text}\x1b[0m\n" if code and self.color else f"{text}\n")
+    def note(self, text: str, *, dim: bool = False) -> None:
+        """Say something of our own on lines of its own, `dim` or not; a terminal gets them broken between words."""
+        if self.notes.isatty():
+            width = shutil.get_terminal_size().columns
+            text = "\n".join(_wrap(line, width) for line in text.split("\n"))
+        self.notes.write(f"\x1b[2m{text}\x1b[0m\n" if dim and self.color else f"{text}\n")
         self.notes.flush()
+
+
+def _wrap(line: str, width: int) -> str:
+    return textwrap.fill(line, width, replace_whitespace=False, break_long_words=False, break_on_hyphens=False)
 
 
 class Reader(Protocol):
@@ -243,7 +251,7 @@ def answer(session: Session, screen: Screen, text: str) -> Piece | None:
         if not ended:
             screen.write("\n")
     if last is not None:
-        screen.note(closing_line(last, session.engine.ctx_size), "dim")
+        screen.note(closing_line(last, session.engine.ctx_size), dim=True)
         for notice in _notices(session, last):
             screen.note(notice)
     return last
@@ -261,9 +269,15 @@ def _notices(session: Session, last: Piece) -> Iterator[str]:
     elif last.finish_reason == "length" and used < size:
         yield "(cut at max_tokens; /set max_tokens N changes it, 'go on' continues)"
     if used >= size:
-        yield f"(the context is full: {used} of {size} tokens; /clear starts anew, -c gives more)"
+        yield f"(the context is full: {used} of {size} tokens. {_room(session.engine)})"
     elif used > NEARLY_FULL * size:
         yield f"(context {100 * used // size} % full: {used} of {size} tokens; /clear starts anew)"
+
+
+def _room(engine: Engine) -> str:
+    """How to get room in the context, in words."""
+    larger = f"; -c {engine.max_ctx_size} at the start gives more" if engine.max_ctx_size > engine.ctx_size else ""
+    return f"/clear starts anew, /save FILE first keeps a copy{larger}"
 
 
 def run(
@@ -287,8 +301,8 @@ def run(
         answer(session, screen, prompt)
         return 0
     if screen.interactive:
-        screen.note(engine.description, "dim")
-        screen.note("/help lists the commands, Ctrl-D leaves", "dim")
+        screen.note(engine.description, dim=True)
+        screen.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves", dim=True)
     plain = not screen.interactive or os.environ.get("TERM") == "dumb"
     return _loop(session, screen, (reader or (LineReader if plain else PromptReader))(screen))
 
@@ -326,8 +340,8 @@ def _loop(session: Session, screen: Screen, reader: Reader) -> int:
             failed = True
             screen.note(
                 f"error: this message does not fit: with it the conversation has {error.n_tokens} tokens, and the "
-                f"context holds {error.ctx_size}. It is not kept, the conversation before it is: shorten the message, "
-                f"/save and /clear, or start with a larger context (-c)"
+                f"context holds {error.ctx_size}. The message is dropped, the conversation before it stays. "
+                f"Shorten it, or: {_room(session.engine)}"
             )
         except TinychatError as error:
             failed = True

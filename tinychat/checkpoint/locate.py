@@ -33,6 +33,8 @@ def locate(model: str | Path, *, revision: str | None = None, offline: bool = Fa
     """
     name = str(model)
     if name == SHIPPED:
+        if revision is not None:
+            raise CheckpointError(f"'{SHIPPED}' ships with tinychat and has no revision '{quote(revision)}'")
         return _shipped()
     if not name or len(name) > 4096 or "\0" in name:
         raise CheckpointError(f"'{quote(name)}' is neither a directory nor a hub id (owner/name)")
