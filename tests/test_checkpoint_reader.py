@@ -189,6 +189,8 @@ def test_memory_holds_one_layer_at_a_time(tmp_path):
         found.layer(i)
         most = max(most, mapped() - before)
     assert layer_bytes / 2 < most < 2 * layer_bytes
+    assert found.head() is None
+    assert mapped() - before < layer_bytes / 2  # nor does a layer stay beside the head
 
 
 # ---- refused at open, before any value is read

@@ -73,8 +73,9 @@ def build(
     """A runner of `source` with `n_slots` caches of `ctx_size` positions each.
 
     threads: see `thread_count`; kv_dtype fp16 or fp32; isa: one of the levels that run here, by default the best or
-    what TINYCHAT_ISA names; progress(done, total): called after each layer. Peak memory is the packed model and one
-    layer. Raises UsageError for a wrong option, BackendError where this machine cannot hold or run the model.
+    what TINYCHAT_ISA names; progress(done, total): called after each layer. Peak memory is the packed model and the
+    source of one layer or the head. Raises UsageError for a wrong option, BackendError where this machine cannot hold
+    or run the model.
     """
     if kv_dtype not in ("fp16", "fp32"):
         raise UsageError(f"kv_dtype {kv_dtype!r}; the cpu backend has fp16 and fp32")
