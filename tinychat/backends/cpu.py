@@ -131,7 +131,7 @@ class CpuRunner:
             if progress:
                 progress(index + 1, config.n_layers)
         keep: list[np.ndarray] = []
-        head = None if config.tied_head else source.head()
+        head = source.head()  # None where it is tied, once a stored copy is found equal
         packed = None if head is None else _linear(head, config.vocab_size, config.hidden_size, "head", keep)
         self._decoder.finish(_vector(source.norm(), config.hidden_size, "norm", keep), packed)
         self.weight_bytes: int = self._decoder.weight_bytes
