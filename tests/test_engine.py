@@ -538,6 +538,13 @@ def test_memory_estimate_counts_each_part():
     assert memory.estimate(config, 800, ctx_size=100_000)["loading"] == 0
 
 
+@pytest.mark.parametrize(
+    ("n", "words"), [(240_000, "0.2 MB"), (9_949_999, "9.9 MB"), (9_950_000, "10 MB"), (2_340_000_000, "2.3 GB")]
+)
+def test_bytes_in_words(n, words):
+    assert memory.megabytes(n) == words
+
+
 def test_memory_limits_of_control_groups(tmp_path):
     (tmp_path / "proc").write_text("1:name=systemd:/\n0::/a/b\n")
     inner = tmp_path / "a" / "b"

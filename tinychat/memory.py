@@ -59,8 +59,8 @@ def parameters_text(n: int) -> str:
 
 
 def megabytes(n: int) -> str:
-    """`n` bytes in words, to the nearest MB or tenth of a GB."""
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
+    """`n` bytes in words, to the nearest MB; of a few MB or GB, to a tenth."""
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB" if n >= 9.95e6 else f"{n / 1e6:.1f} MB"
 
 
 def _fields(path: Path) -> dict[str, int]:
