@@ -379,7 +379,9 @@ def test_quantize_is_thin(monkeypatch, capsys):
     given = {"method": "rtn", "bits": 3, "group_size": 64, "calibration": "t", "overwrite": True}
     given |= {"revision": "v1", "offline": True, "ignore_config": ("a", "b")}
     assert calls == [(("src", "dst"), default), (("src", "dst"), given)]
-    assert capsys.readouterr().out == "the closing table\n" * 2
+    assert run("quantize", "src", "-o", "dst", "--group-size", "-1") == 0
+    assert calls[2][1]["group_size"] == -1
+    assert capsys.readouterr().out == "the closing table\n" * 3
 
 
 def test_loading_shows_itself_only_where_it_takes_a_while(monkeypatch):

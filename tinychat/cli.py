@@ -134,7 +134,11 @@ DST is a checkpoint in the AWQ layout that other engines read too; a report of t
     )
     parser.add_argument("--bits", type=whole, default=4, metavar="N", help="bits of a weight (default: 4)")
     parser.add_argument(
-        "--group-size", type=whole, default=128, metavar="N", help="inputs that share a scale (default: 128)"
+        "--group-size",
+        type=lambda text: -1 if text == "-1" else whole(text),
+        default=128,
+        metavar="N",
+        help="inputs that share a scale; -1: a whole row (default: 128)",
     )
     parser.add_argument(
         "--calibration",
