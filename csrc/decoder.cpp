@@ -24,6 +24,8 @@
 #include <string>
 #include <system_error>
 
+#include "half.h"
+
 namespace tinychat {
 namespace {
 
@@ -33,19 +35,6 @@ int64_t cache_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 int64_t bytes_of(WeightType type) { return type == WeightType::f32 ? 4 : 2; }
 
-float from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-float widen_half(uint16_t half) {
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = half & 0x7fff;
-    if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // infinite or not a number
-    const float value = static_cast<float>(rest & 0x3ff) * 0x1p-24f;                 // subnormal
-    return rest < 0x400 ? (sign ? -value : value) : from_bits(sign | ((rest << 13) + (112u << 23)));
-}
-
 void widen(WeightType type, const void* values, int64_t n, float* out) {
     if (type == WeightType::f32) {
         std::memcpy(out, values, static_cast<size_t>(n) * sizeof(float));
@@ -53,7 +42,7 @@ void widen(WeightType type, const void* values, int64_t n, float* out) {
     }
     const auto* words = static_cast<const uint16_t*>(values);
     for (int64_t i = 0; i < n; ++i) {
-        out[i] = type == WeightType::f16 ? widen_half(words[i]) : from_bits(static_cast<uint32_t>(words[i]) << 16);
+        out[i] = type == WeightType::f16 ? from_half(words[i]) : from_bf16(words[i]);
     }
 }
 

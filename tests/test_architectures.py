@@ -1,4 +1,4 @@
-"""Every family's logits against transformers', on tiny random models with awkward numbers.
+"""Every family's logits on every backend against transformers', on tiny random models with awkward numbers.
 
 Parameters are random with logits of standard deviation near 1; the largest difference allowed is 1e-4 (found: a few
 1e-6). A family is a file in `tinychat/architectures/`; one without models here fails.
@@ -12,11 +12,13 @@ import torch
 from tiny_models import memory_weights, tiny
 
 from tinychat import architectures, decoder, rope
-from tinychat.backends import reference
+from tinychat.backends import cpu, reference
 from tinychat.cache import Rows
 from tinychat.config import RopeScaling
 
 TOLERANCE = 1e-4
+BACKENDS = [module for module in (reference, cpu) if module.available() is None]
+every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda module: module.__name__.rpartition(".")[2])
 # name: what it changes; every family gets those of COMMON and its own
 COMMON = {
     "plain": {},
@@ -77,11 +79,11 @@ def theirs(model, ids: np.ndarray, chunks: list[int] | None = None) -> np.ndarra
     return np.concatenate(logits)
 
 
-def ours(weights, ids: np.ndarray, chunks: list[int]) -> np.ndarray:
+def ours(weights, ids: np.ndarray, chunks: list[int], backend=reference) -> np.ndarray:
     """Our logits [tokens, vocab_size]."""
-    runner = reference.build(weights, ctx_size=len(ids), threads=1)
+    runner = backend.build(weights, ctx_size=len(ids), threads=1, kv_dtype="fp32")
     logits, start = [], 0
-    for part in np.split(ids, np.cumsum(chunks)[:-1]):
+    for part in np.split(ids.astype(np.int32), np.cumsum(chunks)[:-1]):
         logits.append(runner.step(Rows.of(part, start, wanted="all")))
         start += len(part)
     return np.concatenate(logits)
@@ -95,14 +97,15 @@ def test_every_family_has_models_here():
     )
 
 
+@every_backend
 @pytest.mark.parametrize(("family", "name", "change"), CASES, ids=[f"{f}: {n}" for f, n, _ in CASES])
-def test_logits_equal_transformers(family, name, change):
+def test_logits_equal_transformers(family, name, change, backend):
     model, config = tiny(family, **change)
     weights = memory_weights(model, config)
     ids = tokens(23, config["vocab_size"])
     want = theirs(model, ids)
-    for chunks in ([23], [1, 9, 2, 11], [1] * 23):
-        assert np.abs(ours(weights, ids, chunks) - want).max() < TOLERANCE, chunks
+    for chunks in ([23], [1, 9, 2, 11], [4, 1, 5, 6, 7], [1] * 23):  # also to, at and past a window of 5
+        assert np.abs(ours(weights, ids, chunks, backend) - want).max() < TOLERANCE, chunks
     if name != "one of everything":
         assert 0.3 < want.std() < 3
 
@@ -124,15 +127,16 @@ SCALINGS = {
 }
 
 
+@every_backend
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("family", OWN)
-def test_long_positions_under_every_scaling(family, scaling):
+def test_long_positions_under_every_scaling(family, scaling, backend):
     model, config = tiny(family, **STRETCHED, rope_parameters=SCALINGS[scaling])
     weights = memory_weights(model, config)
     assert weights.config.rope.scaling is RopeScaling(scaling)
     ids = tokens(700)
     want = theirs(model, ids)
-    assert np.abs(ours(weights, ids, [700]) - want).max() < TOLERANCE
+    assert np.abs(ours(weights, ids, [700], backend) - want).max() < TOLERANCE
     chunks = [200, 57, 1, 1, 300, 141]
     if scaling == "dynamic":  # frequencies follow the length, and keys stay as they were stored: chunks matter
         model, _ = tiny(
@@ -141,7 +145,7 @@ def test_long_positions_under_every_scaling(family, scaling):
         in_chunks = theirs(model, ids, chunks)
         assert np.abs(in_chunks - want).max() > 100 * TOLERANCE
         want = in_chunks
-    assert np.abs(ours(weights, ids, chunks) - want).max() < TOLERANCE
+    assert np.abs(ours(weights, ids, chunks, backend) - want).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)

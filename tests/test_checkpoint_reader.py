@@ -5,6 +5,7 @@ import pickle
 import random
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from tiny_checkpoints import AWQ, Q_PROJ
 from tiny_models import memory_weights
 from tiny_models import tiny as tiny_model
 
-from tinychat import checkpoint
+from tinychat import backends, checkpoint
 from tinychat.errors import CheckpointError, ConfigError, TinychatError
 from tinychat.qtensor import QTensor, bfloat16
 
@@ -131,6 +132,11 @@ def test_bfloat16_scales(tmp_path):
     assert found.layer(0).out.segments[0].scales.dtype == bfloat16
 
 
+def devices() -> list[str]:
+    """The backends that run here."""
+    return [name for name in backends.PREFERENCE if not import_module(f"tinychat.backends.{name}").available()]
+
+
 def test_tied_head_absent_or_a_copy(tmp_path):
     tensors = tiny.plain()
     del tensors["lm_head.weight"]
@@ -142,8 +148,9 @@ def test_tied_head_absent_or_a_copy(tmp_path):
     assert found.head() is None and found.n_parameters == n
     tensors["lm_head.weight"][3, 5] += 1
     found = checkpoint.open(tiny.write(tmp_path / "other", tensors, tie_word_embeddings=True))
-    with pytest.raises(CheckpointError, match=r"lm_head.weight.*differs from the embedding table"):
-        found.head()
+    for read in (found.head, *(lambda device=d: backends.backend(device).build(found, ctx_size=8) for d in devices())):
+        with pytest.raises(CheckpointError, match=r"lm_head.weight.*differs from the embedding table"):
+            read()
 
 
 def test_harmless_extras(tmp_path):
@@ -189,6 +196,8 @@ def test_memory_holds_one_layer_at_a_time(tmp_path):
         found.layer(i)
         most = max(most, mapped() - before)
     assert layer_bytes / 2 < most < 2 * layer_bytes
+    assert found.head() is None
+    assert mapped() - before < layer_bytes / 2  # nor does a layer stay beside the head
 
 
 # ---- refused at open, before any value is read

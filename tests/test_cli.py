@@ -409,11 +409,16 @@ def test_quantize_is_thin(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tinychat.quantize", made)
     assert run("quantize", "src", "-o", "dst") == 0
     options = "--method rtn --bits 3 --group-size 64 --calibration t --overwrite"
+    options += " --revision v1 --offline --ignore-config a --ignore-config b"
     assert run("quantize", "src", "-o", "dst", *options.split()) == 0
     default = {"method": "awq", "bits": 4, "group_size": 128, "calibration": None, "overwrite": False}
+    default |= {"revision": None, "offline": False, "ignore_config": ()}
     given = {"method": "rtn", "bits": 3, "group_size": 64, "calibration": "t", "overwrite": True}
+    given |= {"revision": "v1", "offline": True, "ignore_config": ("a", "b")}
     assert calls == [(("src", "dst"), default), (("src", "dst"), given)]
-    assert capsys.readouterr().out == "the closing table\n" * 2
+    assert run("quantize", "src", "-o", "dst", "--group-size", "-1") == 0
+    assert calls[2][1]["group_size"] == -1
+    assert capsys.readouterr().out == "the closing table\n" * 3
 
 
 def test_loading_shows_itself_only_where_it_takes_a_while(monkeypatch):

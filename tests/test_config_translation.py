@@ -299,10 +299,28 @@ def test_code_is_not_followed_and_bookkeeping_is_harmless():
     assert translate(LLAMA_2_7B, **extra) == translate(LLAMA_2_7B)
 
 
+def test_what_hub_configs_carry_besides():
+    """Seen in published configs: what trainers, converters and older transformers leave behind."""
+    trained = {"unsloth_fixed": True, "model_name": "unsloth/Llama-3.2-1B", "max_new_tokens": 2048}
+    older = {"_flash_attn_2_enabled": True, "_from_model_config": True, "max_sequence_length": 2048, "pruned_heads": {}}
+    assert translate(LLAMA_3_1_8B, **trained, **older, model_max_length=4096) == translate(LLAMA_3_1_8B)
+    assert translate(QWEN2_5_7B, seq_length=32768) == translate(QWEN2_5_7B)  # Qwen 1.5
+
+
+def test_null_is_as_good_as_absent():
+    unset = dict.fromkeys(("sliding_window", "layer_types", "head_dim", "attn_logit_softcapping", "attention_bias"))
+    assert translate(LLAMA_3_1_8B, **unset, rope_scaling=None) == translate(LLAMA_3_1_8B, rope_scaling=...)
+    scaling = {**LLAMA_3_1_8B["rope_scaling"], "attn_factor": None}
+    assert translate(LLAMA_3_1_8B, rope_scaling=scaling) == translate(LLAMA_3_1_8B)
+    message = refusal(LLAMA_3_1_8B, sliding_window=None, attn_logit_softcapping=50.0)
+    assert "attn_logit_softcapping = 50.0" in message and "sliding_window" not in message
+
+
 def test_a_key_is_harmless_only_at_the_value_that_switches_it_off():
     assert "use_mrope = true" in refusal(QWEN2_5_7B, use_mrope=True)
     assert "rope_interleaved" in refusal(SMOLLM2_135M, rope_interleaved=True)
     assert "partial_rotary_factor" in refusal(LLAMA_2_7B, partial_rotary_factor=0.5)
+    assert "pruned_heads" in refusal(LLAMA_2_7B, pruned_heads={"0": [1]})
     assert translate(LLAMA_2_7B, partial_rotary_factor=1.0) == translate(LLAMA_2_7B)
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -544,9 +545,21 @@ def test_what_does_not_fit_in_memory_is_refused_before_loading(parts, monkeypatc
 
 
 def test_memory_estimate_counts_each_part():
-    parts = memory.estimate(tiny_config(tied_head=True), 800, ctx_size=10, n_slots=3)
-    assert parts["weights"] == 800 + VOCAB * 8 and parts["kv_cache"] == 3 * 10 * 2 * 2
-    assert parts["total"] == parts["weights"] + parts["kv_cache"] + parts["overhead"]
+    config = tiny_config(tied_head=True)  # the cpu backend packs the table once, for both of its uses
+    parts = memory.estimate(config, 800, ctx_size=10, n_slots=3)
+    assert parts["weights"] == 800 and parts["kv_cache"] == 3 * 10 * 2 * 2
+    assert parts.pop("total") == sum(parts.values())
+    assert parts["loading"] == 2 * VOCAB * config.hidden_size - parts["kv_cache"]  # the source of the largest part
+    wide = memory.estimate(replace(config, intermediate_size=1000), 800, ctx_size=10)
+    assert wide["loading"] > 2 * 3 * 1000 * config.hidden_size - wide["kv_cache"] > parts["loading"]
+    assert memory.estimate(config, 800, ctx_size=100_000)["loading"] == 0
+
+
+@pytest.mark.parametrize(
+    ("n", "words"), [(240_000, "0.2 MB"), (9_949_999, "9.9 MB"), (9_950_000, "10 MB"), (2_340_000_000, "2.3 GB")]
+)
+def test_bytes_in_words(n, words):
+    assert memory.megabytes(n) == words
 
 
 def test_memory_limits_of_control_groups(tmp_path):

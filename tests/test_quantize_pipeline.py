@@ -1,7 +1,9 @@
 """From a checkpoint to a checkpoint: what is written is what was evaluated, and what cannot be written is said."""
 
 import json
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from tinychat import checkpoint
 from tinychat import quantize as package
 from tinychat.backends import reference
 from tinychat.cache import Rows
-from tinychat.errors import CheckpointError, TinychatError, TokenizerError, UsageError
+from tinychat.cli import main
+from tinychat.errors import CheckpointError, ConfigError, TinychatError, TokenizerError, UsageError
 from tinychat.qtensor import QTensor
-from tinychat.quantize import calibration, evaluation, quantize, quantize_in_memory
+from tinychat.quantize import calibration, evaluation, quantize, quantize_in_memory, rtn
 
 LINEARS = ("qkv", "out", "up", "down")
 SMALL = {"n_sequences": 4, "length": 24, "progress": False}
@@ -150,6 +153,29 @@ def test_errors_leave_nothing_behind(source, tmp_path):
     quantize(source, out, method="rtn", group_size=32, overwrite=True, progress=False)
     with pytest.raises(UsageError, match="quantized already"):
         quantize(out, tmp_path / "again", method="rtn", group_size=32)
+
+
+def test_being_told_to_end_leaves_nothing_behind(source, tmp_path, monkeypatch):
+    def transform(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("a terminated program went on")
+
+    monkeypatch.setattr(rtn, "transform", transform)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        main(["quantize", str(source), "-o", str(tmp_path / "out"), "--method", "rtn", "--group-size", "32"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_unknown_keys_pass_when_told(tmp_path):
+    source = tiny.write(tmp_path / "source", tiny.plain(), attn_logit_softcapping=50.0)
+    arguments = {"method": "rtn", "group_size": 32, "progress": False}
+    with pytest.raises(ConfigError, match="attn_logit_softcapping"):
+        quantize(source, tmp_path / "out", **arguments)
+    ignored = ["attn_logit_softcapping"]
+    quantize(source, tmp_path / "out", **arguments, ignore_config=ignored)
+    assert checkpoint.open(tmp_path / "out", ignore_config=ignored).quantization
 
 
 def test_weights_that_fp16_cannot_hold(tmp_path):

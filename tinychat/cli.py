@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ from tinychat.errors import TinychatError, UsageError
 if TYPE_CHECKING:
     from tinychat.engine import Engine
 
-INTERNAL_ERROR, INTERRUPTED, CLOSED_PIPE = 70, 130, 141  # sysexits: EX_SOFTWARE; 128 + SIGINT; 128 + SIGPIPE
+INTERNAL_ERROR = 70  # sysexits: EX_SOFTWARE
+INTERRUPTED, CLOSED_PIPE, TERMINATED = 130, 141, 143  # 128 + SIGINT, SIGPIPE, SIGTERM
 
 
 def build_parser() -> Parser:
@@ -134,7 +136,11 @@ DST is a checkpoint in the AWQ layout that other engines read too; a report of t
     )
     parser.add_argument("--bits", type=whole, default=4, metavar="N", help="bits of a weight (default: 4)")
     parser.add_argument(
-        "--group-size", type=whole, default=128, metavar="N", help="inputs that share a scale (default: 128)"
+        "--group-size",
+        type=lambda text: -1 if text == "-1" else whole(text),
+        default=128,
+        metavar="N",
+        help="inputs that share a scale; -1: a whole row (default: 128)",
     )
     parser.add_argument(
         "--calibration",
@@ -142,6 +148,7 @@ DST is a checkpoint in the AWQ layout that other engines read too; a report of t
         help="text like that of its later use, for awq (default: text sampled from the model itself)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DST where it exists")
+    add_source(parser)
 
 
 def _info_options(parser: Parser) -> None:
@@ -250,15 +257,23 @@ def _generate(args: argparse.Namespace) -> int:
 def _quantize(args: argparse.Namespace) -> int:
     from tinychat.quantize import quantize
 
-    report = quantize(
-        args.source,
-        args.output,
-        method=args.method,
-        bits=args.bits,
-        group_size=args.group_size,
-        calibration=args.calibration,
-        overwrite=args.overwrite,
-    )
+    # Being told to end is no reason to leave half a checkpoint: unwinding removes it.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        report = quantize(
+            args.source,
+            args.output,
+            method=args.method,
+            bits=args.bits,
+            group_size=args.group_size,
+            calibration=args.calibration,
+            overwrite=args.overwrite,
+            revision=args.revision,
+            offline=args.offline,
+            ignore_config=tuple(args.ignore_config),
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(report)
     return 0
 

@@ -108,6 +108,7 @@ def table(facts: dict[str, Any]) -> str:
         ("memory", f"about {memory.megabytes(need['total'])}, " + _of(left)),
         ("", f"{memory.megabytes(need['weights'])} weights, packed"),
         ("", f"{memory.megabytes(need['kv_cache'])} KV cache: {f['kv_dtype']}, {_per_token(f)} a token"),
+        *([("", f"{memory.megabytes(need['loading'])} more while loading")] if need["loading"] else []),
         ("", f"{memory.megabytes(need['overhead'])} program and buffers"),
         ("tokenizer", f.get("tokenizer_error") or ("yes" if f["tokenizer"] else "none: takes token ids only")),
         ("template", "yes" if f["chat_template"] else "none: 'tinychat generate' works, 'tinychat chat' does not"),

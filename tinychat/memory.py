@@ -15,21 +15,24 @@ OVERHEAD = 64 << 20  # interpreter, libraries and buffers
 def estimate(
     config: ModelConfig, file_bytes: int, ctx_size: int, n_slots: int = 1, kv_itemsize: int = 2
 ) -> dict[str, int]:
-    """Bytes that a running model occupies: 'weights', 'kv_cache', 'overhead', and their sum as 'total'.
+    """Bytes that a running model occupies: 'weights', 'kv_cache', 'loading', 'overhead', and their sum as 'total'.
 
     file_bytes  of the checkpoint's weight files; kv_itemsize: bytes of one number in the KV cache
 
-    Weights are packed one layer at a time, so that the packed model is all that stays; a tied head is packed from the
-    embedding table in 8 bits and adds to it.
+    Packed weights take what they take in the files; a tied head shares the embedding's. While one part is packed (a
+    layer, the table, a head of its own) its source is in memory too: codes of a byte and the words they came from, or
+    16 bits each. The KV cache is touched only afterwards, so 'loading' is what the largest part takes beyond it.
     """
-    weights = file_bytes + (config.vocab_size * config.hidden_size if config.tied_head else 0)
-    kv_cache = n_slots * config.kv_bytes(ctx_size, kv_itemsize)
-    return {
-        "weights": weights,
+    c = config
+    block = c.hidden_size * (2 * c.q_size + 2 * c.kv_size + 3 * c.intermediate_size)
+    kv_cache = n_slots * c.kv_bytes(ctx_size, kv_itemsize)
+    parts = {
+        "weights": file_bytes,
         "kv_cache": kv_cache,
+        "loading": max(0, (4 if c.dtype == "float32" else 2) * max(block, c.vocab_size * c.hidden_size) - kv_cache),
         "overhead": OVERHEAD,
-        "total": weights + kv_cache + OVERHEAD,
     }
+    return {**parts, "total": sum(parts.values())}
 
 
 def available() -> int | None:
@@ -56,8 +59,8 @@ def parameters_text(n: int) -> str:
 
 
 def megabytes(n: int) -> str:
-    """`n` bytes in words, to two digits or to the MB."""
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB" if n >= 1e7 else f"{n / 1e6:.1f} MB"
+    """`n` bytes in words, to the nearest MB; of a few MB or GB, to a tenth."""
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB" if n >= 9.95e6 else f"{n / 1e6:.1f} MB"
 
 
 def _fields(path: Path) -> dict[str, int]:

@@ -3,25 +3,15 @@
 #include <cmath>
 #include <cstring>
 
+#include "half.h"
 #include "levels.h"
 
 namespace tinychat {
 namespace {
 
-float from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 float widen(float value) { return value; }
 
-float widen(uint16_t half) {
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = half & 0x7fff;
-    if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // infinite or not a number
-    const float value = static_cast<float>(rest & 0x3ff) * 0x1p-24f;                 // subnormal
-    return rest < 0x400 ? (sign ? -value : value) : from_bits(sign | ((rest << 13) + (112u << 23)));
-}
+float widen(uint16_t half) { return from_half(half); }
 
 // fp32 to fp16, to nearest, ties to even.
 uint16_t narrow(float value) {

@@ -4,36 +4,22 @@
 //
 // with q and z the codes and zeros of row r, s its scale for the group, and x integers: the inner sums are exact.
 // Speed: whatever the compiler makes of loops over the 16 rows of a tile.
+#include "half.h"
 #include "levels.h"
 #include "linear_layout.h"
 
 namespace tinychat {
 namespace {
 
-float half_to_float(uint16_t half) {
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, exponent = half >> 10 & 31u, mantissa = half & 1023u;
-    float value;
-    if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
-        value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
-        return sign ? -value : value;
-    }
-    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112u) << 23) | mantissa << 13;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
 float load(const char* values, int64_t index, WeightType type) {
-    float value;
-    uint16_t half;
     if (type == WeightType::f32) {
+        float value;
         std::memcpy(&value, values + index * 4, 4);
         return value;
     }
-    std::memcpy(&half, values + index * 2, 2);
-    if (type == WeightType::f16) return half_to_float(half);
-    const uint32_t bits = static_cast<uint32_t>(half) << 16;
-    std::memcpy(&value, &bits, 4);
-    return value;
+    uint16_t bits;
+    std::memcpy(&bits, values + index * 2, 2);
+    return type == WeightType::f16 ? from_half(bits) : from_bf16(bits);
 }
 
 void store_register(const int32_t* integers, char* out) {

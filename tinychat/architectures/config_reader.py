@@ -18,25 +18,26 @@ REQUIRED: Any = object()  # the default of a key that has none
 # Keys that do not change what the network computes: bookkeeping, training, generation (read elsewhere), and code hooks,
 # which are never followed.
 _BOOKKEEPING = """
-    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
-    architectures attention_dropout attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
-    chunk_size_feed_forward cls_token_id decoder_start_token_id diversity_penalty do_sample early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder is_llama_config label2id
-    length_penalty max_length max_sequence_length min_length no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
-    problem_type pruned_heads quantization_config remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-    tokenizer_class top_k top_p torchscript transformers.js_config transformers_version trust_remote_code
-    typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _flash_attn_2_enabled
+    _from_model_config _name_or_path architectures attention_dropout attn_implementation auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward cls_token_id decoder_start_token_id diversity_penalty
+    do_sample early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range
+    is_decoder is_llama_config label2id length_penalty max_length max_new_tokens max_sequence_length min_length
+    model_max_length model_name no_repeat_ngram_size num_beam_groups num_beams num_logits_to_keep num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
+    quantization_config remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    seq_length suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torchscript
+    transformers.js_config transformers_version trust_remote_code typical_p unsloth_fixed unsloth_version use_bfloat16
+    use_cache
 """
 HARMLESS = frozenset(_BOOKKEEPING.split())
 # Keys that are harmless at one value only: the one that switches off what is not implemented.
 HARMLESS_AT: dict[str, Any] = {
     "add_cross_attention": False,
-    "cross_attention_hidden_size": None,
     "is_encoder_decoder": False,
     "partial_rotary_factor": 1.0,
+    "pruned_heads": {},
     "rope_interleaved": False,
     "tie_encoder_decoder": False,
     "use_mrope": False,
@@ -106,8 +107,9 @@ class ConfigReader:
         return value
 
     def finish(self) -> None:
-        """Refuse what was not read and is not harmless; every such key is named."""
-        unknown = sorted(key for key in self._values if key not in self._read and not self._harmless(key))
+        """Refuse what was not read and is not harmless; every such key is named. Null is as good as absent."""
+        given = [key for key, value in self._values.items() if value is not None]
+        unknown = sorted(key for key in given if key not in self._read and not self._harmless(key))
         if not unknown:
             return
         found = ", ".join(f"{self._path}{key} = {_show(self._values[key])}" for key in unknown)
@@ -118,7 +120,7 @@ class ConfigReader:
         )
 
     def _harmless(self, key: str) -> bool:
-        switched_off = key in HARMLESS_AT and self._values[key] in (HARMLESS_AT[key], None)
+        switched_off = key in HARMLESS_AT and self._values[key] == HARMLESS_AT[key]
         return switched_off or (key in HARMLESS and not self._path)
 
     def decoder(

@@ -76,8 +76,9 @@ def build(
     """A runner of `source` with `n_slots` caches of `ctx_size` positions each.
 
     threads: see `thread_count`; kv_dtype fp16 or fp32; isa: one of the levels that run here, by default the best or
-    what TINYCHAT_ISA names; progress(done, total): called after each layer. Peak memory is the packed model and one
-    layer. Raises UsageError for a wrong option, BackendError where this machine cannot hold or run the model.
+    what TINYCHAT_ISA names; progress(done, total): called after each layer. Peak memory is the packed model and the
+    source of one layer or the head. Raises UsageError for a wrong option, BackendError where this machine cannot hold
+    or run the model.
     """
     if kv_dtype not in ("fp16", "fp32"):
         raise UsageError(f"kv_dtype {kv_dtype!r}; the cpu backend has fp16 and fp32")
@@ -133,7 +134,7 @@ class CpuRunner:
             if progress:
                 progress(index + 1, config.n_layers)
         keep: list[np.ndarray] = []
-        head = None if config.tied_head else source.head()
+        head = source.head()  # None where it is tied, once a stored copy is found equal
         packed = None if head is None else _linear(head, config.vocab_size, config.hidden_size, "head", keep)
         self._decoder.finish(_vector(source.norm(), config.hidden_size, "norm", keep), packed)
         self.weight_bytes: int = self._decoder.weight_bytes

@@ -95,6 +95,7 @@ class Checkpoint:
 
     def head(self) -> Linear | None:
         """The output head; None where the embedding table serves, `CheckpointError` where a stored copy differs."""
+        self._shards.release()
         if not self.config.tied_head:
             return self._linear("head", 0)
         copy = f"{self.names.head}.weight"

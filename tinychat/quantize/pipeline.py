@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -51,12 +51,16 @@ def quantize(
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
+    revision: str | None = None,
+    offline: bool = False,
+    ignore_config: Collection[str] = (),
 ) -> Report:
     """Quantize the checkpoint `source` and write it to the directory `output` in the AWQ layout.
 
     calibration  a text file, or JSON lines of {"text"} or {"messages"}; None: text sampled from the model itself
     n_sequences, length  of the calibration set, at most; None: 512 tokens from a file, 128 sampled
     progress     bars on stderr
+    revision, offline, ignore_config  of the source: see `checkpoint.locate` and `checkpoint.open`
 
     Raises UsageError for arguments that cannot be, CheckpointError for what is wrong with the source or the output.
     """
@@ -67,7 +71,8 @@ def quantize(
             f"other widths exist in memory (tinychat.quantize.quantize_in_memory)"
         )
     grid, chosen = Grid(bits, group_size), find(method)
-    opened = checkpoint.open(checkpoint.locate(source))
+    path = checkpoint.locate(source, revision=revision, offline=offline)
+    opened = checkpoint.open(path, ignore_config=ignore_config)
     if opened.quantization is not None:
         raise UsageError(f"{opened.path} is quantized already; quantize the original checkpoint instead")
     report = Report(method, bits, group_size, bytes_before=opened.file_bytes)
