@@ -434,7 +434,12 @@ def parts(monkeypatch, tmp_path):
     """Fake checkpoint, tokenizer and backend behind `load`; what they were asked is recorded."""
     asked = SimpleNamespace(why="the fastest available", backend="cpu", builds=[], config=tiny_config())
     source = SimpleNamespace(
-        generation_config={"eos_token_id": 7}, hf_config={}, quantization=None, n_parameters=260_000, file_bytes=1001
+        generation_config={"eos_token_id": 7},
+        hf_config={},
+        quantization=None,
+        n_parameters=260_000,
+        n_quantized=0,
+        file_bytes=1001,
     )
 
     def open_(path, ignore_config=()):
@@ -447,7 +452,10 @@ def parts(monkeypatch, tmp_path):
 
     def choose(device):
         module = SimpleNamespace(
-            __name__=f"tinychat.backends.{asked.backend}", build=build, describe=lambda: f"{asked.backend} (2 threads)"
+            __name__=f"tinychat.backends.{asked.backend}",
+            FOOTPRINT=memory.Footprint(program=20_000_000),
+            build=build,
+            describe=lambda: f"{asked.backend} (2 threads)",
         )
         return module, asked.why
 
@@ -536,8 +544,8 @@ def test_context_size():
 
 
 def test_what_does_not_fit_in_memory_is_refused_before_loading(parts, monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda: memory.OVERHEAD + 1000)
-    with pytest.raises(BackendError, match=r"needs about 67 MB.*67 MB are available.*--ctx-size"):
+    monkeypatch.setattr(memory, "available", lambda: 20_001_000)
+    with pytest.raises(BackendError, match=r"needs about 20 MB.*20 MB are available.*--ctx-size"):
         tinychat.load("pebble")
     assert not parts.builds
     monkeypatch.setenv("TINYCHAT_NO_MEMORY_CHECK", "1")
@@ -546,13 +554,18 @@ def test_what_does_not_fit_in_memory_is_refused_before_loading(parts, monkeypatc
 
 def test_memory_estimate_counts_each_part():
     config = tiny_config(tied_head=True)  # the cpu backend packs the table once, for both of its uses
-    parts = memory.estimate(config, 800, ctx_size=10, n_slots=3)
-    assert parts["weights"] == 800 and parts["kv_cache"] == 3 * 10 * 2 * 2
+    packed = memory.Footprint(program=50)
+    parts = memory.estimate(config, 800, 600, packed, 10, n_slots=3)
+    assert (parts["weights"], parts["kv_cache"], parts["overhead"]) == (800, 3 * 10 * 2 * 2, 50)
     assert parts.pop("total") == sum(parts.values())
-    assert parts["loading"] == 2 * VOCAB * config.hidden_size - parts["kv_cache"]  # the source of the largest part
-    wide = memory.estimate(replace(config, intermediate_size=1000), 800, ctx_size=10)
-    assert wide["loading"] > 2 * 3 * 1000 * config.hidden_size - wide["kv_cache"] > parts["loading"]
-    assert memory.estimate(config, 800, ctx_size=100_000)["loading"] == 0
+    table = VOCAB * config.hidden_size
+    assert parts["working"] == 2 * table - parts["kv_cache"]  # the source of the largest part
+    wide = memory.estimate(replace(config, intermediate_size=1000), 800, 600, packed, 10)
+    assert wide["working"] > 2 * 3 * 1000 * config.hidden_size - wide["kv_cache"] > parts["working"]
+    assert memory.estimate(config, 800, 600, packed, 100_000)["working"] == 0
+    unpacked = memory.Footprint(program=50, code_bytes=1, step_bytes=4)  # a byte a code, fp32 in a step
+    parts = memory.estimate(config, 800, 600, unpacked, 100_000)
+    assert (parts["weights"], parts["working"]) == (800 + 300, 4 * table)
 
 
 @pytest.mark.parametrize(

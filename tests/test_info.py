@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tinychat import backends, cli, info
+from tinychat import backends, cli, info, memory
 from tinychat.errors import UsageError
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB, LAYERS = 64, 4, 2, 16, 96, 40, 3
@@ -72,7 +72,9 @@ def model(tmp_path):
 @pytest.fixture(autouse=True)
 def backend(monkeypatch):
     """A backend that is always there."""
-    made = SimpleNamespace(__name__="tinychat.backends.paper", describe=lambda: "paper: by hand")
+    made = SimpleNamespace(
+        __name__="tinychat.backends.paper", describe=lambda: "paper: by hand", FOOTPRINT=memory.Footprint(program=1000)
+    )
     monkeypatch.setattr(backends, "choose", lambda device: (made, f"{device} was asked for"))
 
 

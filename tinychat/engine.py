@@ -74,7 +74,8 @@ def load(
     source = checkpoint.open(path, ignore_config=ignore_config)
     config = source.config
     size = context_size(config, ctx_size)
-    memory.check(memory.estimate(config, source.file_bytes, size, n_slots, KV_ITEMSIZE[kv_dtype]), size)
+    sizes = config, source.file_bytes, source.n_quantized, module.FOOTPRINT, size
+    memory.check(memory.estimate(*sizes, n_slots=n_slots, kv_itemsize=KV_ITEMSIZE[kv_dtype]), size)
     words = tokenizer.load(path)
     runner = module.build(source, n_slots=n_slots, ctx_size=size, threads=threads, kv_dtype=kv_dtype, progress=progress)
     if device == "auto" and module.__name__.rpartition(".")[2] != PREFERENCE[0]:

@@ -6,6 +6,7 @@ that into words.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -36,6 +37,7 @@ def gather(
     size = engine.context_size(c, ctx_size)
     module, why = backends.choose(device)
     shards = Shards(path)
+    sizes = c, source.file_bytes, source.n_quantized, module.FOOTPRINT, size
     return {
         "model": model,
         "path": str(path),
@@ -49,7 +51,7 @@ def gather(
         "ctx_size": size,
         "kv_dtype": kv_dtype,
         "memory": {
-            **memory.estimate(c, source.file_bytes, size, kv_itemsize=engine.KV_ITEMSIZE[kv_dtype]),
+            **memory.estimate(*sizes, kv_itemsize=engine.KV_ITEMSIZE[kv_dtype]),
             "available": memory.available(),
         },
         **_text(path),
@@ -63,18 +65,15 @@ def _weights(source: checkpoint.Checkpoint, shards: Shards) -> dict[str, Any]:
     """How many weights are quantized and how, how many are plain in which dtype, which linears the quantizer left."""
     c, names, quantization = source.config, source.names, source.quantization
     modules = Inventory(c, names, quantization, shards).quantized
-    n_quantized, left = 0, []
+    left = []
     plain = Counter({_DTYPES[shards.info(f"{names.embed}.weight").dtype]: c.vocab_size * c.hidden_size})
     places = [(linear, layer) for layer in range(c.n_layers) for linear in LAYER_LINEARS]
     for linear, layer in places if c.tied_head else [*places, ("head", 0)]:
         for segment in segments(c, names, linear, layer):
-            count = segment.shape[0] * segment.shape[1]
-            if segment.module in modules:
-                n_quantized += count
-            else:
-                plain[_DTYPES[shards.info(f"{segment.module}.weight").dtype]] += count
+            if segment.module not in modules:
+                plain[_DTYPES[shards.info(f"{segment.module}.weight").dtype]] += math.prod(segment.shape)
                 left.append(segment.module)
-    facts: dict[str, Any] = {"plain": dict(plain), "quantized": n_quantized}
+    facts: dict[str, Any] = {"plain": dict(plain), "quantized": source.n_quantized}
     if quantization is not None:
         bits, group = quantization.bits, quantization.group_size
         facts |= {"method": "awq", "bits": bits, "group_size": group, "linears": len(modules), "left_plain": left}
@@ -106,9 +105,13 @@ def table(facts: dict[str, Any]) -> str:
         ("files", f"{memory.megabytes(f['file_bytes'])} in {f['n_files']} file{'s' if f['n_files'] > 1 else ''}"),
         ("context", f"{f['ctx_size']} of at most {f['max_positions']} tokens (-c)"),
         ("memory", f"about {memory.megabytes(need['total'])}, " + _of(left)),
-        ("", f"{memory.megabytes(need['weights'])} weights, packed"),
+        ("", f"{memory.megabytes(need['weights'])} weights"),
         ("", f"{memory.megabytes(need['kv_cache'])} KV cache: {f['kv_dtype']}, {_per_token(f)} a token"),
-        *([("", f"{memory.megabytes(need['loading'])} more while loading")] if need["loading"] else []),
+        *(
+            [("", f"{memory.megabytes(need['working'])} at times: a part being packed or unpacked")]
+            if need["working"]
+            else []
+        ),
         ("", f"{memory.megabytes(need['overhead'])} program and buffers"),
         ("tokenizer", f.get("tokenizer_error") or ("yes" if f["tokenizer"] else "none: takes token ids only")),
         ("template", "yes" if f["chat_template"] else "none: 'tinychat generate' works, 'tinychat chat' does not"),

@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from tinychat.config import ModelConfig
 from tinychat.errors import BackendError
 
 UNCHECKED = "TINYCHAT_NO_MEMORY_CHECK"  # set to 1: load whatever the estimate says
-OVERHEAD = 64 << 20  # interpreter, libraries and buffers
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a backend takes beyond a checkpoint's weights and the KV cache; each backend states its own.
+
+    program     bytes of interpreter, libraries and buffers
+    code_bytes  of a 4-bit weight's code, resident
+    step_bytes  of a weight while a step computes with it, one part of the model at a time; 0: it is used as it is kept
+    """
+
+    program: int
+    code_bytes: float = 0.5
+    step_bytes: int = 0
 
 
 def estimate(
-    config: ModelConfig, file_bytes: int, ctx_size: int, n_slots: int = 1, kv_itemsize: int = 2
+    config: ModelConfig,
+    file_bytes: int,
+    n_quantized: int,
+    footprint: Footprint,
+    ctx_size: int,
+    *,
+    n_slots: int = 1,
+    kv_itemsize: int = 2,
 ) -> dict[str, int]:
-    """Bytes that a running model occupies: 'weights', 'kv_cache', 'loading', 'overhead', and their sum as 'total'.
+    """Bytes that a running model occupies: 'weights', 'kv_cache', 'working', 'overhead', and their sum as 'total'.
 
-    file_bytes  of the checkpoint's weight files; kv_itemsize: bytes of one number in the KV cache
+    file_bytes   of the checkpoint's weight files
+    n_quantized  weights of 4 bits among them
+    kv_itemsize  bytes of one number in the KV cache
 
-    Packed weights take what they take in the files; a tied head shares the embedding's. While one part is packed (a
-    layer, the table, a head of its own) its source is in memory too: codes of a byte and the words they came from, or
-    16 bits each. The KV cache is touched only afterwards, so 'loading' is what the largest part takes beyond it.
+    Weights take what they take in the files, codes what the backend keeps them in; a tied head shares the embedding's.
+    While one part is packed (a layer, the table, a head of its own) its source is in memory too: codes of a byte and
+    the words they came from, or 16 bits each. The KV cache is touched only afterwards, so 'working' is what the
+    largest part takes beyond it, or in a step, whichever is more.
     """
     c = config
     block = c.hidden_size * (2 * c.q_size + 2 * c.kv_size + 3 * c.intermediate_size)
     kv_cache = n_slots * c.kv_bytes(ctx_size, kv_itemsize)
+    largest = max(block, c.vocab_size * c.hidden_size)
     parts = {
-        "weights": file_bytes,
+        "weights": file_bytes + int((footprint.code_bytes - 0.5) * n_quantized),
         "kv_cache": kv_cache,
-        "loading": max(0, (4 if c.dtype == "float32" else 2) * max(block, c.vocab_size * c.hidden_size) - kv_cache),
-        "overhead": OVERHEAD,
+        "working": max((4 if c.dtype == "float32" else 2) * largest - kv_cache, footprint.step_bytes * largest, 0),
+        "overhead": footprint.program,
     }
     return {**parts, "total": sum(parts.values())}
 

@@ -1,8 +1,8 @@
 """Backends: one file per device, found by its name; each turns a `WeightSource` into a `Runner`.
 
 A backend module has `available() -> str | None` (None, or why it cannot be used), `describe() -> str` (one line: what
-runs and why) and `build(source, **options) -> Runner`. `reference` is the specification; the others are checked
-against it, op by op and model by model.
+runs and why), `FOOTPRINT` (what it takes in memory, see `memory`) and `build(source, **options) -> Runner`. `reference`
+is the specification; the others are checked against it, op by op and model by model.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from tinychat import rope
 from tinychat.cache import KVCache, Rows
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
+from tinychat.memory import Footprint
 from tinychat.qtensor import QTensor, Weight, bfloat16
 from tinychat.weights import Layer, Linear, WeightSource
 
@@ -31,6 +32,7 @@ except ImportError as error:
         else "install tinychat anew where a C++ compiler is at hand (Debian: apt install g++ python3-dev)"
     )
 
+FOOTPRINT = Footprint(program=64 << 20)
 MAX_THREADS = 1024
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from tinychat.cache import KVCache
 from tinychat.config import Activation
 from tinychat.errors import UsageError
+from tinychat.memory import Footprint
 from tinychat.qtensor import QTensor, Weight, bfloat16
 from tinychat.weights import Linear, WeightSource
 
@@ -24,6 +25,9 @@ except (ImportError, OSError) as error:  # OSError: a shared library of an incom
     _missing: str | None = f"PyTorch does not load ({error}); install it with: pip install torch"
 else:
     _missing = None
+
+# PyTorch itself; codes in bytes; what a step computes with in fp32.
+FOOTPRINT = Footprint(program=256 << 20, code_bytes=1, step_bytes=4)
 
 
 def available() -> str | None:

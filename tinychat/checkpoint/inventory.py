@@ -56,11 +56,13 @@ class Inventory:
                   modules_to_not_convert does not list is read as what it is, but a quantized one that it lists is an
                   error, as other engines would read the checkpoint differently
     n_parameters  of the model: weights, biases, norms; a tied head is not counted again
+    n_quantized   weights among them that are quantized
     """
 
     def __init__(self, config: ModelConfig, names: TensorNames, quantization: AwqFormat | None, shards: Shards):
         self.quantized: set[str] = set()
         self.n_parameters = 0
+        self.n_quantized = 0
         self._config = config
         self._names = names
         self._quantization = quantization
@@ -131,6 +133,7 @@ class Inventory:
         if self._quantization.excludes(module):
             yield f"{quote(module)} is quantized, though modules_to_not_convert lists it"
         self.quantized.add(module)
+        self.n_quantized += n * k
         words, groups = n // awq.PER_WORD, k // group_size
         yield from self._tensor(f"{module}.qweight", (k, words), ("I32",), n * k)
         yield from self._tensor(f"{module}.qzeros", (groups, words), ("I32",), 0)

@@ -50,6 +50,7 @@ class Checkpoint:
     generation_config  generation_config.json, or {}
     quantization       None where no linear is quantized
     n_parameters       of the model; a tied head is not counted again
+    n_quantized        weights of 4 bits among them
     file_bytes         of the weight files
     """
 
@@ -65,6 +66,7 @@ class Checkpoint:
         inventory = Inventory(config, names, self.quantization, self._shards)
         self._quantized = inventory.quantized
         self.n_parameters = inventory.n_parameters
+        self.n_quantized = inventory.n_quantized
         self.file_bytes = self._shards.nbytes
 
     def embed(self) -> np.ndarray:
