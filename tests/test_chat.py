@@ -419,6 +419,16 @@ def test_one_turn_with_prompt(monkeypatch):
     assert piped(monkeypatch, "not read", FakeEngine("Hello."), prompt="Hi")[:2] == (0, "Hello.\n")
 
 
+def test_notices_of_one_turn_offer_no_command(monkeypatch):
+    err = piped(monkeypatch, "", FakeEngine("a b c"), prompt="Hi", settings={"max_tokens": 2})[2]
+    assert "cut at max_tokens; a larger -n gives more" in err and "/" not in err.splitlines()[-1]
+    engine = FakeEngine("a b c d e f g h i j", ctx_size=9)
+    engine.max_ctx_size = 64
+    err = piped(monkeypatch, "", engine, prompt="Hi")[2]
+    assert "context of 9 tokens is full; -c 64" in err and "/" not in err.splitlines()[-1]
+    assert piped(monkeypatch, "", FakeEngine("fine", ctx_size=3), prompt="Hi")[2].count("\n") == 1
+
+
 def test_notices_on_length_and_on_a_context_that_fills(monkeypatch):
     err = piped(monkeypatch, "Hi\n", FakeEngine("a b c"), settings={"max_tokens": 2})[2]
     assert "cut at max_tokens" in err

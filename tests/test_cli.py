@@ -257,13 +257,19 @@ def test_warnings_look_like_the_rest(fake, monkeypatch, capsys):
         ([], "pebble", "from stdin\n"),
         (["-m", "m"], "m", "from stdin\n"),
         (["x" * 5000], "pebble", "x" * 5000),
-        (["m", ""], "m", ""),
     ],
 )
 def test_which_argument_is_what(argv, model, prompt, fake, stdin):
     stdin(b"from stdin\n")
     assert run("generate", *argv) == 0
     assert (fake.loaded[0][0], fake.calls[0][0]) == (model, prompt)
+
+
+def test_an_empty_prompt_is_refused_before_the_model_is_loaded(fake, stdin, capsys):
+    for argv in (["generate", "m", ""], ["generate", "-p", ""], ["generate", "org/m"], ["chat", "-p", " "]):
+        stdin(b"")
+        assert run(*argv) == 2 and "prompt" in capsys.readouterr().err
+    assert not fake.loaded
 
 
 def test_a_directory_with_a_model_is_a_model(fake, stdin, tmp_path, monkeypatch):

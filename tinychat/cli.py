@@ -186,6 +186,8 @@ def _chat(args: argparse.Namespace) -> int:
     from tinychat import chat
 
     model, settings = one_model(args), given_settings(args)  # mistakes are found before the model is loaded
+    if args.prompt is not None and not args.prompt.strip():
+        raise UsageError("the prompt (-p) is empty; give it some text, or leave -p out to chat")
     return chat.run(_load(args, model), model=model, system=args.system, settings=settings, prompt=args.prompt)
 
 
@@ -212,7 +214,11 @@ def _model_and_prompt(args: argparse.Namespace) -> tuple[str, str]:
         raise UsageError(f"{words[-1]!r} is one argument too many: a model and a prompt are given already")
     if prompt is None and sys.stdin.isatty():
         raise UsageError('no prompt: tinychat generate MODEL "PROMPT", or pipe the text in')
-    return model or DEFAULT_MODEL, _standard_input() if prompt in (None, "-") else prompt
+    if prompt is None or prompt == "-":
+        prompt = _standard_input()
+    if not prompt:
+        raise UsageError("the prompt is empty; give some text to continue")
+    return model or DEFAULT_MODEL, prompt
 
 
 def _standard_input() -> str:

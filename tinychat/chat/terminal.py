@@ -236,8 +236,8 @@ def _rate(per_s: float | None) -> str:
     return "" if per_s is None else f" at {per_s:.3g}/s" if per_s < 100 else f" at {per_s:.0f}/s"
 
 
-def answer(session: Session, screen: Screen, text: str) -> Piece | None:
-    """Ask `text`, stream the answer and the line that closes it; the last piece, None where there was none."""
+def answer(session: Session, screen: Screen, text: str, notices: Callable[[Session, Piece], Iterator[str]]) -> None:
+    """Ask `text`, stream the answer, the line that closes it, and what `notices` says of its end."""
     cancel, last, ended = threading.Event(), None, True
     try:
         with interrupts(cancel):
@@ -252,9 +252,8 @@ def answer(session: Session, screen: Screen, text: str) -> Piece | None:
             screen.write("\n")
     if last is not None:
         screen.note(closing_line(last, session.engine.ctx_size), dim=True)
-        for notice in _notices(session, last):
+        for notice in notices(session, last):
             screen.note(notice)
-    return last
 
 
 def _notices(session: Session, last: Piece) -> Iterator[str]:
@@ -274,10 +273,24 @@ def _notices(session: Session, last: Piece) -> Iterator[str]:
         yield f"(context {100 * used // size} % full: {used} of {size} tokens; /clear starts anew)"
 
 
+def _only_notice(session: Session, last: Piece) -> Iterator[str]:
+    """Of an answer after which nothing can be asked or set."""
+    size = session.engine.ctx_size
+    if last.finish_reason == "length":
+        yield (
+            f"(the context of {size} tokens is full{_larger(session.engine)})"
+            if session.used >= size
+            else ("(cut at max_tokens; a larger -n gives more)")
+        )
+
+
 def _room(engine: Engine) -> str:
     """How to get room in the context, in words."""
-    larger = f"; -c {engine.max_ctx_size} at the start gives more" if engine.max_ctx_size > engine.ctx_size else ""
-    return f"/clear starts anew, /save FILE first keeps a copy{larger}"
+    return f"/clear starts anew, /save FILE first keeps a copy{_larger(engine)}"
+
+
+def _larger(engine: Engine) -> str:
+    return f"; -c {engine.max_ctx_size} at the start gives more" if engine.max_ctx_size > engine.ctx_size else ""
 
 
 def run(
@@ -298,7 +311,7 @@ def run(
     screen = screen or Screen()
     session = Session(engine, model=model, system=system, settings=settings)
     if prompt is not None:
-        answer(session, screen, prompt)
+        answer(session, screen, prompt, _only_notice)
         return 0
     if screen.interactive:
         screen.note(engine.description, dim=True)
@@ -335,7 +348,7 @@ def _loop(session: Session, screen: Screen, reader: Reader) -> int:
                     break
                 screen.note(reply)
             elif message_of(typed).strip():
-                answer(session, screen, message_of(typed))
+                answer(session, screen, message_of(typed), _notices)
         except ContextOverflowError as error:
             failed = True
             screen.note(
