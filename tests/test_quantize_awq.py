@@ -243,4 +243,6 @@ def test_any_width_in_memory_with_a_short_last_group(bits):
     down = made.layer(0).down.segments[0]
     assert down.bits == bits and down.scales.shape == (48, 3)
     assert report.bits_per_weight > bits
+    exact, rounded = random_weights(config).layer(0).down.segments[0].astype(np.float64), down.dequantize(np.float64)
+    assert report.rounding["down"][0] == pytest.approx(((rounded - exact) ** 2).sum() / (exact**2).sum(), rel=1e-4)
     assert Grid(bits, -1).width(72) == 72

@@ -121,6 +121,10 @@ def test_report(source, tmp_path):
     assert "4 sequences, 96 tokens" in text
     found = json.loads(json.dumps(report.to_dict()))
     assert found["method"] == "awq" and len(found["groups"]) == 2 * 5 and found["seconds"] > 0
+    plain = quantize(source, tmp_path / "rtn", method="rtn", group_size=32, progress=False)
+    assert "relative squared error of the weights: qkv " in str(plain) and "scaled weights: qkv " in text
+    assert {name: len(errors) for name, errors in plain.rounding.items()} == dict.fromkeys(LINEARS, 2)
+    assert all(0 < error < 0.02 for errors in plain.rounding.values() for error in errors)
 
 
 def test_progress_goes_to_stderr(source, tmp_path, capfd):

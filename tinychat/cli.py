@@ -125,7 +125,7 @@ def _quantize_options(parser: Parser) -> None:
   tinychat quantize ./my-model -o ./my-model-rtn --method rtn --group-size 64
   tinychat quantize ./my-model -o ./my-model-awq --calibration texts.txt
 
-DST is a checkpoint in the AWQ layout that other engines read too; a report of the loss per layer ends the run."""
+DST is a checkpoint in the AWQ layout that other engines read too; a report of what it cost ends the run."""
     parser.add_argument("source", metavar="SRC", help="the checkpoint to quantize: a directory or a hub id")
     parser.add_argument("-o", "--output", required=True, metavar="DST", help="the directory to write (required)")
     parser.add_argument(

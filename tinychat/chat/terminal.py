@@ -280,7 +280,7 @@ def _only_notice(session: Session, last: Piece) -> Iterator[str]:
         yield (
             f"(the context of {size} tokens is full{_larger(session.engine)})"
             if session.used >= size
-            else ("(cut at max_tokens; a larger -n gives more)")
+            else "(cut at max_tokens; a larger -n gives more)"
         )
 
 

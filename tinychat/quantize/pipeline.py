@@ -194,7 +194,7 @@ def _layers(
         for name in LINEARS:
             report.kept |= {module: reason for _, module, reason in getattr(layer, name).segments() if reason}
         done = quantized_layer(changed, grid)
-        report.count(done)
+        report.count(changed, done)
         yield done
 
 

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from tinychat.decoder import PackedLayer
 from tinychat.qtensor import QTensor
+from tinychat.quantize.dense import LINEARS
 from tinychat.weights import Layer
 
 BLOCK = "whole block"
+_ROWS = 32  # of a weight compared at a time: what stays in the cache
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,18 @@ class GroupResult:
 
 @dataclass
 class Report:
-    """A quantization. `kept` are the linears left in 16 bits and why; sizes are of the weight files."""
+    """A quantization. `kept` are the linears left in 16 bits and why; sizes are of the weight files.
+
+    `rounding` has, for each canonical linear, layer by layer, what rounding did to its weights, scaled ones where the
+    method scales: mean error^2 over mean weight^2. The losses of `groups` tell what that does to the outputs.
+    """
 
     method: str
     bits: int
     group_size: int
     calibration: str = "none"
     groups: list[GroupResult] = field(default_factory=list)
+    rounding: dict[str, list[float]] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     quantized_weights: int = 0
     quantized_bits: float = 0
@@ -48,13 +56,20 @@ class Report:
         """Of the quantized linears: codes, scales and zeros."""
         return self.quantized_bits / self.quantized_weights if self.quantized_weights else 0.0
 
-    def count(self, layer: Layer) -> None:
-        """Add a quantized layer's linears to the totals."""
-        for linear in (layer.qkv, layer.out, layer.up, layer.down):
-            for segment in linear.segments:
+    def count(self, exact: PackedLayer, layer: Layer) -> None:
+        """Add the linears of a quantized layer, `exact` before it was rounded, to the totals."""
+        for name in LINEARS:
+            error = power = 0.0
+            for (weight, _, _), segment in zip(
+                getattr(exact, name).segments(), getattr(layer, name).segments, strict=True
+            ):
                 if isinstance(segment, QTensor):
                     self.quantized_weights += segment.codes.size
                     self.quantized_bits += segment.bits_per_weight * segment.codes.size
+                    change, size = _squares(weight.numpy(), segment)
+                    error, power = error + change, power + size
+            if power:
+                self.rounding.setdefault(name, []).append(error / power)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -76,6 +91,9 @@ class Report:
             lines.append(f"  {name:<26}{before:>11.3e}{after:>11.3e}{change:>9}   {_spread(alphas)}".rstrip())
         if names:
             lines.append("")
+        if self.rounding:
+            means = ", ".join(f"{name} {np.mean(errors):.2e}" for name, errors in self.rounding.items())
+            lines.append(f"relative squared error of the {'scaled ' if names else ''}weights: {means}")
         if self.kept:
             reasons = sorted(set(self.kept.values()))
             n = len(self.kept)
@@ -89,6 +107,17 @@ class Report:
             size = f"{_bytes(self.bytes_before)} -> {_bytes(self.bytes_after)}; "
         lines.append(f"{size}{self.bits_per_weight:.3f} bits per quantized weight; {self.seconds:.1f} s")
         return "\n".join(lines)
+
+
+def _squares(weight: np.ndarray, q: QTensor) -> tuple[float, float]:
+    """(sum of (weight - q)^2, sum of weight^2)."""
+    error = power = 0.0
+    for first in range(0, len(weight), _ROWS):
+        rows = slice(first, first + _ROWS)
+        part = weight[rows]
+        change = QTensor(q.codes[rows], q.scales[rows], q.zeros[rows], q.bits, q.group_size).dequantize() - part
+        error, power = error + float(np.vdot(change, change)), power + float(np.vdot(part, part))
+    return error, power
 
 
 def _spread(alphas: list[float]) -> str:
