@@ -19,12 +19,3 @@ def data_dir() -> Path:
     if not (path / "README.md").exists():
         pytest.skip(f"test data not found at {path} (set TINYCHAT_TEST_DATA)")
     return path
-
-
-def pytest_collection_modifyitems(config, items):
-    """Slow, GPU and network tests run only when asked for by name (-m slow, ...)."""
-    asked = config.getoption("-m") or ""
-    for item in items:
-        for mark in ("slow", "gpu", "network"):
-            if item.get_closest_marker(mark) and mark not in asked:
-                item.add_marker(pytest.mark.skip(reason=f"{mark}: run with -m {mark}"))

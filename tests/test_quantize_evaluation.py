@@ -31,7 +31,6 @@ class Counting:
 def test_windows():
     assert evaluation.windows(list(range(7)), 3) == [[0, 1, 2], [3, 4, 5]]
     assert evaluation.windows(list(range(8)), 3) == [[0, 1, 2], [3, 4, 5], [6, 7]]
-    assert evaluation.windows(list(range(4)), 3, begin=9) == [[9, 0, 1], [9, 2, 3]]
 
 
 def test_perplexity_is_that_of_the_distribution():

@@ -19,8 +19,8 @@ from tinychat.cli import main
 from tinychat.errors import CheckpointError, ConfigError, TinychatError, TokenizerError, UsageError
 from tinychat.qtensor import QTensor
 from tinychat.quantize import calibration, evaluation, quantize, quantize_in_memory, rtn
+from tinychat.weights import LINEARS
 
-LINEARS = ("qkv", "out", "up", "down")
 SMALL = {"n_sequences": 4, "length": 24, "progress": False}
 
 

@@ -61,11 +61,6 @@ class KVCache:
         self.capacity = capacity
         self.n_slots = n_slots
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return self.keys.nbytes + self.values.nbytes
-
     def check(self, rows: Rows) -> np.ndarray:
         """The lengths after `rows`, int32 [n_slots]. Raises ValueError where a slot's rows do not continue it.
 

@@ -1,7 +1,7 @@
 """The engine: tokens in, tokens out. Prefill in chunks, decode, sample, stop.
 
-Chat, server, `generate()`, evaluation and benchmark stand on it. It knows one model on one backend and serves one
-request at a time; it knows no terminal, no HTTP and no file format.
+The command line, the chat and the Python interface stand on it. It knows one model on one backend and serves one
+request at a time; it knows no terminal and no file format.
 """
 
 from __future__ import annotations

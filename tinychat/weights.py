@@ -15,6 +15,8 @@ import numpy as np
 from tinychat.config import ModelConfig
 from tinychat.qtensor import QTensor, Weight
 
+LINEARS = ("qkv", "out", "up", "down")  # of a `Layer`
+
 
 @dataclass(frozen=True, eq=False)
 class Linear:

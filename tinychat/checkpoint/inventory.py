@@ -16,8 +16,8 @@ from tinychat.checkpoint.quoting import listing, quote
 from tinychat.checkpoint.shards import Shards
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError
+from tinychat.weights import LINEARS
 
-LAYER_LINEARS = ("qkv", "out", "up", "down")
 MAX_FAULTS = 12  # reported at once: where config.json is wrong, every tensor is
 _FLOATS = ("F16", "BF16", "F32")
 _SCALES = ("F16", "BF16")
@@ -90,7 +90,7 @@ class Inventory:
             if c.qk_norm:
                 for norm in (names.q_norm, names.k_norm):
                     yield from self._tensor(f"{prefix}{norm}.weight", (c.head_dim,))
-            for linear in LAYER_LINEARS:
+            for linear in LINEARS:
                 yield from self._linear(linear, layer)
         yield from self._tensor(f"{names.norm}.weight", (c.hidden_size,))
         if not c.tied_head:

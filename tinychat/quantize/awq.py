@@ -14,10 +14,11 @@ import torch
 from tinychat.config import ModelConfig
 from tinychat.decoder import PackedLayer, block, mlp, self_attention
 from tinychat.quantize.activations import Observed
-from tinychat.quantize.dense import LINEARS, Dense, DenseOps, changed
+from tinychat.quantize.dense import Dense, DenseOps, changed
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.groups import Group, scaling_groups
 from tinychat.quantize.report import BLOCK, GroupResult
+from tinychat.weights import LINEARS
 
 NEEDS_CALIBRATION = True
 STEPS = 20

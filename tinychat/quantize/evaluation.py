@@ -39,14 +39,9 @@ class Difference:
     high: float
 
 
-def windows(ids: Sequence[int], size: int, begin: int | None = None) -> list[list[int]]:
-    """`ids` cut into windows of `size` tokens, each after the token `begin` if given (which counts).
-
-    The last may be shorter; one of a single token, which predicts nothing, is left out.
-    """
-    given = [] if begin is None else [begin]
-    width = size - len(given)
-    cut = [given + list(ids[start : start + width]) for start in range(0, len(ids), width)]
+def windows(ids: Sequence[int], size: int) -> list[list[int]]:
+    """`ids` cut into windows of `size` tokens; the last may be shorter, and is left out where it predicts nothing."""
+    cut = [list(ids[start : start + size]) for start in range(0, len(ids), size)]
     return [window for window in cut if len(window) > 1]
 
 

@@ -24,10 +24,10 @@ from tinychat.errors import UsageError
 from tinychat.qtensor import QTensor
 from tinychat.quantize import calibration as calibrating
 from tinychat.quantize.activations import Activations
-from tinychat.quantize.dense import LINEARS, NORMS, dense_layer, half, quantized_layer
+from tinychat.quantize.dense import NORMS, dense_layer, half, quantized_layer
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.report import Report
-from tinychat.weights import Layer, Linear, MemoryWeights, WeightSource
+from tinychat.weights import LINEARS, Layer, Linear, MemoryWeights, WeightSource
 
 FILE_BITS = 4
 SAMPLED, FROM_FILE = 128, 512  # tokens of a calibration sequence

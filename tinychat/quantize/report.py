@@ -9,8 +9,7 @@ import numpy as np
 
 from tinychat.decoder import PackedLayer
 from tinychat.qtensor import QTensor
-from tinychat.quantize.dense import LINEARS
-from tinychat.weights import Layer
+from tinychat.weights import LINEARS, Layer
 
 BLOCK = "whole block"
 _ROWS = 32  # of a weight compared at a time: what stays in the cache

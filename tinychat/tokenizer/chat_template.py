@@ -2,8 +2,8 @@
 
 The template is always the checkpoint's own Jinja; none is ever guessed. It is rendered by `template_worker` in a
 process apart, which bounds its time and memory and leaves this one unharmed whatever the template does. That process
-starts with the first rendering (or `start()`, to overlap with loading weights), stays for the following ones, and
-ends with its owner. This module knows nothing of tokens.
+starts with the first rendering, stays for the following ones, and ends with its owner. This module knows nothing of
+tokens.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ ALLOWED_VARIABLES = frozenset(
 
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # names in use for one thing; the first is standard
 _KEPT_ENVIRONMENT = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")
-_ADVICE = "give another template (--chat-template FILE) or complete plain text without one"
+_ADVICE = "put another chat_template.jinja into the checkpoint's directory, or complete plain text without one"
 
 _EXPLANATIONS = {
     "syntax": "the chat template is damaged: {}",
@@ -126,12 +126,6 @@ class ChatTemplate:
         """The text of the template used without tools; raises TemplateError where there are several and no default."""
         return self._choose(with_tools=False)
 
-    def start(self) -> None:
-        """Begin starting the rendering process, without waiting, so that the first `render` finds it ready."""
-        with self._lock:
-            if self._worker is None:
-                self._worker = _Worker()
-
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -185,7 +179,7 @@ class ChatTemplate:
             return self.templates["default"]
         raise TemplateError(
             f"the checkpoint has several chat templates ({', '.join(sorted(self.templates))}) and none is the default; "
-            f"choose one with --chat-template FILE"
+            f"write the one to use to chat_template.jinja in its directory"
         )
 
     def _ask(self, payload: bytes) -> str:
