@@ -81,7 +81,8 @@ def load(
     if device == "auto" and module.__name__.rpartition(".")[2] != PREFERENCE[0]:
         _warn_once(f"the slow {module.__name__.rpartition('.')[2]} backend runs the model: {why}")
     name = path.resolve().name if Path(model).is_dir() else Path(model).name
-    weights = memory.parameters_text(source.n_parameters)
+    n = source.n_parameters
+    weights = f"{n / 1e9:.2f}B parameters" if n >= 1e9 else f"{n / 1e6:.1f}M parameters"
     return Engine(
         runner,
         words,

@@ -78,11 +78,6 @@ def check(needed: dict[str, int], ctx_size: int) -> None:
     )
 
 
-def parameters_text(n: int) -> str:
-    """`n` parameters in words."""
-    return f"{n / 1e9:.2f}B parameters" if n >= 1e9 else f"{n / 1e6:.1f}M parameters"
-
-
 def megabytes(n: int) -> str:
     """`n` bytes in words, to the nearest MB; of a few MB or GB, to a tenth."""
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB" if n >= 9.95e6 else f"{n / 1e6:.1f} MB"
