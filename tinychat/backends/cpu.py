@@ -37,13 +37,13 @@ MAX_THREADS = 1024
 
 
 def available() -> str | None:
-    """None, or why this backend cannot be used."""
+    """None, or why this backend cannot be used. BackendError where TINYCHAT_ISA asks for a level that is not there."""
     if _cpu is None:
         return _missing
     try:
         _cpu.isa()
     except RuntimeError as error:
-        return str(error)
+        raise BackendError(str(error)) from None
     return None
 
 
