@@ -341,7 +341,7 @@ def test_options_from_the_environment(monkeypatch):
     monkeypatch.setenv("TINYCHAT_ISA", "scalar")
     assert cpu.describe() == "cpu (scalar, 3 threads)"
     monkeypatch.setenv("TINYCHAT_ISA", "mmx")
-    with pytest.raises(BackendError, match="TINYCHAT_ISA=mmx does not run here; supported: .*scalar"):
+    with pytest.raises(BackendError, match=r"TINYCHAT_ISA=mmx does not run here; supported: .*scalar"):
         cpu.available()
     monkeypatch.setenv("TINYCHAT_THREADS", "many")
     with pytest.raises(UsageError, match="TINYCHAT_THREADS is 'many'"):
