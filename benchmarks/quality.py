@@ -3,7 +3,8 @@
     python benchmarks/quality.py MODEL --text FILE [--bits 4] [--group-size 128] [--calibration FILE] [--stories 30]
 
 Every linear is quantized, in memory. The text is scored in windows, each on its own; or, with --stories, in pieces that
-begin with "Once upon a time", the beginning token first. The last line is JSON.
+begin with "Once upon a time", the beginning token first. Of JSON lines (*.jsonl of {"text"} or {"messages"}), --stories
+documents are scored, spread over the file, the first --window tokens of each. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from tinychat.quantize.pipeline import FROM_FILE, SAMPLED
 from tinychat.weights import WeightSource
 
 
-def windows(args: argparse.Namespace, loaded: tokenizer.Tokenizer, limit: int) -> list[list[int]]:
+def windows(args: argparse.Namespace, path: Path, loaded: tokenizer.Tokenizer, limit: int) -> list[list[int]]:
     """The token windows to score."""
+    if args.text.suffix == ".jsonl":
+        return from_file(args.text, path, n_sequences=args.stories or 150, length=min(args.window, limit))
     text = args.text.read_text(encoding="utf-8")
     if args.stories:
         stories = re.split(r"\n\n(?=Once upon a time)", text)[: args.stories]
@@ -56,7 +59,7 @@ def main() -> None:
     if loaded is None:
         raise SystemExit(f"{args.model} has no tokenizer")
     length = min(args.length or (FROM_FILE if args.calibration else SAMPLED), source.config.max_positions)
-    token_windows = windows(args, loaded, source.config.max_positions)
+    token_windows = windows(args, source.path, loaded, source.config.max_positions)
     if args.calibration:
         sequences = from_file(args.calibration, source.path, n_sequences=args.sequences, length=length)
     else:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tinychat.backends import backend
 from tinychat.errors import BackendError
 from tinychat.qtensor import QTensor, Weight, bfloat16
 from tinychat.weights import Linear
@@ -22,18 +23,8 @@ _ALIGNMENT = 64  # bytes: a cache line, and the widest register
 
 def extension() -> ModuleType:
     """The compiled module; BackendError where it is missing or TINYCHAT_ISA names a level that does not run here."""
-    try:
-        cpu = importlib.import_module("tinychat._cpu")
-    except ImportError as error:
-        raise BackendError(
-            f"the compiled extension tinychat._cpu cannot be imported ({error}); install tinychat with a C++ compiler "
-            "at hand (pip install .), or use --device reference"
-        ) from None
-    try:
-        cpu.isa()
-    except RuntimeError as error:
-        raise BackendError(str(error)) from None
-    return cpu
+    backend("cpu")
+    return importlib.import_module("tinychat._cpu")
 
 
 def supported_isas() -> list[str]:
