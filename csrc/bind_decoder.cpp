@@ -17,7 +17,7 @@ using namespace tinychat;
 namespace {
 
 using Address = uintptr_t;
-using SegmentArgs = std::tuple<WeightShape, Address, Address, Address>;  // shape, values, scales, zeros
+using SegmentArgs = std::tuple<LinearShape, Address, Address, Address>;  // shape, values, scales, zeros
 using LinearArgs = std::pair<std::vector<SegmentArgs>, Address>;         // segments, bias or 0
 
 template <class T = void>

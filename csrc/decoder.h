@@ -3,40 +3,14 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <new>
 #include <vector>
 
+#include "buffer.h"
 #include "kernels.h"
+#include "packed_linear.h"
 #include "threads.h"
 
 namespace tinychat {
-
-// Bytes on a 64-byte boundary, owned; their contents are undefined until written.
-class Buffer {
-  public:
-    Buffer() = default;
-    explicit Buffer(int64_t bytes) { reserve(bytes); }
-
-    // At least `bytes`; growing forgets the contents.
-    void reserve(int64_t bytes) {
-        if (bytes <= bytes_) return;
-        memory_.reset();
-        memory_.reset(::operator new(static_cast<size_t>(bytes), alignment));
-        bytes_ = bytes;
-    }
-    int64_t bytes() const { return bytes_; }
-    char* data() const { return static_cast<char*>(memory_.get()); }
-    float* floats() const { return static_cast<float*>(memory_.get()); }
-    explicit operator bool() const { return bytes_ > 0; }
-
-  private:
-    static constexpr std::align_val_t alignment{64};
-    struct Free {
-        void operator()(void* memory) const { ::operator delete(memory, alignment); }
-    };
-    std::unique_ptr<void, Free> memory_;
-    int64_t bytes_ = 0;
-};
 
 // The numbers of a ModelConfig.
 struct DecoderShape {
@@ -51,15 +25,6 @@ struct DecoderShape {
     int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
 };
 
-// Weights as the caller holds them: read while packing, not kept.
-struct SegmentData {
-    WeightShape shape;
-    WeightData data;
-};
-struct LinearData {
-    std::vector<SegmentData> segments;  // stacked along the outputs
-    const float* bias;                  // [sum of n], or null
-};
 struct LayerData {
     const float* norm1;   // [hidden_size]
     const float* norm2;   // [hidden_size]
@@ -104,17 +69,20 @@ class Decoder {
     void step(const Step& step);
 
   private:
-    struct Linear;
-    struct Layer;
+    struct Layer {
+        Buffer norm1, norm2;    // [hidden_size]
+        Buffer q_norm, k_norm;  // [head_dim], or nothing
+        PackedLinear qkv, out, up, down;
+    };
 
-    Linear pack(const LinearData& data, int64_t n, int64_t k);
+    PackedLinear pack(const LinearData& data, int64_t n, int64_t k);
     Buffer keep(const float* values, int64_t n);
     void check(const Step& step) const;
     void reserve(int64_t rows, int64_t length);
     void forward(const Step& step);
-    void embed(const Step& step, int64_t row, int thread);
-    void prepare(const Linear& linear, const float* x, int64_t row, int64_t rows);
-    void apply(const Linear& linear, int64_t rows, float* y, int64_t y_stride);
+    void embed(const Step& step, int64_t row);
+    void prepare(const PackedLinear& linear, const float* x, int64_t row, int64_t rows);
+    void apply(const PackedLinear& linear, int64_t rows, float* y, int64_t y_stride);
     void append(const Step& step, size_t layer);
     void attend(const Step& step, size_t layer);
     void* entries(const Step& step, void* cache, size_t layer, int64_t row, int64_t head, int64_t position) const;
@@ -127,10 +95,10 @@ class Decoder {
     std::atomic<bool> busy_{false};
     int64_t weight_bytes_ = 0;
 
-    std::unique_ptr<Linear> table_;  // the embedding, in segments of one tile
+    std::unique_ptr<PackedLinear> table_;  // the embedding, packed like a head: where that is tied, it is held once
     std::vector<Layer> layers_;
     Buffer norm_;                   // [hidden_size]
-    std::unique_ptr<Linear> head_;  // null: table_ serves
+    std::unique_ptr<PackedLinear> head_;  // null: table_ serves
     bool finished_ = false;
 
     // Scratch, for as many rows as any step so far had.
@@ -142,7 +110,6 @@ class Decoder {
     Buffer gate_up_;      // [T, 2 * intermediate_size]
     Buffer activations_;  // [T, activation_bytes] for each preparation of a linear
     Buffer scores_;       // [n_threads, group, longest slot]
-    Buffer unpacked_;     // [n_threads, tile, hidden_size] values of the table's type
     int64_t activation_bytes_ = 0;  // of one row, the most that any linear needs
 };
 

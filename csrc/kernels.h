@@ -11,38 +11,56 @@ namespace tinychat {
 
 // ---- linear: y[T, n] = x[T, k] W^T -----------------------------------------------------------------------------------
 
-enum class WeightType : int32_t { q4 = 0, f32 = 1, f16 = 2, bf16 = 3 };
+enum class WeightType : int32_t { quantized = 0, f32 = 1, f16 = 2, bf16 = 3 };
 
-// A weight [n, k]. For q4, groups of `group` along k share a scale and a zero (the last may be shorter; group >= k is one
-// group per row), and scales are kept as fp16, or as fp32 where `wide_scales` (checkpoints with bf16 or fp32 scales).
-struct WeightShape {
+// A weight [n, k] and the precision of the activations that it meets.
+//   quantized: codes of `bits` (4 or 8); groups of `group` along k share a scale and a zero (the last may be shorter;
+//              group >= k is one group per row); scales are kept as fp16, or as fp32 where `wide_scales` (checkpoints with
+//              bf16 or fp32 scales); activations are rounded to integers of `activation_bits` (16 or 8)
+//   else:      activations stay fp32, and the last four fields say nothing
+struct LinearShape {
     WeightType type;
     int64_t n, k;
     int64_t group;
     bool wide_scales;
+    int32_t bits;
+    int32_t activation_bits;
 };
 
-// Canonical form of a weight in memory: what pack() reads and unpack() writes.
-//   q4: codes uint8 [n, k], scales fp16 or fp32 [n, ceil(k/group)] (see wide_scales), zeros uint8 likewise
-//   else: values [n, k] of the type, the other two null
+// What pack() reads for a quantized weight.
+enum class Source : int32_t {
+    codes = 0,  // the canonical form: codes uint8 [n, k], scales [n, groups] fp16 or fp32 (see wide_scales), zeros uint8
+    awq = 1,    // 4 bits as AWQ "gemm" files hold them: words int32 [k, n/8], scales fp16 [groups, n], zero words [groups, n/8]
+    f32 = 2,    // values [n, k] to be rounded to nearest, symmetric: scale = largest |w| of the group / (2^(bits-1) - 1),
+    f16 = 3,    // kept in the scales' type, zero = 2^(bits-1), codes w / scale + zero
+    bf16 = 4,
+};
+
+// A weight in memory. unpack() writes the canonical form: of a type other than quantized `values` [n, k] alone.
 struct WeightData {
     void* values;
     void* scales;
     void* zeros;
+    Source source = Source::codes;
 };
 
 // Packed weights are split in tiles of output rows; work is divided between threads in whole tiles.
-// Activations are prepared once per row and used by every tile: for q4 the row as integers with a scale per block.
+// Activations are prepared once per row and used by every tile: for a quantized weight as integers with a scale per block.
 struct LinearKernels {
     int64_t tile;                                          // output rows per tile, all types
-    int64_t (*packed_bytes)(const WeightShape&);           // whole weight; 64-byte aligned buffers throughout
-    void (*pack)(const WeightShape&, const WeightData&, void* packed, int64_t tile_begin, int64_t tile_end);
-    void (*unpack)(const WeightShape&, const void* packed, const WeightData&);  // exact inverse of pack
-    int64_t (*activation_bytes)(const WeightShape&);       // one row; a multiple of 64; depends on type, k and group
-    void (*prepare)(const WeightShape&, const float* x, void* activation);      // one row of k floats
+    int64_t (*packed_bytes)(const LinearShape&);           // whole weight; 64-byte aligned buffers throughout
+    void (*pack)(const LinearShape&, const WeightData&, void* packed, int64_t tile_begin, int64_t tile_end);
+    void (*unpack)(const LinearShape&, const void* packed, const WeightData&);  // exact inverse of pack
+    // The values of output row `row`, as fp32 [k]: of an embedding table that is also the head.
+    void (*unpack_row)(const LinearShape&, const void* packed, int64_t row, float* values);
+    int64_t (*activation_bytes)(const LinearShape&);       // one row; a multiple of 64; depends on type, k, group and bits
+    // Part of one row: x holds the values begin .. end of its k. `begin` is a multiple of prepare_step(shape), `end` too
+    // or k, so that a caller may norm and prepare a row piece by piece, or several threads share a row.
+    int64_t (*prepare_step)(const LinearShape&);
+    void (*prepare)(const LinearShape&, const float* x, void* activation, int64_t begin, int64_t end);
     // y[t * y_stride + r] for r in the rows of tiles [tile_begin, tile_end), r < n, t < rows;
     // activation t lies at t * activation_bytes. Rows beyond n are never written.
-    void (*linear)(const WeightShape&, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
+    void (*linear)(const LinearShape&, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
                    int64_t tile_end, float* y, int64_t y_stride);
 };
 

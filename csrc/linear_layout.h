@@ -1,28 +1,32 @@
 // How linears lie in memory at every level: packed weights, and activations prepared for them.
 //
-// Weights. A tile is 16 output rows; tiles follow one another, and a tile is one linear stream. Of 4-bit weights, a
-// "register" of 64 bytes holds 8 consecutive k of the 16 rows, so that one AND and one shift with AND unpack it (the
-// SIMD-aware packing of arXiv 2306.00978, section 4.2, with one 32-bit lane per row in place of one byte):
+// Weights. A tile is 16 output rows; tiles follow one another, and a tile is one linear stream. Codes lie in registers of
+// 64 bytes with one 32-bit lane for each row (the SIMD-aware packing of arXiv 2306.00978, section 4.2, with a lane per row
+// in place of a byte). Of 4 bits, a register holds 8 consecutive k, so that one AND and one shift with AND unpack it:
 //
 //            row 0                                row 1     ...  row 15
 //   byte     0         1         2         3      4              63
 //   bits 0-3 k         k+1       k+2       k+3    k ...
 //   bits 4-7 k+4       k+5       k+6       k+7    k+4 ...
 //
+// Of 8 bits, a register holds 4 consecutive k, and needs no unpacking. Unpacked, both are the same: 64 bytes of 4 k of 16
+// rows, which is what vpdpbusd multiplies with 4 broadcast activations, and a row of an AMX tile.
+//
 // A row's sum stays in its lane: activations are broadcast, and no sum runs across a register. Groups are padded to whole
-// registers, and come in chunks of four (the last chunk of a tile may hold fewer, m), scales and zeros inline before the
-// codes, padded to a cache line. In fp16 with groups of 128 that is 4.1875 bits for a weight.
+// steps of 8 k, and come in chunks of four (the last chunk of a tile may hold fewer, m), scales and zeros inline before
+// the codes, padded to a cache line. In fp16 with groups of 128 that is 4.1875 bits for a weight of 4.
 //
 //   chunk: | m x scales[16] | m x zeros[16] (uint8) | pad to 64 | codes of group 0 | .. | codes of group m-1 |
 //
 // Padding (rows beyond n, k beyond a group's end) is zero: codes, scales and zeros.
 // Weights of the other types are k-major within the tile, values[k][16], k padded to 4 with zeros.
 //
-// Activations. For the other types: the row as fp32, padded to 4. For 4-bit weights: integers x with a scale per block. A
-// block is a group, or a piece of at most 128 of one that is longer: 128 * 15 * 32639 fits in int32 many times over, and
-// one scale should not serve more. A register of 8 codes takes 16 bytes, in the order that the level likes:
+// Activations. For the other types: the row as fp32, padded to 4. For quantized weights: integers x with a scale per block.
+// A block is a group, or a piece of at most 128 of one that is longer: 128 * 255 * 32639 = 1.07e9 fits in int32, and one
+// scale should not serve more. The integers of a block of L values (padded to 8) take L * activation_bits / 8 bytes, in the
+// order that the level likes: AVX-512 VNNI and AMX as planes of bytes with sign, x = 256 hi + lo (hi[L], then lo[L]).
 //
-//   row: | 16 bytes per register | pad to 64 | Block per block | Outlier[block_outliers] per block |
+//   row: | integers of the blocks | pad to 64 | Block per block | Outlier[block_outliers] per block |
 //
 // Every function here has internal linkage: this header is compiled anew, with other flags, in each level's unit.
 #pragma once
@@ -34,15 +38,17 @@
 namespace tinychat {
 
 // In linear_layout.cpp, compiled once for every level.
-int64_t packed_bytes(const WeightShape& shape);
-void pack(const WeightShape& shape, const WeightData& data, void* packed, int64_t tile_begin, int64_t tile_end);
-void unpack(const WeightShape& shape, const void* packed, const WeightData& data);
+int64_t packed_bytes(const LinearShape& shape);
+void pack(const LinearShape& shape, const WeightData& data, void* packed, int64_t tile_begin, int64_t tile_end);
+void unpack(const LinearShape& shape, const void* packed, const WeightData& data);
+void unpack_row(const LinearShape& shape, const void* packed, int64_t row, float* values);
 
 namespace {
 
 constexpr int64_t kTile = 16;
-constexpr int64_t kChunk = 4;           // groups
-constexpr int64_t kBlockRegisters = 16;  // of 8 codes: 128
+constexpr int64_t kChunk = 4;    // groups
+constexpr int64_t kStep = 8;     // k: the least that a group is padded to
+constexpr int64_t kBlock = 128;  // k, at most
 constexpr int64_t kRegisterBytes = 64;
 constexpr int64_t kFloatStep = 4;  // k of the other types are padded to this
 
@@ -63,68 +69,89 @@ struct Outlier {
 [[maybe_unused]] int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Length of a group; one group per row where there are none (the other types leave it 0).
-[[maybe_unused]] int64_t group_length(const WeightShape& shape) {
+[[maybe_unused]] int64_t group_length(const LinearShape& shape) {
     return shape.group > 0 && shape.group < shape.k ? shape.group : shape.k;
 }
 
-// Sizes of a 4-bit linear, in registers of 8 codes unless named otherwise.
-struct Q4Layout {
-    int64_t groups, group_registers, last_registers;
-    int64_t group_blocks, blocks;   // blocks of a full group, of a row
-    int64_t registers;              // of a row
-    int64_t scale_bytes;            // of one group of a tile
+// Sizes of a quantized linear; lengths in k.
+struct QuantizedLayout {
+    int64_t group, groups;
+    int64_t padded_group, padded_last;  // of a full group, of the last
+    int64_t group_blocks, blocks;       // blocks of a full group, of a row
+    int64_t padded_k;                   // of a row
+    int64_t step_bytes;                 // of the codes of 8 k of a tile
+    int64_t scale_bytes;                // of one group of a tile
     int64_t tile_bytes;
-    int64_t block_outliers;         // at most so many in a block
+    int64_t integer_bytes;           // of one activation
+    int64_t block_outliers;          // at most so many in a block
     int64_t blocks_at, outliers_at;  // byte offsets in an activation
     int64_t activation_bytes;
 
-    explicit Q4Layout(const WeightShape& shape) {
-        const int64_t group = group_length(shape);
+    explicit QuantizedLayout(const LinearShape& shape) {
+        group = group_length(shape);
         groups = divide_up(shape.k, group);
-        group_registers = divide_up(group, 8);
-        last_registers = divide_up(shape.k - (groups - 1) * group, 8);
-        group_blocks = divide_up(group_registers, kBlockRegisters);
-        blocks = (groups - 1) * group_blocks + divide_up(last_registers, kBlockRegisters);
-        registers = (groups - 1) * group_registers + last_registers;
+        padded_group = round_up(group, kStep);
+        padded_last = round_up(shape.k - (groups - 1) * group, kStep);
+        group_blocks = divide_up(padded_group, kBlock);
+        blocks = (groups - 1) * group_blocks + divide_up(padded_last, kBlock);
+        padded_k = (groups - 1) * padded_group + padded_last;
+        step_bytes = kStep * kTile * shape.bits / 8;
         scale_bytes = kTile * (shape.wide_scales ? 4 : 2);
-        tile_bytes = registers * kRegisterBytes + (groups / kChunk) * header_bytes(kChunk) + header_bytes(groups % kChunk);
-        block_outliers = divide_up(smaller(group, kBlockRegisters * 8), 16);
-        blocks_at = round_up(registers * 16, 64);
+        tile_bytes = padded_k / kStep * step_bytes + (groups / kChunk) * header_bytes(kChunk) + header_bytes(groups % kChunk);
+        integer_bytes = shape.activation_bits / 8;
+        block_outliers = divide_up(smaller(group, kBlock), 16);
+        blocks_at = round_up(padded_k * integer_bytes, 64);
         outliers_at = blocks_at + blocks * int64_t{sizeof(Block)};
         activation_bytes = round_up(outliers_at + blocks * block_outliers * int64_t{sizeof(Outlier)}, 64);
     }
 
     // Scales and zeros of a chunk of m groups.
     int64_t header_bytes(int64_t m) const { return round_up(m * (scale_bytes + kTile), 64); }
-    int64_t registers_of(int64_t group) const { return group == groups - 1 ? last_registers : group_registers; }
+    int64_t padded(int64_t g) const { return g == groups - 1 ? padded_last : padded_group; }
 };
 
 [[maybe_unused]] constexpr int64_t value_bytes(WeightType type) { return type == WeightType::f32 ? 4 : 2; }
-[[maybe_unused]] int64_t float_steps(const WeightShape& shape) { return round_up(shape.k, kFloatStep); }
-[[maybe_unused]] int64_t float_tile_bytes(const WeightShape& shape) {
+[[maybe_unused]] int64_t float_steps(const LinearShape& shape) { return round_up(shape.k, kFloatStep); }
+[[maybe_unused]] int64_t float_tile_bytes(const LinearShape& shape) {
     return float_steps(shape) * kTile * value_bytes(shape.type);
 }
 
-[[maybe_unused]] int64_t activation_bytes(const WeightShape& shape) {
-    if (shape.type == WeightType::q4) return Q4Layout(shape).activation_bytes;
+[[maybe_unused]] int64_t activation_bytes(const LinearShape& shape) {
+    if (shape.type == WeightType::quantized) return QuantizedLayout(shape).activation_bytes;
     return round_up(float_steps(shape) * 4, 64);
+}
+
+// Pieces of a row begin where a block does.
+[[maybe_unused]] int64_t prepare_step(const LinearShape& shape) {
+    if (shape.type != WeightType::quantized) return 1;
+    const int64_t group = group_length(shape);
+    return group > kBlock && (group % kBlock == 0 || group == shape.k) ? kBlock : group;
 }
 
 // ---- preparing activations -------------------------------------------------------------------------------------------
 
-// One block of `length` values to integers within +-32639 (= 127 * 256 + 127, so that two int8 planes hold them):
-// integers[i] = round(x[i] / scale), zero from length to the end of the block.
+// One block of `length` values to integers within +-Limits::range: integers[i] = round(x[i] / scale), zero from length to
+// the end of the block.
 //
-// What it guarantees. A step of the integers is at most 1/32639 of the largest value, so that against the product of
-// norms |x||w| the error is of NMSE 1e-8 or less. Beyond that, of the largest values, one in 16, those more than 32 times
-// the mean size of the other 15 in 16 are taken out, and multiplied in fp32. What remains has steps of at most 1/1020 of
-// that mean: results that the taken do not touch, their weights being zero, keep an NMSE of about 1e-7. The usual block
-// pays one comparison for it. Not guaranteed: results carried only by values much smaller than the mean of their block.
+// What it guarantees of 16 bits (range 32639 = 127 * 256 + 127, so that two int8 planes hold them). A step of the integers is
+// at most 1/32639 of the largest value, so that against the product of norms |x||w| the error is of NMSE 1e-8 or less.
+// Beyond that, of the largest values, one in 16, those more than 32 times the mean size of the other 15 in 16 are taken
+// out, and multiplied in fp32. What remains has steps of at most 1/1020 of that mean: results that the taken do not touch,
+// their weights being zero, keep an NMSE of about 1e-7. The usual block pays one comparison for it. Not guaranteed: results
+// carried only by values much smaller than the mean of their block.
+// Of 8 bits (range 127), those more than 8 times the mean are taken out: steps of at most 1/16 of the mean, and of 1/40 of
+// the standard deviation in a block of normal values, whose NMSE is then 5e-5.
 // Blocks whose values are all below 1e-33 count as zero; a block with NaN or infinity makes every output NaN.
-[[maybe_unused]] void quantize_block(const float* x, int64_t length, int32_t* integers, Block* block,
+struct Limits {
+    float range;
+    float noise;  // an outlier is so many times the mean
+};
+constexpr Limits kLimits16{32639.0f, 32.0f}, kLimits8{127.0f, 8.0f};
+
+[[maybe_unused]] void quantize_block(const float* x, int64_t length, Limits limits, int32_t* integers, Block* block,
                                      Outlier* outliers) {
-    constexpr int64_t kMost = kBlockRegisters * 8;
-    constexpr float kNoise = 32.0f, kTiny = 1e-33f, kRange = 32639.0f;
+    constexpr int64_t kMost = kBlock;
+    constexpr float kTiny = 1e-33f;
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
     float values[kMost];
     std::memcpy(values, x, static_cast<size_t>(length) * 4);
@@ -160,7 +187,7 @@ struct Q4Layout {
     const bool finite = measure();
     const int64_t most = divide_up(length, 16);
     const float count = static_cast<float>(most), rest = static_cast<float>(length - most);
-    if (finite && largest * (count + rest / kNoise) > sum) {  // true wherever there is an outlier; else rare
+    if (finite && largest * (count + rest / limits.noise) > sum) {  // true wherever there is an outlier; else rare
         for (int64_t i = 0; i < most; i++) {
             int64_t at = 0;
             while (values[at] != largest && values[at] != -largest) at++;
@@ -168,7 +195,7 @@ struct Q4Layout {
             values[at] = 0;
             measure();
         }
-        const float limit = kNoise * sum / rest;
+        const float limit = limits.noise * sum / rest;
         for (int64_t i = 0; i < most; i++) {  // from the largest down
             const float value = outliers[i].value, size = value < 0 ? -value : value;
             if (size > limit) {
@@ -186,8 +213,8 @@ struct Q4Layout {
         std::memset(integers, 0, static_cast<size_t>(padded) * 4);
         return;
     }
-    block->scale = largest / kRange;
-    const float inverse = kRange / largest;
+    block->scale = largest / limits.range;
+    const float inverse = limits.range / largest;
     int32_t total = 0, offset;
     std::memcpy(&offset, &kRound, 4);
     for (int64_t i = 0; i < padded; i++) values[i] = values[i] * inverse + kRound;
@@ -199,29 +226,28 @@ struct Q4Layout {
     block->sum = total;
 }
 
-// One row for the kernels of a level. store(integers, register) writes the 16 bytes of a register from its 8 integers.
+// Part of a row (see LinearKernels::prepare) for the kernels of a level. store(integers, codes, i, length) writes 8
+// integers, those from i on of a block of `length` (padded) whose bytes begin at `codes`.
 template <class Store>
-void prepare_row(const WeightShape& shape, const float* x, void* activation, Store store) {
-    if (shape.type != WeightType::q4) {
-        std::memcpy(activation, x, static_cast<size_t>(shape.k) * 4);
-        const int64_t padding = activation_bytes(shape) - shape.k * 4;
-        std::memset(static_cast<char*>(activation) + shape.k * 4, 0, static_cast<size_t>(padding));
+void prepare_part(const LinearShape& shape, const float* x, void* activation, int64_t begin, int64_t end, Store store) {
+    char* row = static_cast<char*>(activation);
+    if (shape.type != WeightType::quantized) {
+        std::memcpy(row + begin * 4, x, static_cast<size_t>(end - begin) * 4);
+        if (end == shape.k) std::memset(row + end * 4, 0, static_cast<size_t>(activation_bytes(shape) - end * 4));
         return;
     }
-    const Q4Layout layout(shape);
-    char* codes = static_cast<char*>(activation);
-    Block* block = reinterpret_cast<Block*>(codes + layout.blocks_at);
-    Outlier* outliers = reinterpret_cast<Outlier*>(codes + layout.outliers_at);
-    const int64_t group = group_length(shape);
-    alignas(64) int32_t integers[kBlockRegisters * 8];
-    for (int64_t begin = 0; begin < shape.k; begin += group) {
-        const int64_t end = smaller(begin + group, shape.k);
-        for (int64_t k = begin; k < end; k += kBlockRegisters * 8) {
-            const int64_t length = smaller(end - k, kBlockRegisters * 8);
-            quantize_block(x + k, length, integers, block++, outliers);
-            outliers += layout.block_outliers;
-            for (int64_t i = 0; i < length; i += 8, codes += 16) store(integers + i, codes);
-        }
+    const QuantizedLayout layout(shape);
+    const Limits limits = shape.activation_bits == 8 ? kLimits8 : kLimits16;
+    alignas(64) int32_t integers[kBlock];
+    for (int64_t k = begin; k < end;) {
+        const int64_t g = k / layout.group, in_group = k - g * layout.group;
+        const int64_t length = smaller(smaller(kBlock, layout.group - in_group), shape.k - k);
+        const int64_t index = g * layout.group_blocks + in_group / kBlock, padded = round_up(length, kStep);
+        char* codes = row + (g * layout.padded_group + in_group) * layout.integer_bytes;
+        quantize_block(x + (k - begin), length, limits, integers, reinterpret_cast<Block*>(row + layout.blocks_at) + index,
+                       reinterpret_cast<Outlier*>(row + layout.outliers_at) + index * layout.block_outliers);
+        for (int64_t i = 0; i < padded; i += kStep) store(integers + i, codes, i, padded);
+        k += length;
     }
 }
 

@@ -20,6 +20,7 @@
 namespace tinychat {
 namespace {
 
+constexpr int64_t kBlockSteps = kBlock / kStep;
 constexpr int64_t kAhead = 4096;          // bytes; without it the sums wait for memory
 constexpr int64_t kPanelBytes = 1 << 18;  // of activations: half of a small level-2 cache
 constexpr int64_t kHalf = 8;              // rows in a register
@@ -36,15 +37,17 @@ __m256i broadcast(const char* at) {
     return _mm256_set1_epi32(value);
 }
 
-void store_register(const int32_t* integers, char* out) {
+void store_integers(const int32_t* integers, char* codes, int64_t i, int64_t) {
     const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(integers));
     const __m256i ordered = _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
     const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), narrow);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i * 2), narrow);
 }
 
-void prepare(const WeightShape& shape, const float* x, void* activation) {
-    prepare_row(shape, x, activation, [](const int32_t* integers, char* out) { store_register(integers, out); });
+void prepare(const LinearShape& shape, const float* x, void* activation, int64_t begin, int64_t end) {
+    prepare_part(shape, x, activation, begin, end, [](const int32_t* integers, char* codes, int64_t i, int64_t length) {
+        store_integers(integers, codes, i, length);
+    });
 }
 
 // sums[t][h] = sum of q x over `count` registers of codes, for R rows of activations `stride` bytes apart and H halves of
@@ -96,7 +99,7 @@ __m256 load_scales(const char* at, bool wide) {
 }
 
 template <int R>
-void tile_q4(const Q4Layout& layout, bool wide_scales, const char* at, const char* activation, Pair* y) {
+void tile_quantized(const QuantizedLayout& layout, bool wide_scales, const char* at, const char* activation, Pair* y) {
     constexpr int H = R <= 2 ? 2 : 1;
     const int64_t stride = layout.activation_bytes;
     const char *x = activation, *blocks = activation + layout.blocks_at, *outliers = activation + layout.outliers_at;
@@ -107,13 +110,13 @@ void tile_q4(const Q4Layout& layout, bool wide_scales, const char* at, const cha
         const char *scales = at, *zeros = at + m * layout.scale_bytes;
         at += layout.header_bytes(m);
         for (int64_t g = first; g < first + m; g++, scales += layout.scale_bytes, zeros += kTile) {
-            const int64_t registers = layout.registers_of(g);
-            for (int64_t begin = 0; begin < registers; begin += kBlockRegisters) {
-                const int64_t count = smaller(kBlockRegisters, registers - begin);
+            const int64_t registers = layout.padded(g) / kStep;
+            for (int64_t begin = 0; begin < registers; begin += kBlockSteps) {
+                const int64_t count = smaller(kBlockSteps, registers - begin);
                 for (int first_half = 0; first_half < 2; first_half += H) {
                     __m256i products[R][H];
-                    if (count == kBlockRegisters) {
-                        dot<R, H>(at + first_half * 32, x, stride, kBlockRegisters, products);
+                    if (count == kBlockSteps) {
+                        dot<R, H>(at + first_half * 32, x, stride, kBlockSteps, products);
                     } else {
                         dot<R, H>(at + first_half * 32, x, stride, count, products);
                     }
@@ -185,8 +188,8 @@ void tile_float(int64_t steps, const char* values, const char* activation, int64
 
 // What stays the same for all tiles and rows of a call.
 struct Call {
-    const WeightShape& shape;
-    Q4Layout layout;  // of the 4-bit type only
+    const LinearShape& shape;
+    QuantizedLayout layout;  // of quantized weights only
     int64_t row_bytes;
 };
 
@@ -196,8 +199,8 @@ void rows_of_tile(const Call& call, const char* at, const char* activation, int6
                   int64_t y_stride) {
     Pair results[R];
     switch (call.shape.type) {
-        case WeightType::q4:
-            tile_q4<R>(call.layout, call.shape.wide_scales, at, activation, results);
+        case WeightType::quantized:
+            tile_quantized<R>(call.layout, call.shape.wide_scales, at, activation, results);
             break;
         case WeightType::f32:
             tile_float<WeightType::f32, R>(float_steps(call.shape), at, activation, call.row_bytes, results);
@@ -212,12 +215,12 @@ void rows_of_tile(const Call& call, const char* at, const char* activation, int6
     for (int t = 0; t < R; t++) std::memcpy(y + t * y_stride, &results[t], static_cast<size_t>(outputs) * 4);
 }
 
-void linear(const WeightShape& shape, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
+void linear(const LinearShape& shape, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
             int64_t tile_end, float* y, int64_t y_stride) {
-    const bool is_q4 = shape.type == WeightType::q4;
-    const Call call{shape, Q4Layout(shape), activation_bytes(shape)};
-    const int64_t tile_bytes = is_q4 ? call.layout.tile_bytes : round_up(float_tile_bytes(shape), 64);
-    const int64_t widest = is_q4 ? 4 : 2;  // rows at a time: what the registers hold
+    const bool quantized = shape.type == WeightType::quantized;
+    const Call call{shape, QuantizedLayout(shape), activation_bytes(shape)};
+    const int64_t tile_bytes = quantized ? call.layout.tile_bytes : round_up(float_tile_bytes(shape), 64);
+    const int64_t widest = quantized ? 4 : 2;  // rows at a time: what the registers hold
     const int64_t fit = kPanelBytes / call.row_bytes / widest * widest, panel = fit > widest ? fit : widest;
     for (int64_t begin = 0; begin < rows; begin += panel) {
         const int64_t end = smaller(begin + panel, rows);
@@ -228,7 +231,7 @@ void linear(const WeightShape& shape, const void* packed, const void* activation
                 const char* x = static_cast<const char*>(activations) + t * call.row_bytes;
                 float* out = y + t * y_stride + tile * kTile;
                 const int64_t left = end - t;
-                if (left >= 4 && is_q4) {
+                if (left >= 4 && quantized) {
                     rows_of_tile<4>(call, at, x, outputs, out, y_stride);
                     t += 4;
                 } else if (left >= 2) {
@@ -246,7 +249,8 @@ void linear(const WeightShape& shape, const void* packed, const void* activation
 }  // namespace
 
 const LinearKernels& linear_avx2() {
-    static constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, activation_bytes, prepare, linear};
+    static constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step, prepare,
+                             linear};
     return table;
 }
 

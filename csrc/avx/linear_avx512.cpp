@@ -6,10 +6,10 @@
 // row of the tile (linear_layout.h draws it); a register of codes gives two of unpacked bytes, k..k+3 and k+4..k+7:
 //
 //   VNNI:    x = 256 hi + lo, bytes with sign; vpdpbusd of the unpacked codes with 4 broadcast bytes of each plane
-//            16 bytes of a register: hi[0..3] hi[4..7] lo[0..3] lo[4..7]
+//            integers of a block of L: hi[L], lo[L]
 //   without: vpmaddwd of pairs of codes, one in each half of a lane, with 2 broadcast integers. Codes are masked, not
 //            shifted, where they may stay 16 times too large: an accumulator of their own takes those.
-//            16 bytes of a register: x0 x2 | x4 x6 | x1 x3 | x5 x7
+//            16 bytes for 8 codes: x0 x2 | x4 x6 | x1 x3 | x5 x7
 //
 // All sums of a block are exact in int32: below 128 * 15 * 32639 * 16 = 1.0e9.
 // Speed: one row runs at 0.9 or more of the speed at which a thread reads memory (benchmarks/linear.py), as codes are
@@ -22,6 +22,7 @@
 namespace tinychat {
 namespace {
 
+constexpr int64_t kBlockSteps = kBlock / kStep;
 constexpr int64_t kAhead = 4096;          // bytes; without it the sums wait for memory (2/3 of the speed of reading)
 constexpr int64_t kPanelBytes = 1 << 19;  // of activations: half of a usual level-2 cache
 
@@ -35,12 +36,12 @@ __m512i broadcast(const char* at) { return _mm512_set1_epi32(word(at)); }
 
 #ifdef __AVX512VNNI__
 
-void store_register(const int32_t* integers, char* out) {
+void store_integers(const int32_t* integers, char* codes, int64_t i, int64_t length) {
     const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(integers));
     const __m256i low = _mm256_srai_epi32(_mm256_slli_epi32(x, 24), 24);  // the low byte, with its sign
     const __m256i high = _mm256_srai_epi32(_mm256_sub_epi32(x, low), 8);
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm256_cvtepi32_epi8(high));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(out + 8), _mm256_cvtepi32_epi8(low));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i), _mm256_cvtepi32_epi8(high));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + length + i), _mm256_cvtepi32_epi8(low));
 }
 
 // sums[t] = sum of q x over `count` registers of codes, for R rows of activations `stride` bytes apart.
@@ -59,11 +60,11 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
         const __m512i q = _mm512_load_si512(codes + i * kRegisterBytes);
         const __m512i first = _mm512_and_si512(q, mask), second = _mm512_and_si512(_mm512_srli_epi16(q, 4), mask);
         for (int t = 0; t < R; t++) {
-            const char* at = x + t * stride + i * 16;
-            high[t][0] = _mm512_dpbusd_epi32(high[t][0], first, broadcast(at));
-            high[t][kChains - 1] = _mm512_dpbusd_epi32(high[t][kChains - 1], second, broadcast(at + 4));
-            low[t][0] = _mm512_dpbusd_epi32(low[t][0], first, broadcast(at + 8));
-            low[t][kChains - 1] = _mm512_dpbusd_epi32(low[t][kChains - 1], second, broadcast(at + 12));
+            const char *hi = x + t * stride + i * 8, *lo = hi + count * 8;
+            high[t][0] = _mm512_dpbusd_epi32(high[t][0], first, broadcast(hi));
+            high[t][kChains - 1] = _mm512_dpbusd_epi32(high[t][kChains - 1], second, broadcast(hi + 4));
+            low[t][0] = _mm512_dpbusd_epi32(low[t][0], first, broadcast(lo));
+            low[t][kChains - 1] = _mm512_dpbusd_epi32(low[t][kChains - 1], second, broadcast(lo + 4));
         }
     }
     for (int t = 0; t < R; t++) {
@@ -77,10 +78,10 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
 
 #else
 
-void store_register(const int32_t* integers, char* out) {
+void store_integers(const int32_t* integers, char* codes, int64_t i, int64_t) {
     const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(integers));
     const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtepi32_epi16(_mm256_permutevar8x32_epi32(x, order)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i * 2), _mm256_cvtepi32_epi16(_mm256_permutevar8x32_epi32(x, order)));
 }
 
 // sums[t] = sum of q x over `count` registers of codes, for R rows of activations `stride` bytes apart.
@@ -109,8 +110,10 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
 
 #endif
 
-void prepare(const WeightShape& shape, const float* x, void* activation) {
-    prepare_row(shape, x, activation, [](const int32_t* integers, char* out) { store_register(integers, out); });
+void prepare(const LinearShape& shape, const float* x, void* activation, int64_t begin, int64_t end) {
+    prepare_part(shape, x, activation, begin, end, [](const int32_t* integers, char* codes, int64_t i, int64_t length) {
+        store_integers(integers, codes, i, length);
+    });
 }
 
 // The outliers of one block of one row: sum + (q - z) s x for each.
@@ -127,7 +130,7 @@ __m512 add_outliers(__m512 sum, const Block& block, const Outlier* outliers, con
 }
 
 template <int R>
-void tile_q4(const Q4Layout& layout, bool wide_scales, const char* at, const char* activation, __m512* y) {
+void tile_quantized(const QuantizedLayout& layout, bool wide_scales, const char* at, const char* activation, __m512* y) {
     const int64_t stride = layout.activation_bytes;
     const char *x = activation, *blocks = activation + layout.blocks_at, *outliers = activation + layout.outliers_at;
     __m512 sums[R];
@@ -141,12 +144,12 @@ void tile_q4(const Q4Layout& layout, bool wide_scales, const char* at, const cha
                                      ? _mm512_load_ps(scales)
                                      : _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(scales)));
             const __m512i zero = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(zeros)));
-            const int64_t registers = layout.registers_of(g);
-            for (int64_t begin = 0; begin < registers; begin += kBlockRegisters) {
-                const int64_t count = smaller(kBlockRegisters, registers - begin);
+            const int64_t registers = layout.padded(g) / kStep;
+            for (int64_t begin = 0; begin < registers; begin += kBlockSteps) {
+                const int64_t count = smaller(kBlockSteps, registers - begin);
                 __m512i products[R];
-                if (count == kBlockRegisters) {
-                    dot<R>(at, x, stride, kBlockRegisters, products);
+                if (count == kBlockSteps) {
+                    dot<R>(at, x, stride, kBlockSteps, products);
                 } else {
                     dot<R>(at, x, stride, count, products);
                 }
@@ -206,8 +209,8 @@ void tile_float(int64_t steps, const char* values, const char* activation, int64
 
 // What stays the same for all tiles and rows of a call.
 struct Call {
-    const WeightShape& shape;
-    Q4Layout layout;  // of the 4-bit type only
+    const LinearShape& shape;
+    QuantizedLayout layout;  // of quantized weights only
     int64_t row_bytes;
 };
 
@@ -217,8 +220,8 @@ void rows_of_tile(const Call& call, const char* at, const char* activation, __mm
                   int64_t y_stride) {
     __m512 results[R];
     switch (call.shape.type) {
-        case WeightType::q4:
-            tile_q4<R>(call.layout, call.shape.wide_scales, at, activation, results);
+        case WeightType::quantized:
+            tile_quantized<R>(call.layout, call.shape.wide_scales, at, activation, results);
             break;
         case WeightType::f32:
             tile_float<WeightType::f32, R>(float_steps(call.shape), at, activation, call.row_bytes, results);
@@ -233,12 +236,12 @@ void rows_of_tile(const Call& call, const char* at, const char* activation, __mm
     for (int t = 0; t < R; t++) _mm512_mask_storeu_ps(y + t * y_stride, outputs, results[t]);
 }
 
-void linear(const WeightShape& shape, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
+void linear(const LinearShape& shape, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
             int64_t tile_end, float* y, int64_t y_stride) {
-    const bool is_q4 = shape.type == WeightType::q4;
-    const Call call{shape, Q4Layout(shape), activation_bytes(shape)};
-    const int64_t tile_bytes = is_q4 ? call.layout.tile_bytes : round_up(float_tile_bytes(shape), 64);
-    const int64_t widest = is_q4 ? 8 : 4;  // rows at a time: what the registers hold
+    const bool quantized = shape.type == WeightType::quantized;
+    const Call call{shape, QuantizedLayout(shape), activation_bytes(shape)};
+    const int64_t tile_bytes = quantized ? call.layout.tile_bytes : round_up(float_tile_bytes(shape), 64);
+    const int64_t widest = quantized ? 8 : 4;  // rows at a time: what the registers hold
     const int64_t fit = kPanelBytes / call.row_bytes / widest * widest, panel = fit > widest ? fit : widest;
     for (int64_t begin = 0; begin < rows; begin += panel) {
         const int64_t end = smaller(begin + panel, rows);
@@ -250,7 +253,7 @@ void linear(const WeightShape& shape, const void* packed, const void* activation
                 const char* x = static_cast<const char*>(activations) + t * call.row_bytes;
                 float* out = y + t * y_stride + tile * kTile;
                 const int64_t left = end - t;
-                if (left >= 8 && is_q4) {
+                if (left >= 8 && quantized) {
                     rows_of_tile<8>(call, at, x, mask, out, y_stride);
                     t += 8;
                 } else if (left >= 4) {
@@ -268,7 +271,8 @@ void linear(const WeightShape& shape, const void* packed, const void* activation
     }
 }
 
-constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, activation_bytes, prepare, linear};
+constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step, prepare,
+                             linear};
 
 }  // namespace
 

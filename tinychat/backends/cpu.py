@@ -255,9 +255,9 @@ def _segment(weight: Weight, keep: list[np.ndarray]) -> tuple:
             raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 4")
         wide = weight.scales.dtype != np.float16
         scales = weight.scales.astype(np.float32, copy=False) if wide else weight.scales
-        shape = _cpu.WeightShape(_cpu.WeightType.q4, n, k, min(weight.group_size, k), wide)
+        shape = _cpu.LinearShape(_cpu.WeightType.quantized, n, k, min(weight.group_size, k), wide)
         return shape, _kept(weight.codes, keep), _kept(scales, keep), _kept(weight.zeros, keep)
-    return _cpu.WeightShape(_float_type(weight), n, k, k, False), _kept(weight, keep), 0, 0
+    return _cpu.LinearShape(_float_type(weight), n, k, k, False), _kept(weight, keep), 0, 0
 
 
 def _float_type(values: np.ndarray) -> Any:

@@ -41,7 +41,7 @@ def aligned(nbytes: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """One weight in the kernels' layout: `shape` is a `_cpu.WeightShape`, `data` 64-byte aligned bytes."""
+    """One weight in the kernels' layout: `shape` is a `_cpu.LinearShape`, `data` 64-byte aligned bytes."""
 
     shape: Any
     data: np.ndarray
@@ -61,7 +61,7 @@ def pack_weight(weight: Weight, isa: str) -> Segment:
         if weight.codes.max() > 15 or weight.zeros.max() > 15:
             raise ValueError(f"codes up to {weight.codes.max()}, zeros up to {weight.zeros.max()}; 4 bits hold 15")
         wide = weight.scales.dtype != np.float16
-        shape = cpu.WeightShape(cpu.WeightType.q4, n, k, weight.group_size, wide)
+        shape = cpu.LinearShape(cpu.WeightType.quantized, n, k, weight.group_size, wide)
         values = np.ascontiguousarray(weight.codes)
         scales = np.ascontiguousarray(weight.scales, np.float32 if wide else np.float16)
         zeros = np.ascontiguousarray(weight.zeros)
@@ -71,7 +71,7 @@ def pack_weight(weight: Weight, isa: str) -> Segment:
         types = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", bfloat16: "bf16"}
         if weight.dtype not in types:
             raise TypeError(f"a weight is fp32, fp16, bf16 or a QTensor; found {weight.dtype}")
-        shape = cpu.WeightShape(getattr(cpu.WeightType, types[weight.dtype]), n, k, k, False)
+        shape = cpu.LinearShape(getattr(cpu.WeightType, types[weight.dtype]), n, k, k, False)
         values = np.ascontiguousarray(weight)
         addresses = values.ctypes.data, 0, 0
         dtype, bits = weight.dtype, 0
