@@ -86,7 +86,7 @@ def load(
     return Engine(
         runner,
         words,
-        description=f"{name}: {config.model_type}, {weights}, {_precision(source)} · {module.describe()} · "
+        description=f"{name}: {config.model_type}, {weights}, {precision(source)} · {module.describe()} · "
         f"context {size}",
         generation_config=source.generation_config,
         eos_ids=_eos_ids(source.generation_config, source.hf_config, words),
@@ -157,6 +157,11 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def runner(self) -> Runner:
+        """The model itself, step by step; UsageError once the engine is closed."""
+        return self._alive()
 
     def close(self) -> None:
         """Let go of weights and cache. A stream still open runs to its end; a new one raises UsageError."""
@@ -388,7 +393,7 @@ def _eos_ids(generation_config: Mapping[str, Any], hf_config: Mapping[str, Any],
     return frozenset(ids)
 
 
-def _precision(checkpoint: Any) -> str:
+def precision(checkpoint: Any) -> str:
     """The precision of a checkpoint's weights in words."""
     q = checkpoint.quantization
     if q is None:

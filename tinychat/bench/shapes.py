@@ -119,9 +119,7 @@ SHAPES = {
             eos_token_id=128001,
         )
     ),
-    "qwen3-0.6b": Shape(
-        _qwen3(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16)
-    ),
+    "qwen3-0.6b": Shape(_qwen3(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16)),
     "qwen3-4b": Shape(_qwen3(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32)),
     "mpt-7b": Shape(
         {
