@@ -18,7 +18,7 @@ from tinychat.cache import KVCache, Rows
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
-from tinychat.qtensor import QTensor, Weight, bfloat16
+from tinychat.qtensor import QTensor, Weight, bfloat16, canonical
 from tinychat.weights import Layer, Linear, WeightSource
 
 _cpu: Any = None
@@ -250,6 +250,7 @@ def _linear(linear: Linear, n: int, k: int, name: str, keep: list[np.ndarray]) -
 def _segment(weight: Weight, keep: list[np.ndarray]) -> tuple:
     """(shape, addresses of values, scales, zeros)."""
     n, k = weight.shape
+    weight = canonical(weight)
     if isinstance(weight, QTensor):
         if weight.bits > 4:
             raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 4")
