@@ -118,6 +118,20 @@ def add_device(
         "--kv-type", choices=("fp16", "fp32"), default="fp16", help="precision of the KV cache (default: fp16)"
     )
     group.add_argument(
+        "--activations",
+        type=int,
+        choices=(16, 8),
+        default=16,
+        help="bits that activations keep where they meet quantized weights (default: 16; 8 is faster with long prompts "
+        "and several chats, and less exact)",
+    )
+    group.add_argument(
+        "--head",
+        type=int,
+        choices=(8, 16),
+        help="bits of the output head (default: 8 where the checkpoint is quantized, else as it is stored)",
+    )
+    group.add_argument(
         *("-t", "--threads"),
         type=whole,
         nargs="+" if several_threads else None,

@@ -178,6 +178,8 @@ def _load(args: argparse.Namespace, model: str) -> Engine:
             ctx_size=args.ctx_size,
             threads=args.threads,
             kv_dtype=args.kv_type,
+            activations=args.activations,
+            head=args.head,
             revision=args.revision,
             offline=args.offline,
             ignore_config=tuple(args.ignore_config),

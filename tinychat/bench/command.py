@@ -94,6 +94,8 @@ def _options(args: argparse.Namespace) -> Options:
         device=args.device,
         ctx_size=args.ctx_size,
         kv_dtype=args.kv_type,
+        activations=args.activations,
+        head=args.head,
         repeats=args.repeats,
         tokens=args.tokens,
         contexts=None if args.contexts is None else tuple(args.contexts),

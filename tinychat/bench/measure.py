@@ -161,7 +161,7 @@ def measure(subject: Subject, threads: int | None, say: Say = lambda text: None)
     o = subject.options
     lengths = Lengths.of(subject.limit, o.tokens, o.ctx_size)
     asked = contexts.chosen(subject, o.contexts)
-    need = traffic.of(subject.source, kv_dtype=o.kv_dtype)
+    need = traffic.of(subject.source, head_bits=subject.head, kv_dtype=o.kv_dtype)
 
     began = time.perf_counter()
     llm = subject.load(lengths.ctx_size, threads, lambda done, total: say(f"loading: {100 * done // total} %"))
@@ -239,8 +239,8 @@ def _what(subject: Subject, threads: int | None) -> dict[str, Any]:
         "backend": name,
         "isa": extension().isa() if name == "cpu" else None,
         "threads": cpu.thread_count(threads),
-        "activations": 16,
-        "head": 16,
+        "activations": subject.options.activations,
+        "head": subject.head,
         "kv_dtype": subject.options.kv_dtype,
     }
 

@@ -19,7 +19,7 @@ from tinychat.checkpoint import awq
 from tinychat.checkpoint.inventory import segments
 from tinychat.config import ModelConfig
 from tinychat.errors import UsageError
-from tinychat.qtensor import QTensor, Weight
+from tinychat.qtensor import AwqWords, Weight
 from tinychat.weights import LINEARS, Layer, Linear
 
 PLACES = 1 << 20  # at which a window may begin
@@ -46,7 +46,7 @@ class RandomWeights:
         largest = max(n * k for n, k in shapes)
         self._std = 1 / math.sqrt(config.hidden_size)
         if group_size is not None:
-            self._pool = np.frombuffer(self._rng.bytes(largest + PLACES), np.uint8) & 15
+            self._pool = np.frombuffer(self._rng.bytes(4 * (largest // awq.PER_WORD + PLACES)), np.int32)
         else:
             self._pool = self._normal(largest + PLACES)
         self._scales = lru_cache(maxsize=None)(self._make_scales)
@@ -109,20 +109,18 @@ class RandomWeights:
         return Linear(tuple(self._weight(*part.shape) for part in parts), bias)
 
     def _weight(self, n: int, k: int) -> Weight:
-        window = self._window(n * k).reshape(n, k)
         if self.group_size is None:
-            return window
-        groups = n, k // self.group_size if self.group_size > 0 else 1
-        zeros = self._window(math.prod(groups)).reshape(groups)
-        return QTensor(window, self._scales(groups, k), zeros, awq.BITS, k // groups[1])
+            return self._window(n, k)
+        groups, words = k // self.group_size, n // awq.PER_WORD
+        return AwqWords(self._window(k, words), self._window(groups, words), self._scales(groups, n, k))
 
-    def _make_scales(self, groups: tuple[int, int], k: int) -> np.ndarray:
-        around = self._rng.uniform(0.5, 1.5, math.prod(groups)).reshape(groups)
+    def _make_scales(self, groups: int, n: int, k: int) -> np.ndarray:
+        around = self._rng.uniform(0.5, 1.5, groups * n).reshape(groups, n)
         return (around / CODE_STD / math.sqrt(k)).astype(np.float16)
 
-    def _window(self, size: int) -> np.ndarray:
+    def _window(self, rows: int, columns: int) -> np.ndarray:
         place = int(self._rng.integers(PLACES))
-        return self._pool[place : place + size]
+        return self._pool[place : place + rows * columns].reshape(rows, columns)
 
     def _normal(self, size: int) -> np.ndarray:
         return (self._rng.standard_normal(size, np.float32) * np.float32(self._std)).astype(np.float16)

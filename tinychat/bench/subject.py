@@ -30,6 +30,8 @@ class Options:
     device: str = "auto"
     ctx_size: int | None = None
     kv_dtype: str = "fp16"
+    activations: int = 16
+    head: int | None = None
     repeats: int = 3
     tokens: int | None = None
     contexts: tuple[int, ...] | None = None
@@ -68,6 +70,11 @@ class Subject:
         return self.source.config
 
     @property
+    def head(self) -> int:
+        """Bits of the output head, as `engine.load` decides them."""
+        return self.options.head or (8 if self.source.n_quantized else 16)
+
+    @property
     def limit(self) -> int:
         """Positions that the model can use."""
         return engine.max_context_size(self.config)
@@ -86,8 +93,15 @@ class Subject:
         o = self.options
         if isinstance(self.source, RandomWeights):
             memory.check(self.memory(ctx_size), ctx_size)
-            options: dict[str, Any] = {"ctx_size": ctx_size, "threads": threads, "kv_dtype": o.kv_dtype}
-            runner = self.backend.build(self.source, progress=progress, **options)
+            runner = self.backend.build(
+                self.source,
+                ctx_size=ctx_size,
+                threads=threads,
+                kv_dtype=o.kv_dtype,
+                activations=o.activations,
+                head=self.head,
+                progress=progress,
+            )
             return engine.Engine(runner)
         return engine.load(
             self.name,
@@ -95,6 +109,8 @@ class Subject:
             ctx_size=ctx_size,
             threads=threads,
             kv_dtype=o.kv_dtype,
+            activations=o.activations,
+            head=self.head,
             revision=o.revision,
             offline=o.offline,
             ignore_config=o.ignore_config,

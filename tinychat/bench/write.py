@@ -11,7 +11,7 @@ from tinychat.architectures.names import TensorNames
 from tinychat.bench.random_weights import RandomWeights
 from tinychat.bench.shapes import Shape
 from tinychat.checkpoint import AwqFormat, CheckpointWriter, awq
-from tinychat.qtensor import QTensor
+from tinychat.qtensor import AwqWords
 from tinychat.weights import LINEARS, Layer, Linear
 
 
@@ -56,10 +56,10 @@ def _layer(layer: Layer, names: TensorNames, index: int) -> Iterator[tuple[str, 
         first = 0
         for part, segment in zip(getattr(names, name), linear.segments, strict=True):
             module, after = prefix + part, first + segment.shape[0]
-            if isinstance(segment, QTensor):
-                yield from ((f"{module}.{ending}", array) for ending, array in awq.pack(segment).items())
+            if isinstance(segment, AwqWords):
+                yield from ((f"{module}.{ending}", getattr(segment, ending)) for ending in awq.PARTS)
             else:
-                yield f"{module}.weight", segment
+                yield f"{module}.weight", np.asarray(segment)
             if linear.bias is not None:
                 yield f"{module}.bias", linear.bias[first:after].astype(np.float16)
             first = after
