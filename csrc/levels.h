@@ -5,6 +5,14 @@
 
 namespace tinychat {
 
+// Each reads a 64-byte aligned buffer once and returns the sum of its 8-byte words (a tail below 512 bytes may be left
+// out): what `read_probe` times.
+uint64_t read_scalar(const void* data, int64_t bytes);
+#if defined(__x86_64__)
+uint64_t read_avx2(const void* data, int64_t bytes);
+uint64_t read_avx512(const void* data, int64_t bytes);
+#endif
+
 const LinearKernels& linear_scalar();
 const BlockKernels& block_scalar();
 const AttentionKernels& attention_scalar();

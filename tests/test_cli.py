@@ -21,7 +21,7 @@ from tinychat.progress import Loading
 from tinychat.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("chat", "generate", "quantize", "info")
+COMMANDS = ("chat", "generate", "quantize", "bench", "info")
 
 
 @pytest.fixture
