@@ -276,6 +276,7 @@ def test_lengths_fit_the_model(limit, tokens, ctx_size, expected):
         (4096, 125, 128, "need a context of 129; --ctx-size is 128"),
         (128, None, 129, "a context of 129 was asked for; the model has 128 positions"),
         (128, None, 5, "too short"),
+        (128, 1, None, "--tokens 2 or more"),
     ],
 )
 def test_lengths_that_cannot_be(limit, tokens, ctx_size, message):
@@ -347,7 +348,7 @@ def test_a_shape_is_measured(tiny, capsys):
     assert set(PROMISED) <= set(found)
     assert found["isa"] == tinychat._cpu.isa() and found["threads"] == 1 and found["fits_cache"] is not None
     assert all(found[name] > 0 for name in PROMISED if isinstance(found[name], float) and name != "overhead_fraction")
-    assert 0 <= found["overhead_fraction"] < 1
+    assert 0 <= found["overhead_fraction"] < found["outside_kernels_fraction"] < 1
     assert found["bytes_per_token"] == pytest.approx(
         traffic.of(RandomWeights(*TINY.translate(), 32), head_bits=found["head"]).token(4 + 10), abs=1
     )
