@@ -71,6 +71,9 @@ class RandomWeights:
         """See `WeightSource`; made anew at each call."""
         return None if self.config.tied_head else Linear((self._table(),))
 
+    def release(self) -> None:
+        """See `WeightSource`: nothing is kept but the pool, which the next layer needs."""
+
     @property
     def n_quantized(self) -> int:
         """Weights of 4 bits."""
@@ -133,4 +136,6 @@ class RandomWeights:
 
     def _table(self) -> np.ndarray:
         c = self.config
-        return np.resize(self._normal(TABLE_POOL), (c.vocab_size, c.hidden_size))
+        table = np.resize(self._normal(TABLE_POOL), (c.vocab_size, c.hidden_size))
+        table.flags.writeable = False  # as of a mapped file: a backend may keep it instead of a copy
+        return table
