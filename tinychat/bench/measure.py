@@ -229,6 +229,7 @@ def measure(subject: Subject, threads: int | None, say: Say = lambda text: None)
         "bandwidth_fraction": fraction,
         "bandwidth_fraction_spread": asdict(Spread.of(fractions)) if fractions else None,
         "fits_cache": in_cache,
+        "cache_bytes": cache,
         "overhead_fraction": statistics.median(a - b for a, b in zip(latencies, steps, strict=True)) / token_s,
         "outside_kernels_fraction": None if kernels is None else 1 - kernels,
         "load_s": load_s,
