@@ -76,7 +76,9 @@ def _bandwidth(r: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [("", f"no valid probe: {reason}") for reason in r["probe_reasons"]]
     if r["fits_cache"]:
         cache = megabytes(r["cache_bytes"])
-        rows.append(("", f"a cache of {cache} may hold it, or much of it: such a fraction says little about the memory"))
+        rows.append(
+            ("", f"a cache of {cache} may hold it, or much of it: such a fraction says little about the memory")
+        )
     return rows
 
 
