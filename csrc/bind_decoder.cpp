@@ -110,12 +110,12 @@ void bind_decoder(py::module_& m) {
         kernels(isa).block.silu_multiply(pointer<const float>(gate), pointer<const float>(up), n, pointer<float>(y));
     });
     m.def("store", [](const char* isa, CacheType type, Address x, int64_t n, Address entry) {
-        kernels(isa).block.store(type, pointer<const float>(x), n, pointer(entry));
+        kernels(isa).attention.store(type, pointer<const float>(x), n, pointer(entry));
     });
     m.def("attend", [](const char* isa, CacheType type, Address q, int64_t q_stride, Address keys, Address values,
                        int64_t begin, int64_t end, int64_t heads, int64_t dim, float scale, Address scores, Address out,
                        int64_t out_stride) {
-        kernels(isa).block.attend(type, pointer<const float>(q), q_stride, pointer(keys), pointer(values), begin, end, heads,
-                                  dim, scale, pointer<float>(scores), pointer<float>(out), out_stride);
+        kernels(isa).attention.attend(type, pointer<const float>(q), q_stride, pointer(keys), pointer(values), begin, end,
+                                      heads, dim, scale, pointer<float>(scores), pointer<float>(out), out_stride);
     });
 }

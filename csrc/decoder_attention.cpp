@@ -32,9 +32,9 @@ void Decoder::append(const Step& step, size_t layer) {
         for (int64_t g = 0; g < group; ++g) turn(row + (h * group + g) * dim, q_norm);
         float* k = row + shape_.q_size() + h * dim;
         turn(k, k_norm);
-        block.store(step.cache_type, k, dim, entries(step, step.keys, layer, t, h, step.positions[t]));
-        block.store(step.cache_type, k + shape_.kv_size(), dim,
-                    entries(step, step.values, layer, t, h, step.positions[t]));
+        kernels_.attention.store(step.cache_type, k, dim, entries(step, step.keys, layer, t, h, step.positions[t]));
+        kernels_.attention.store(step.cache_type, k + shape_.kv_size(), dim,
+                                 entries(step, step.values, layer, t, h, step.positions[t]));
     };
     team().run(step.rows * heads, [&](Range items, int) {
         for (int64_t item = items.begin; item < items.end; ++item) append_head(item / heads, item % heads);
@@ -51,9 +51,9 @@ void Decoder::attend(const Step& step, size_t layer) {
         const int64_t end = step.positions[t] + 1, begin = window ? std::max<int64_t>(end - window, 0) : 0;
         const float* q = qkv_.floats() + t * shape_.qkv_size() + h * group * dim;
         float* mixed = mixed_.floats() + t * shape_.q_size() + h * group * dim;
-        kernels_.block.attend(step.cache_type, q, dim, entries(step, step.keys, layer, t, h, 0),
-                              entries(step, step.values, layer, t, h, 0), begin, end, group, dim, scale, scores, mixed,
-                              dim);
+        kernels_.attention.attend(step.cache_type, q, dim, entries(step, step.keys, layer, t, h, 0),
+                                  entries(step, step.values, layer, t, h, 0), begin, end, group, dim, scale, scores,
+                                  mixed, dim);
     };
     team().run(step.rows * heads, [&](Range items, int thread) {
         float* scores = scores_.floats() + thread * scores_size;  // [group, end - begin]

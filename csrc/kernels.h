@@ -66,13 +66,18 @@ struct LinearKernels {
 
 // ---- the rest of a decoder block -------------------------------------------------------------------------------------
 
-enum class CacheType : int32_t { f16 = 0, f32 = 1 };
-
 struct BlockKernels {
     // y = x / sqrt(mean(x^2) + eps) * weight, n values; y may be x
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
     // y = silu(gate) * up, n values; y may be gate
     void (*silu_multiply)(const float* gate, const float* up, int64_t n, float* y);
+};
+
+// ---- attention -------------------------------------------------------------------------------------------------------
+
+enum class CacheType : int32_t { f16 = 0, f32 = 1 };
+
+struct AttentionKernels {
     // n floats to cache entries
     void (*store)(CacheType, const float* x, int64_t n, void* entry);
     // Attention of `heads` query heads that share one key-value head, for one row: q and out are [heads, dim] with the given
@@ -86,6 +91,7 @@ struct Kernels {
     const char* isa;
     LinearKernels linear;
     BlockKernels block;
+    AttentionKernels attention;
 };
 
 // The table in use: the best that this CPU and operating system run, or the one that TINYCHAT_ISA names.

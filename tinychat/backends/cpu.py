@@ -18,7 +18,7 @@ from tinychat.cache import KVCache, Rows
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
-from tinychat.qtensor import QTensor, Weight, bfloat16
+from tinychat.qtensor import QTensor, Weight, bfloat16, canonical
 from tinychat.weights import Layer, Linear, WeightSource
 
 _cpu: Any = None
@@ -257,6 +257,7 @@ def _vector(values: np.ndarray | None, n: int, name: str, keep: list[np.ndarray]
 def _segment(weight: Weight, activations: int, keep: list[np.ndarray]) -> tuple:
     """(shape, addresses of values, scales, zeros)."""
     n, k = weight.shape
+    weight = canonical(weight)
     if isinstance(weight, QTensor):
         if weight.bits > 4:
             raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 4")

@@ -15,7 +15,7 @@ import numpy as np
 
 from tinychat.backends import backend
 from tinychat.errors import BackendError
-from tinychat.qtensor import QTensor, Weight, bfloat16
+from tinychat.qtensor import QTensor, Weight, bfloat16, canonical
 from tinychat.weights import Linear
 
 _ALIGNMENT = 64  # bytes: a cache line, and the widest register
@@ -55,6 +55,7 @@ def pack_weight(weight: Weight, isa: str) -> Segment:
     n, k = weight.shape
     if n < 1 or k < 1:
         raise ValueError(f"a weight of shape [{n}, {k}] has nothing to multiply")
+    weight = canonical(weight)
     if isinstance(weight, QTensor):
         if weight.bits > 4:
             raise BackendError(f"the cpu kernels hold codes of up to 4 bits; found {weight.bits}")

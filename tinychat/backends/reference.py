@@ -14,7 +14,7 @@ from tinychat.cache import KVCache
 from tinychat.config import Activation
 from tinychat.errors import UsageError
 from tinychat.memory import Footprint
-from tinychat.qtensor import QTensor, Weight, bfloat16
+from tinychat.qtensor import QTensor, Weight, bfloat16, canonical
 from tinychat.weights import Linear, WeightSource
 
 try:
@@ -173,6 +173,7 @@ def visible(start: int, n: int, length: int, window: int) -> torch.Tensor:
 
 
 def _segment(weight: Weight) -> QSegment | torch.Tensor:
+    weight = canonical(weight)
     if isinstance(weight, QTensor):
         return QSegment(_tensor(weight.codes), _tensor(weight.scales), _tensor(weight.zeros), weight.group_size)
     return _tensor(weight)
