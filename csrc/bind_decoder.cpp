@@ -20,10 +20,14 @@ using Address = uintptr_t;
 using SegmentArgs = std::tuple<LinearShape, Address, Address, Address>;  // shape, values, scales, zeros
 using LinearArgs = std::pair<std::vector<SegmentArgs>, Address>;         // segments, bias or 0
 
+using NormArgs = std::pair<Address, Address>;  // weight, bias or 0
+
 template <class T = void>
 T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
+
+NormData norm_data(const NormArgs& args) { return {pointer<const float>(args.first), pointer<const float>(args.second)}; }
 
 LinearData linear_data(const LinearArgs& args) {
     LinearData data{{}, pointer<const float>(args.second)};
@@ -52,40 +56,51 @@ void without_interpreter(const Work& work) {
 
 void bind_decoder(py::module_& m) {
     using release = py::call_guard<py::gil_scoped_release>;
+    py::enum_<NormType>(m, "NormType").value("rms", NormType::rms).value("layer", NormType::layer);
+    py::enum_<Activation>(m, "Activation").value("silu", Activation::silu).value("gelu", Activation::gelu);
     py::enum_<CacheType>(m, "CacheType").value("f16", CacheType::f16).value("f32", CacheType::f32);
 
     py::class_<Decoder>(m, "Decoder", "A packed model and its step; see csrc/decoder.h. Not checked: the addresses.")
         .def(py::init([](const std::string& isa, int n_threads, int64_t vocab_size, int64_t hidden_size, int64_t n_heads,
                          int64_t n_kv_heads, int64_t head_dim, int64_t intermediate_size, int64_t rope_dim, float norm_eps,
+                         NormType norm_type, Activation activation, bool gated, bool parallel,
                          std::vector<int64_t> windows) {
-                 const DecoderShape shape{vocab_size,        hidden_size, n_heads,  n_kv_heads,        head_dim,
-                                          intermediate_size, rope_dim,    norm_eps, std::move(windows)};
+                 const DecoderShape shape{vocab_size,        hidden_size, n_heads,   n_kv_heads, head_dim,
+                                          intermediate_size, rope_dim,    norm_eps,  norm_type,  activation,
+                                          gated,             parallel,    std::move(windows)};
                  return std::make_unique<Decoder>(shape, kernels(isa.c_str()), n_threads);
              }),
              py::kw_only(), py::arg("isa"), py::arg("n_threads"), py::arg("vocab_size"), py::arg("hidden_size"),
              py::arg("n_heads"), py::arg("n_kv_heads"), py::arg("head_dim"), py::arg("intermediate_size"),
-             py::arg("rope_dim"), py::arg("norm_eps"), py::arg("windows"))
+             py::arg("rope_dim"), py::arg("norm_eps"), py::arg("norm_type"), py::arg("activation"), py::arg("gated"),
+             py::arg("parallel"), py::arg("windows"))
         .def(
             "set_embed", [](Decoder& decoder, WeightType type, Address table) { decoder.set_embed(type, pointer(table)); },
             release())
         .def(
             "add_layer",
-            [](Decoder& decoder, Address norm1, Address norm2, Address q_norm, Address k_norm, const LinearArgs& qkv,
+            [](Decoder& decoder, const NormArgs& norm1, const NormArgs& norm2, Address q_norm, Address k_norm, const LinearArgs& qkv,
                const LinearArgs& out, const LinearArgs& up, const LinearArgs& down) {
-                decoder.add_layer({pointer<const float>(norm1), pointer<const float>(norm2), pointer<const float>(q_norm),
-                                   pointer<const float>(k_norm), linear_data(qkv), linear_data(out), linear_data(up),
+                decoder.add_layer({norm_data(norm1), norm_data(norm2), pointer<const float>(q_norm), pointer<const float>(k_norm), linear_data(qkv), linear_data(out), linear_data(up),
                                    linear_data(down)});
             },
             py::kw_only(), py::arg("norm1"), py::arg("norm2"), py::arg("q_norm"), py::arg("k_norm"), py::arg("qkv"),
             py::arg("out"), py::arg("up"), py::arg("down"), release())
         .def(
             "finish",
-            [](Decoder& decoder, Address norm, const std::optional<LinearArgs>& head) {
+            [](Decoder& decoder, const NormArgs& norm, const std::optional<LinearArgs>& head) {
                 const LinearData data = head ? linear_data(*head) : LinearData{};
-                decoder.finish(pointer<const float>(norm), head ? &data : nullptr);
+                decoder.finish(norm_data(norm), head ? &data : nullptr);
             },
             release())
         .def_property_readonly("weight_bytes", &Decoder::weight_bytes)
+        .def("profile", [](Decoder& decoder, bool on) { decoder.profile(on); }, "Begin anew, or stop.")
+        .def("profiled",
+             [](const Decoder& decoder) {
+                 const Decoder::Profile p = decoder.profile();
+                 return std::make_tuple(p.steps, p.steps_ns, p.busy_ns, p.n_threads);
+             },
+             "(steps, nanoseconds inside them, nanoseconds of all threads inside their work, threads)")
         .def(
             "step",
             [](Decoder& decoder, int64_t rows, Address tokens, Address embeddings, Address positions, Address slots,
@@ -106,8 +121,20 @@ void bind_decoder(py::module_& m) {
     m.def("rms_norm", [](const char* isa, Address x, Address weight, float eps, int64_t n, Address y) {
         kernels(isa).block.rms_norm(pointer<const float>(x), pointer<const float>(weight), eps, n, pointer<float>(y));
     });
-    m.def("silu_multiply", [](const char* isa, Address gate, Address up, int64_t n, Address y) {
-        kernels(isa).block.silu_multiply(pointer<const float>(gate), pointer<const float>(up), n, pointer<float>(y));
+    m.def("add", [](const char* isa, Address x, Address y, int64_t n) {
+        kernels(isa).block.add(pointer<float>(x), pointer<const float>(y), n);
+    });
+    m.def("moments", [](const char* isa, NormType type, Address x, int64_t n) {
+        const Moments moments = kernels(isa).block.moments(type, pointer<const float>(x), n);
+        return std::make_pair(moments.mean, moments.variance);
+    });
+    m.def("normalize", [](const char* isa, Address x, float mean, float factor, Address weight, Address bias, int64_t n,
+                          Address y) {
+        kernels(isa).block.normalize(pointer<const float>(x), mean, factor, pointer<const float>(weight),
+                                     pointer<const float>(bias), n, pointer<float>(y));
+    });
+    m.def("activate", [](const char* isa, Activation activation, Address gate, Address up, int64_t n, Address y) {
+        kernels(isa).block.activate(activation, pointer<const float>(gate), pointer<const float>(up), n, pointer<float>(y));
     });
     m.def("store", [](const char* isa, CacheType type, Address x, int64_t n, Address entry) {
         kernels(isa).attention.store(type, pointer<const float>(x), n, pointer(entry));

@@ -66,11 +66,26 @@ struct LinearKernels {
 
 // ---- the rest of a decoder block -------------------------------------------------------------------------------------
 
+// Of a norm: RMSNorm divides by the root of the mean square; LayerNorm takes the mean away first.
+enum class NormType : int32_t { rms = 0, layer = 1 };
+// y = act(gate) * up: silu(x) = x / (1 + e^-x); gelu(x) = x (1 + erf(x / sqrt 2)) / 2
+enum class Activation : int32_t { silu = 0, gelu = 1 };
+
+struct Moments {
+    float mean;      // 0 for RMSNorm
+    float variance;  // mean of (x - mean)^2
+};
+
 struct BlockKernels {
+    // x += y, n values
+    void (*add)(float* x, const float* y, int64_t n);
+    Moments (*moments)(NormType, const float* x, int64_t n);
+    // y = (x - mean) * factor * weight + bias, n values; bias may be null; y may be x
+    void (*normalize)(const float* x, float mean, float factor, const float* weight, const float* bias, int64_t n, float* y);
+    // y = act(gate) * up, n values; up null: y = act(gate); y may be gate
+    void (*activate)(Activation, const float* gate, const float* up, int64_t n, float* y);
     // y = x / sqrt(mean(x^2) + eps) * weight, n values; y may be x
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
-    // y = silu(gate) * up, n values; y may be gate
-    void (*silu_multiply)(const float* gate, const float* up, int64_t n, float* y);
 };
 
 // ---- attention -------------------------------------------------------------------------------------------------------

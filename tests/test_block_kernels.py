@@ -39,7 +39,7 @@ def test_norm_and_silu(isa, n):
 
     gate = f32(n, seed=n, scale=20)
     gate[: min(n, 4)] = [-1e4, 1e4, 0, -88.5][: min(n, 4)]
-    _cpu.silu_multiply(isa, gate.ctypes.data, weight.ctypes.data, n, y.ctypes.data)
+    _cpu.activate(isa, _cpu.Activation.silu, gate.ctypes.data, weight.ctypes.data, n, y.ctypes.data)
     wide = gate.astype(np.float64)
     with np.errstate(over="ignore"):
         np.testing.assert_allclose(y, wide / (1 + np.exp(-wide)) * weight, rtol=2e-6, atol=1e-35)
@@ -50,9 +50,9 @@ def test_norm_and_silu(isa, n):
 def test_silu_has_the_exponential_to_1e_6_everywhere(isa):
     gate = np.linspace(-87, 87, 20001).astype(np.float32)
     up, y = np.ones_like(gate), np.empty_like(gate)
-    _cpu.silu_multiply(isa, gate.ctypes.data, up.ctypes.data, len(gate), y.ctypes.data)
+    _cpu.activate(isa, _cpu.Activation.silu, gate.ctypes.data, up.ctypes.data, len(gate), y.ctypes.data)
     wide = gate.astype(np.float64)
     np.testing.assert_allclose(y, wide / (1 + np.exp(-wide)), rtol=1e-6, atol=1e-37)
     broken = np.array([np.nan, np.inf, -1e30, 1e30], np.float32)
-    _cpu.silu_multiply(isa, broken.ctypes.data, up.ctypes.data, 4, y.ctypes.data)
+    _cpu.activate(isa, _cpu.Activation.silu, broken.ctypes.data, up.ctypes.data, 4, y.ctypes.data)
     assert np.isnan(y[0]) and y[1] == np.inf and y[2] == 0 and y[3] == np.float32(1e30)

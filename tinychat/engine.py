@@ -103,8 +103,8 @@ def load(
     return Engine(
         runner,
         words,
-        description=f"{name}: {config.model_type}, {weights}, {_precision(source, head, activations)} · "
-        f"{module.describe()} · context {size}",
+        description=f"{name}: {config.model_type}, {weights}, {precision(source)}"
+        f"{_unusual(source, head, activations)} · {module.describe()} · context {size}",
         generation_config=source.generation_config,
         eos_ids=_eos_ids(source.generation_config, source.hf_config, words),
     )
@@ -174,6 +174,11 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def runner(self) -> Runner:
+        """The model itself, step by step; UsageError once the engine is closed."""
+        return self._alive()
 
     def close(self) -> None:
         """Let go of weights and cache. A stream still open runs to its end; a new one raises UsageError."""
@@ -405,15 +410,18 @@ def _eos_ids(generation_config: Mapping[str, Any], hf_config: Mapping[str, Any],
     return frozenset(ids)
 
 
-def _precision(checkpoint: Any, head: int, activations: int) -> str:
-    """The precision of a checkpoint's weights in words, and what is not as usual beside them."""
+def precision(checkpoint: Any) -> str:
+    """The precision of a checkpoint's weights in words."""
     q = checkpoint.quantization
     if q is None:
-        weights = str(checkpoint.config.dtype)
-    else:
-        weights = f"{q.bits}-bit AWQ " + ("per row" if q.group_size == -1 else f"g{q.group_size}")
-    head_words = f", {head}-bit head" if (head == 8) != (q is not None) else ""
-    return weights + head_words + (", 8-bit activations" if activations == 8 else "")
+        return str(checkpoint.config.dtype)
+    return f"{q.bits}-bit AWQ " + ("per row" if q.group_size == -1 else f"g{q.group_size}")
+
+
+def _unusual(checkpoint: Any, head: int, activations: int) -> str:
+    """What was asked for beside the weights, where it is not as usual."""
+    head_words = f", {head}-bit head" if (head == 8) != (checkpoint.quantization is not None) else ""
+    return head_words + (", 8-bit activations" if activations == 8 else "")
 
 
 _loaded: dict[str, Engine] = {}  # of a model given by name; one, as two may be more than a small machine holds

@@ -136,6 +136,10 @@ class CpuRunner:
             intermediate_size=config.intermediate_size,
             rope_dim=config.rope.dim,
             norm_eps=config.norm_eps,
+            norm_type=_cpu.NormType.rms,
+            activation=_cpu.Activation.silu,
+            gated=True,
+            parallel=False,
             windows=[config.window(layer) for layer in range(config.n_layers)],
         )
         self._set_embed(source.embed())
@@ -146,7 +150,7 @@ class CpuRunner:
         keep: list[np.ndarray] = []
         head = source.head()  # None where it is tied, once a stored copy is found equal
         packed = None if head is None else self._linear(head, config.vocab_size, config.hidden_size, "head", keep)
-        self._decoder.finish(_vector(source.norm(), config.hidden_size, "norm", keep), packed)
+        self._decoder.finish((_vector(source.norm(), config.hidden_size, "norm", keep), 0), packed)
         self.weight_bytes: int = self._decoder.weight_bytes
 
     def _set_embed(self, table: np.ndarray) -> None:
@@ -163,8 +167,8 @@ class CpuRunner:
             raise ValueError("a layer has q and k norms and the config does not, or the other way round")
         hidden, inter, q_size = config.hidden_size, config.intermediate_size, config.q_size
         self._decoder.add_layer(
-            norm1=_vector(layer.norm1, hidden, "norm1", keep),
-            norm2=_vector(layer.norm2, hidden, "norm2", keep),
+            norm1=(_vector(layer.norm1, hidden, "norm1", keep), 0),
+            norm2=(_vector(layer.norm2, hidden, "norm2", keep), 0),
             q_norm=_vector(layer.q_norm, config.head_dim, "q_norm", keep),
             k_norm=_vector(layer.k_norm, config.head_dim, "k_norm", keep),
             qkv=self._linear(layer.qkv, q_size + 2 * config.kv_size, hidden, "qkv", keep),
