@@ -54,6 +54,7 @@ struct alignas(64) Scratch {
     Factors factors[kTogether][kPieceTiles];
     Place places[kPieceTiles];
     float sums[kPanelTiles][kTogether][kLines][kTile];
+    float spilled[kLines][kTile];
     float scales[kPanelBlocks][kLines];  // of the blocks of x: [tile of rows][block]
     uint16_t outliers[kPanelBlocks];     // a bit for each row that has some
 };
@@ -142,6 +143,7 @@ void unpack_block(const LinearShape& shape, const char* tile, const Place& place
             _mm512_store_si512(lines, _mm512_xor_si512(_mm512_load_si512(codes), _mm512_set1_epi8(-128)));
         }
     } else {
+        factors->shifted = 0;
         const __m512i mask = _mm512_set1_epi8(15), zeros = _mm512_mullo_epi32(zero, _mm512_set1_epi32(0x01010101));
         for (int64_t i = 0; i < place.length; i += 8, codes += kRegisterBytes, lines += 2 * kRegisterBytes) {
             _mm_prefetch(codes + ahead, _MM_HINT_T1);
@@ -182,35 +184,77 @@ void gather(const Call& call, int64_t begin, int64_t end) {
     }
 }
 
-// The outliers of one block of one row: sum + (q - z) s x for each.
-__m512 add_outliers(__m512 sum, int64_t count, const Outlier* outliers, const int8_t* lines, bool shifts,
-                    const Factors& factors) {
-    const __m512 scale = _mm512_load_ps(factors.scale);
-    for (int64_t o = 0; o < count; o++) {
-        const int64_t index = outliers[o].index;
-        const __m512i lanes = _mm512_load_si512(lines + index / 4 * kRegisterBytes);
-        const __m128i up = _mm_cvtsi32_si128(static_cast<int32_t>(24 - index % 4 * 8));
-        __m512i code = _mm512_srai_epi32(_mm512_sll_epi32(lanes, up), 24);
-        if (shifts) code = _mm512_add_epi32(code, _mm512_load_si512(factors.shift));
-        sum = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(code), scale), _mm512_set1_ps(outliers[o].value), sum);
+// A block of 16 x 16 results on its way through the pipeline.
+struct Item {
+    const Factors* factors;
+    const int8_t* lines;  // of B
+    const char* row;      // the first activation
+    int64_t block;        // in the row
+    int64_t entry;        // of scratch.scales
+    float* sums;          // where the sums lie between pieces
+    bool first, last;     // block of the piece
+};
+
+template <int i>
+struct Index {
+    static constexpr int value = i;
+};
+
+// Calls work(Index<i>) for each i < count: an array indexed so stays in registers.
+template <int count, int i = 0, class Work>
+__attribute__((always_inline)) inline void each(const Work& work) {
+    if constexpr (i < count) {
+        work(Index<i>{});
+        each<count, i + 1>(work);
     }
-    return sum;
+}
+
+// products += shift * sum of x; any plane will do that is not shifted up.
+__attribute__((noinline)) void shift_products(const Call& call, const Item& item, int32_t (*products)[kTile]) {
+    const __m512i shift = _mm512_load_si512(item.factors->shift);
+    const char* row = item.row + call.layout.blocks_at + item.block * int64_t{sizeof(Block)};
+    for (int64_t t = 0; t < call.tile_rows; t++, row += call.layout.activation_bytes) {
+        const __m512i product = _mm512_mullo_epi32(shift, _mm512_set1_epi32(reinterpret_cast<const Block*>(row)->sum));
+        _mm512_store_si512(products[t], _mm512_add_epi32(_mm512_load_si512(products[t]), product));
+    }
+}
+
+// The outliers of one block of the rows that have some: sum + (q - z) s x for each.
+__attribute__((noinline)) void add_outliers(const Call& call, const Item& item) {
+    const QuantizedLayout& layout = call.layout;
+    const __m512 scale = _mm512_load_ps(item.factors->scale);
+    for (int64_t t = 0; t < call.tile_rows; t++) {
+        const char* row = item.row + t * layout.activation_bytes;
+        const int64_t count = (reinterpret_cast<const Block*>(row + layout.blocks_at) + item.block)->outliers;
+        const auto* outliers = reinterpret_cast<const Outlier*>(row + layout.outliers_at) + item.block * layout.block_outliers;
+        __m512 sum = _mm512_load_ps(scratch.spilled[t]);
+        for (int64_t o = 0; o < count; o++) {
+            const int64_t index = outliers[o].index;
+            const __m512i lanes = _mm512_load_si512(item.lines + index / 4 * kRegisterBytes);
+            const __m128i up = _mm_cvtsi32_si128(static_cast<int32_t>(24 - index % 4 * 8));
+            __m512i code = _mm512_srai_epi32(_mm512_sll_epi32(lanes, up), 24);
+            if (item.factors->shifted) code = _mm512_add_epi32(code, _mm512_load_si512(item.factors->shift));
+            const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(code), scale);
+            sum = _mm512_fmadd_ps(weight, _mm512_set1_ps(outliers[o].value), sum);
+        }
+        _mm512_store_ps(scratch.spilled[t], sum);
+    }
 }
 
 // Products of a block: C of its planes = A B. The tile numbers are part of the instructions.
-#define TINYCHAT_MULTIPLY(high, low)                             \
-    do {                                                         \
-        _tile_zero(high);                                        \
-        if constexpr (planes == 2) _tile_zero(low);              \
-        for (int64_t d = 0; d < depth; d++) {                    \
-            _tile_loadd(6, b + d * kTileBytes, kRegisterBytes);  \
-            _tile_loadd(4, a + d * kDepth, stride);              \
-            _tile_dpbssd(high, 4, 6);                            \
-            if constexpr (planes == 2) {                         \
-                _tile_loadd(5, a + plane + d * kDepth, stride);  \
-                _tile_dpbssd(low, 5, 6);                         \
-            }                                                    \
-        }                                                        \
+#define TINYCHAT_MULTIPLY(high, low)                            \
+    do {                                                        \
+        _tile_zero(high);                                       \
+        if constexpr (planes == 2) _tile_zero(low);             \
+        for (int64_t d = 0; d < depth; d++) {                   \
+            _tile_loadd(6, b + d * kTileBytes, kRegisterBytes); \
+            _tile_loadd(4, a + d * kDepth, stride);             \
+            _tile_dpbssd(high, 4, 6);                           \
+            if constexpr (planes == 2) {                        \
+                _tile_loadd(5, a + plane + d * kDepth, stride); \
+                _tile_dpbssd(low, 5, 6);                        \
+            }                                                   \
+        }                                                       \
     } while (false)
 
 template <int planes>
@@ -235,119 +279,81 @@ void store_products(bool odd) {
     }
 }
 
-// A block whose products are on their way.
-struct Pending {
-    const Factors* factors;
-    const Place* place;
-    const int8_t* lines;
-    int64_t rows;     // tile of, within the panel
-    const char* row;  // the first activation
-    bool odd;
-};
-
+// Adds the stored products of a block to the sums of R rows.
 template <int planes, int R>
-__attribute__((always_inline)) inline void add_products(const Call& call, const Pending& block, __m512* sums) {
-    store_products<planes>(block.odd);
-    const int64_t index = block.rows * call.layout.blocks + block.place->index;
-    const float* scales = scratch.scales[index];
-    const __m512 scale = _mm512_load_ps(block.factors->scale);
-    const auto& products = scratch.products[block.odd];
-    const auto exact = [&](int t) {
-        const __m512i high = _mm512_load_si512(products[0][t]);
-        if constexpr (planes == 1) return high;
-        return _mm512_add_epi32(_mm512_slli_epi32(high, 8), _mm512_load_si512(products[1][t]));
-    };
-    const auto add = [&](int t, __m512i product) {
-        const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(scales[t]));
-        sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), factor, sums[t]);
-    };
-    const bool shifts = call.shape.bits == 8 && block.factors->shifted;
-    if (__builtin_expect(!shifts, 1)) {
-#pragma GCC unroll 16
-        for (int t = 0; t < R; t++) add(t, exact(t));
-    } else {
-        const __m512i shift = _mm512_load_si512(block.factors->shift);
-        const char* sum = block.row + call.layout.blocks_at + block.place->index * int64_t{sizeof(Block)};
-#pragma GCC unroll 16
-        for (int t = 0; t < R; t++) {
-            if (t >= call.tile_rows) break;
-            const int32_t total = reinterpret_cast<const Block*>(sum + t * call.layout.activation_bytes)->sum;
-            add(t, _mm512_add_epi32(exact(t), _mm512_mullo_epi32(shift, _mm512_set1_epi32(total))));
+__attribute__((always_inline)) inline void add_products(const Call& call, const Item& item, bool odd, __m512 (&sums)[R]) {
+    int32_t(*products)[kLines][kTile] = scratch.products[odd];
+    if (__builtin_expect(item.factors->shifted != 0, 0)) shift_products(call, item, products[planes - 1]);
+    if (item.first) each<R>([&](auto t) { sums[t.value] = _mm512_load_ps(item.sums + t.value * kTile); });
+    const float* scales = scratch.scales[item.entry];
+    const __m512 scale = _mm512_load_ps(item.factors->scale);
+    each<R>([&](auto t) {
+        __m512i exact = _mm512_load_si512(products[0][t.value]);
+        if constexpr (planes == 2) {
+            exact = _mm512_add_epi32(_mm512_slli_epi32(exact, 8), _mm512_load_si512(products[1][t.value]));
         }
+        const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(scales[t.value]));
+        sums[t.value] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), factor, sums[t.value]);
+    });
+    if (__builtin_expect(scratch.outliers[item.entry] != 0, 0)) {
+        each<R>([&](auto t) { _mm512_store_ps(scratch.spilled[t.value], sums[t.value]); });
+        add_outliers(call, item);
+        each<R>([&](auto t) { sums[t.value] = _mm512_load_ps(scratch.spilled[t.value]); });
     }
-    const uint32_t with_outliers = scratch.outliers[index];
-    if (__builtin_expect(with_outliers != 0, 0)) {
-        const QuantizedLayout& layout = call.layout;
-        const int64_t entry = block.place->index;
-#pragma GCC unroll 16
-        for (int t = 0; t < R; t++) {
-            if (with_outliers >> t & 1) {
-                const char* row = block.row + t * layout.activation_bytes;
-                const auto* of_row = reinterpret_cast<const Block*>(row + layout.blocks_at);
-                const auto* list = reinterpret_cast<const Outlier*>(row + layout.outliers_at) + entry * layout.block_outliers;
-                sums[t] = add_outliers(sums[t], of_row[entry].outliers, list, block.lines, shifts, *block.factors);
-            }
-        }
-    }
+    if (item.last) each<R>([&](auto t) { _mm512_store_ps(item.sums + t.value * kTile, sums[t.value]); });
 }
 
-// All rows of a panel, tiles [begin, end) of them, times a piece of `outputs` tiles from tile_begin on. R rows of a tile of C
-// are added up.
+// All rows of a panel, tiles [begin, end) of them, times a piece of `outputs` tiles. R rows of a tile of C are added up.
+// A pipeline of three: one block is multiplied while that before is stored and that before it is added.
 template <int planes, int R>
-__attribute__((noinline)) void multiply_piece(const Call& call, int64_t begin, int64_t end, int64_t tile_begin, int64_t outputs, int64_t count,
-                    bool first, bool last) {
+__attribute__((noinline)) void multiply_piece(const Call& call, int64_t begin, int64_t end, int64_t outputs,
+                                              int64_t count) {
     const int64_t stride = call.layout.activation_bytes;
     __m512 sums[R];
-    Pending pending{};
-    int64_t pending_output = -1;
-    bool odd = false;
-    const auto finish = [&] {
-        add_products<planes, R>(call, pending, sums);
-        if (last) {
-            const int64_t tile = tile_begin + pending_output, width = smaller(kTile, call.shape.n - tile * kTile);
-            const auto mask = static_cast<__mmask16>((1u << width) - 1);
-            float* y = call.y + first_row(call, begin + pending.rows) * call.y_stride + tile * kTile;
-#pragma GCC unroll 16
-            for (int t = 0; t < R; t++) {
-                if (t < call.tile_rows) _mm512_mask_storeu_ps(y + t * call.y_stride, mask, sums[t]);
-            }
-        } else {
-#pragma GCC unroll 16
-            for (int t = 0; t < R; t++) _mm512_store_ps(scratch.sums[pending.rows][pending_output][t], sums[t]);
-        }
-    };
+    each<R>([&](auto t) { sums[t.value] = _mm512_setzero_ps(); });
+    Item items[4];
+    int64_t at = 0;
     for (int64_t rows = 0; rows < end - begin; rows++) {
         const char* row = call.activations + first_row(call, begin + rows) * stride;
         for (int64_t output = 0; output < outputs; output++) {
             const int8_t* lines = scratch.weights[output][0];
-            for (int64_t b = 0; b < count; b++) {
+            for (int64_t b = 0; b < count; b++, at++) {
                 const Place& place = scratch.places[b];
-                multiply<planes>(row + place.x, stride, place.length, lines, place.depth, odd);
-                if (b > 0) {
-                    add_products<planes, R>(call, pending, sums);
-                } else {
-                    if (pending_output >= 0) finish();
-#pragma GCC unroll 16
-                    for (int t = 0; t < R; t++) {
-                        sums[t] = first ? _mm512_setzero_ps() : _mm512_load_ps(scratch.sums[rows][output][t]);
-                    }
-                    pending_output = output;
-                }
-                pending = {&scratch.factors[output][b], &place, lines, rows, row, odd};
+                multiply<planes>(row + place.x, stride, place.length, lines, place.depth, at & 1);
+                items[at & 3] = {&scratch.factors[output][b], lines, row, place.index,
+                                 rows * call.layout.blocks + place.index, scratch.sums[rows][output][0], b == 0,
+                                 b == count - 1};
+                if (at > 0) store_products<planes>(~at & 1);
+                if (at > 1) add_products<planes, R>(call, items[(at - 2) & 3], at & 1, sums);
                 lines += place.depth * kTileBytes;
-                odd = !odd;
             }
         }
     }
-    finish();
+    store_products<planes>(~at & 1);
+    if (at > 1) add_products<planes, R>(call, items[(at - 2) & 3], at & 1, sums);
+    add_products<planes, R>(call, items[(at - 1) & 3], ~at & 1, sums);
+}
+
+// Sums of a panel to y.
+void write(const Call& call, int64_t begin, int64_t end, int64_t tile_begin, int64_t outputs) {
+    for (int64_t rows = 0; rows < end - begin; rows++) {
+        for (int64_t output = 0; output < outputs; output++) {
+            const int64_t tile = tile_begin + output, width = smaller(kTile, call.shape.n - tile * kTile);
+            const auto mask = static_cast<__mmask16>((1u << width) - 1);
+            float* y = call.y + first_row(call, begin + rows) * call.y_stride + tile * kTile;
+            for (int64_t t = 0; t < call.tile_rows; t++) {
+                _mm512_mask_storeu_ps(y + t * call.y_stride, mask, _mm512_load_ps(scratch.sums[rows][output][t]));
+            }
+        }
+    }
 }
 
 // All rows of a panel, tiles [begin, end) of them, times `outputs` tiles from tile_begin on.
 template <int planes>
 void multiply_tiles(const Call& call, int64_t begin, int64_t end, int64_t tile_begin, int64_t outputs) {
     const int64_t tile_bytes = call.layout.tile_bytes;
+    std::memset(scratch.sums, 0, static_cast<size_t>(end - begin) * sizeof scratch.sums[0]);
     for (Walk walk{call.layout}; !walk.done();) {
-        const bool first = walk.index == 0;
         const int64_t count = walk.next(scratch.places);
         for (int64_t output = 0; output < outputs; output++) {
             const char* tile = call.packed + (tile_begin + output) * tile_bytes;
@@ -360,11 +366,12 @@ void multiply_tiles(const Call& call, int64_t begin, int64_t end, int64_t tile_b
         }
         barrier();
         if (call.tile_rows > 8) {
-            multiply_piece<planes, 16>(call, begin, end, tile_begin, outputs, count, first, walk.done());
+            multiply_piece<planes, 16>(call, begin, end, outputs, count);
         } else {
-            multiply_piece<planes, 8>(call, begin, end, tile_begin, outputs, count, first, walk.done());
+            multiply_piece<planes, 8>(call, begin, end, outputs, count);
         }
     }
+    write(call, begin, end, tile_begin, outputs);
 }
 
 void configure(int64_t rows) {
