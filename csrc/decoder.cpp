@@ -157,10 +157,12 @@ void Decoder::check(const Step& step) const {
         return std::all_of(values, values + n, [&](int32_t value) { return value >= 0 && value < below; });
     };
     if (!step.tokens && !step.embeddings) refuse("rows have neither tokens nor embeddings");
-    if (step.tokens && !inside(step.tokens, step.rows, shape_.vocab_size)) refuse("a token is not in the vocabulary");
+    if (step.tokens && !inside(step.tokens, step.rows, shape_.vocab_size)) {
+        refuse("token ids must lie in 0.." + std::to_string(shape_.vocab_size - 1));
+    }
     if (!inside(step.positions, step.rows, step.capacity)) refuse("a position is beyond the cache");
     if (!inside(step.slots, step.rows, step.n_slots)) refuse("a slot is not in the cache");
-    if (!inside(step.wanted, step.n_wanted, step.rows)) refuse("a wanted row is not in the step");
+    if (!inside(step.wanted, step.n_wanted, step.rows)) refuse("wanted rows must be rows of the step");
 }
 
 void Decoder::reserve(int64_t rows, int64_t length) {

@@ -33,12 +33,12 @@ class Rows:
     def of(tokens: list[int] | np.ndarray, start: int, slot: int = 0, wanted: str = "last") -> Rows:
         """Consecutive tokens of one slot from position `start`; `wanted` is 'last', 'all' or 'none'."""
         count = len(tokens)
-        which = {"last": np.arange(count - 1, count), "all": np.arange(count), "none": np.arange(0)}[wanted]
+        first = {"last": count - 1, "all": 0, "none": count}[wanted]
         return Rows(
-            np.asarray(tokens, np.int32),
+            np.array(tokens, np.int32),
             np.arange(start, start + count, dtype=np.int32),
             np.full(count, slot, np.int32),
-            which.astype(np.int32),
+            np.arange(first, count, dtype=np.int32),
         )
 
     def __len__(self) -> int:

@@ -307,10 +307,10 @@ class Engine:
             yield Piece(shown, [token], logprobs)
             self._holder = threading.get_ident()  # whoever resumed the stream
 
-    def _run(self, runner: Runner, slot: int, tokens: Sequence[int], wanted: str) -> np.ndarray:
+    def _run(self, runner: Runner, slot: int, tokens: list[int], wanted: str) -> np.ndarray:
         """Run `tokens` where the slot ends; fp32 logits [rows wanted, vocab_size]."""
         held = self._slots[slot]
-        logits = runner.step(Rows.of(list(tokens), len(held), slot, wanted))
+        logits = runner.step(Rows.of(tokens, len(held), slot, wanted))
         held += tokens
         return logits
 

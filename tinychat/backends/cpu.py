@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,21 @@ def build(
         raise BackendError(f"{error}; ask for fewer (--threads or TINYCHAT_THREADS)") from None
 
 
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of steps went: `busy_s` is what all threads together spent inside the work of their phases."""
+
+    steps: int
+    step_s: float  # inside C++
+    busy_s: float
+    threads: int
+
+    @property
+    def kernel_s(self) -> float:
+        """Seconds that a step takes if its threads do nothing but work: what is beyond is waiting and handing over."""
+        return self.busy_s / self.threads / max(self.steps, 1)
+
+
 class CpuRunner:
     """A `Runner` (see `backends`): weights in C++, the cache in numpy, one call per step. One step at a time."""
 
@@ -134,6 +150,10 @@ class CpuRunner:
             parallel=False,
             windows=[config.window(layer) for layer in range(config.n_layers)],
         )
+        self._indices = Indices(64)
+        self._rotary = rope.Table(config.rope, cache.capacity)
+        self._keys, self._values = cache.keys, cache.values
+        self._cache_addresses = _address(cache.keys), _address(cache.values)
         self._set_embed(source.embed())
         for index in range(config.n_layers):
             self._add_layer(source.layer(index))
@@ -174,44 +194,70 @@ class CpuRunner:
 
         Raises ValueError where the rows do not continue their slots, or a token is not in the vocabulary.
         """
-        config, cache, n = self.config, self.cache, len(rows)
-        slots, positions = _indices(rows.slots, n, "slots"), _indices(rows.positions, n, "positions")
-        wanted = _indices(rows.wanted, len(rows.wanted), "wanted")
-        tokens = embeddings = None
+        config, cache, n, n_wanted = self.config, self.cache, len(rows), len(rows.wanted)
+        indices = self._indices
+        if max(n, n_wanted) > indices.length:
+            indices = self._indices = Indices(2 * max(n, n_wanted))
+        positions = indices.put(0, rows.positions, n, "positions")
+        slots = indices.put(1, rows.slots, n, "slots")
+        wanted = indices.put(2, rows.wanted, n_wanted, "wanted")
+        tokens, embeddings = 0, None
         if rows.embeddings is not None:
             embeddings = np.ascontiguousarray(rows.embeddings, np.float32)
             if embeddings.shape != (n, config.hidden_size):
                 raise ValueError(f"embeddings {embeddings.shape}, expected {(n, config.hidden_size)}")
         elif rows.tokens is not None:
-            tokens = _indices(rows.tokens, n, "tokens")
-            if n and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
-                raise ValueError(f"token ids must lie in 0..{config.vocab_size - 1}")
-        else:
-            raise ValueError("rows have neither tokens nor embeddings")
-        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < n:
-            raise ValueError(f"wanted rows must be some of the {n} of the step")
+            tokens = indices.put(3, rows.tokens, n, "tokens")
         lengths = cache.check(rows)
-        cos, sin = (np.ascontiguousarray(a, np.float32) for a in rope.angles(config.rope, positions, lengths[slots]))
-        logits = np.empty((len(wanted), config.vocab_size), np.float32)
+        cos, sin = self._rotary.rows(rows.positions, lengths[rows.slots])
+        if cache.keys is not self._keys or cache.values is not self._values:
+            self._keys, self._values = cache.keys, cache.values
+            self._cache_addresses = _address(cache.keys), _address(cache.values)
+        logits = np.empty((n_wanted, config.vocab_size), np.float32)
         self._decoder.step(
             rows=n,
-            tokens=_address(tokens),
+            tokens=tokens,
             embeddings=_address(embeddings),
-            positions=_address(positions),
-            slots=_address(slots),
+            positions=positions,
+            slots=slots,
             cos=_address(cos),
             sin=_address(sin),
-            n_wanted=len(wanted),
-            wanted=_address(wanted),
+            n_wanted=n_wanted,
+            wanted=wanted,
             cache_type=_cpu.CacheType.f16 if cache.dtype == np.float16 else _cpu.CacheType.f32,
             n_slots=cache.n_slots,
             capacity=cache.capacity,
-            keys=_address(cache.keys),
-            values=_address(cache.values),
+            keys=self._cache_addresses[0],
+            values=self._cache_addresses[1],
             logits=_address(logits),
         )
         cache.lengths[:] = lengths
         return logits
+
+    def profile(self, on: bool) -> None:
+        """Begin to measure steps anew, or stop: a few microseconds for each. See `profiled`."""
+        self._decoder.profile(on)
+
+    def profiled(self) -> Profile:
+        """What was measured since `profile(True)`."""
+        steps, step_ns, busy_ns, threads = self._decoder.profiled()
+        return Profile(steps, step_ns / 1e9, busy_ns / 1e9, threads)
+
+
+class Indices:
+    """int32 rows of `length` at addresses that stay: reading an array's address costs more than copying a few numbers."""
+
+    def __init__(self, length: int):
+        self.length = length
+        self._rows = [np.empty(length, np.int32) for _ in range(4)]
+        self._addresses = [row.ctypes.data for row in self._rows]
+
+    def put(self, row: int, values: np.ndarray, n: int, name: str) -> int:
+        """The address of `values` in `row`; ValueError where they are not int32 [n]."""
+        if values.shape != (n,) or values.dtype != np.int32:
+            raise ValueError(f"{name}: {values.dtype} {values.shape}, expected int32 ({n},)")
+        self._rows[row][:n] = values
+        return self._addresses[row]
 
 
 def _describe(isa: str, n_threads: int) -> str:
@@ -220,13 +266,6 @@ def _describe(isa: str, n_threads: int) -> str:
 
 def _address(array: np.ndarray | None) -> int:
     return 0 if array is None else array.ctypes.data
-
-
-def _indices(values: np.ndarray, n: int, name: str) -> np.ndarray:
-    array = np.asarray(values)
-    if array.shape != (n,) or array.dtype != np.int32:
-        raise ValueError(f"{name}: {array.dtype} {array.shape}, expected int32 ({n},)")
-    return np.ascontiguousarray(array)
 
 
 def _kept(array: np.ndarray, keep: list[np.ndarray]) -> int:
