@@ -1,10 +1,14 @@
 // The lowered decoder for Python: raw addresses in, checked by tinychat/backends/cpu.py.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <initializer_list>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -50,6 +54,57 @@ void without_interpreter(const Work& work) {
     }
     PyEval_RestoreThread(state);
     if (error) std::rethrow_exception(error);
+}
+
+// The numbers of a contiguous array of the given shape; ValueError where it is anything else.
+template <class T>
+T* numbers(const py::array& array, std::initializer_list<int64_t> shape, const char* name) {
+    const bool fits = py::isinstance<py::array_t<T, py::array::c_style>>(array) &&
+                      std::equal(array.shape(), array.shape() + array.ndim(), shape.begin(), shape.end());
+    if (!fits) {
+        std::string expected;
+        for (int64_t n : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(n);
+        throw std::invalid_argument(std::string(name) + ": " + py::str(array.dtype()).cast<std::string>() + " " +
+                                    py::str(array.attr("shape")).cast<std::string>() + ", expected a contiguous array of " +
+                                    py::str(py::dtype::of<T>()).cast<std::string>() + " [" + expected + "]");
+    }
+    return static_cast<T*>(const_cast<void*>(array.data()));
+}
+
+// One step; its arrays as tinychat/cache.py has them.
+void step(Decoder& decoder, const std::optional<py::array>& tokens, const std::optional<py::array>& embeddings,
+          const py::array& positions, const py::array& slots, const py::array& wanted, const py::array& cos,
+          const py::array& sin, const py::array& keys, const py::array& values, const py::array& logits) {
+    const DecoderShape& shape = decoder.shape();
+    const int64_t n = positions.size(), n_wanted = wanted.size(), half = shape.rope_dim / 2;
+    if (keys.ndim() != 5) throw std::invalid_argument("the cache has " + std::to_string(keys.ndim()) + " axes, not 5");
+    const int64_t n_slots = keys.shape(1), capacity = keys.shape(3);
+    const auto cache = [&](const py::array& entries, const char* name) -> void* {
+        const std::initializer_list<int64_t> sizes{static_cast<int64_t>(shape.windows.size()), n_slots, shape.n_kv_heads,
+                                                   capacity, shape.head_dim};
+        if (keys.itemsize() == 4) return numbers<float>(entries, sizes, name);
+        if (entries.dtype().kind() != 'f' || entries.itemsize() != 2 || !(entries.flags() & py::array::c_style) ||
+            !std::equal(entries.shape(), entries.shape() + entries.ndim(), sizes.begin(), sizes.end())) {
+            throw std::invalid_argument(std::string(name) + " of the cache do not fit the decoder");
+        }
+        return const_cast<void*>(entries.data());
+    };
+    const Step step{n,
+                    tokens && !embeddings ? numbers<int32_t>(*tokens, {n}, "tokens") : nullptr,
+                    embeddings ? numbers<float>(*embeddings, {n, shape.hidden_size}, "embeddings") : nullptr,
+                    numbers<int32_t>(positions, {n}, "positions"),
+                    numbers<int32_t>(slots, {n}, "slots"),
+                    numbers<float>(cos, {n, half}, "cos"),
+                    numbers<float>(sin, {n, half}, "sin"),
+                    n_wanted,
+                    numbers<int32_t>(wanted, {n_wanted}, "wanted"),
+                    keys.itemsize() == 4 ? CacheType::f32 : CacheType::f16,
+                    n_slots,
+                    capacity,
+                    cache(keys, "keys"),
+                    cache(values, "values"),
+                    numbers<float>(logits, {n_wanted, shape.vocab_size}, "logits")};
+    without_interpreter([&] { decoder.step(step); });
 }
 
 }  // namespace
@@ -101,21 +156,8 @@ void bind_decoder(py::module_& m) {
                  return std::make_tuple(p.steps, p.steps_ns, p.busy_ns, p.n_threads);
              },
              "(steps, nanoseconds inside them, nanoseconds of all threads inside their work, threads)")
-        .def(
-            "step",
-            [](Decoder& decoder, int64_t rows, Address tokens, Address embeddings, Address positions, Address slots,
-               Address cos, Address sin, int64_t n_wanted, Address wanted, CacheType cache_type, int64_t n_slots,
-               int64_t capacity, Address keys, Address values, Address logits) {
-                const Step step{rows, pointer<const int32_t>(tokens), pointer<const float>(embeddings),
-                                pointer<const int32_t>(positions), pointer<const int32_t>(slots), pointer<const float>(cos),
-                                pointer<const float>(sin), n_wanted, pointer<const int32_t>(wanted), cache_type, n_slots,
-                                capacity, pointer(keys), pointer(values), pointer<float>(logits)};
-                without_interpreter([&] { decoder.step(step); });
-            },
-            py::kw_only(), py::arg("rows"), py::arg("tokens"), py::arg("embeddings"), py::arg("positions"),
-            py::arg("slots"), py::arg("cos"), py::arg("sin"), py::arg("n_wanted"), py::arg("wanted"),
-            py::arg("cache_type"), py::arg("n_slots"), py::arg("capacity"), py::arg("keys"), py::arg("values"),
-            py::arg("logits"));
+        .def("step", &step, py::arg("tokens"), py::arg("embeddings"), py::arg("positions"), py::arg("slots"),
+             py::arg("wanted"), py::arg("cos"), py::arg("sin"), py::arg("keys"), py::arg("values"), py::arg("logits"));
 
     // The block kernels one by one, for tests.
     m.def("rms_norm", [](const char* isa, Address x, Address weight, float eps, int64_t n, Address y) {

@@ -72,6 +72,7 @@ class Decoder {
     void add_layer(const LayerData& layer);
     void finish(const NormData& norm, const LinearData* head);  // head null: the embedding table serves
 
+    const DecoderShape& shape() const { return shape_; }
     int64_t weight_bytes() const { return weight_bytes_; }
 
     // Throws std::invalid_argument where an index is out of its range, std::runtime_error where the decoder is not

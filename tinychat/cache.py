@@ -33,11 +33,11 @@ class Rows:
     def of(tokens: list[int] | np.ndarray, start: int, slot: int = 0, wanted: str = "last") -> Rows:
         """Consecutive tokens of one slot from position `start`; `wanted` is 'last', 'all' or 'none'."""
         count = len(tokens)
-        first = {"last": count - 1, "all": 0, "none": count}[wanted]
+        first = 0 if wanted == "all" else count - 1 if wanted == "last" else count
         return Rows(
             np.array(tokens, np.int32),
             np.arange(start, start + count, dtype=np.int32),
-            np.full(count, slot, np.int32),
+            np.array([slot] * count, np.int32),
             np.arange(first, count, dtype=np.int32),
         )
 
@@ -66,15 +66,16 @@ class KVCache:
 
         Within a step a slot's rows come in order and their positions start at the slot's length.
         """
-        lengths = self.lengths.copy()
+        lengths, longest = self.lengths.copy(), 0
         for slot, position in zip(rows.slots.tolist(), rows.positions.tolist(), strict=True):
             if not 0 <= slot < self.n_slots:
                 raise ValueError(f"slot {slot} of a cache of {self.n_slots}")
             if position != lengths[slot]:
                 raise ValueError(f"slot {slot} holds {lengths[slot]} positions; a row continues it at {position}")
-            lengths[slot] += 1
-        if len(lengths) and lengths.max() > self.capacity:
-            raise ValueError(f"{lengths.max()} positions in a cache of {self.capacity}")
+            lengths[slot] = position + 1
+            longest = max(longest, position + 1)
+        if longest > self.capacity:
+            raise ValueError(f"{longest} positions in a cache of {self.capacity}")
         return lengths
 
     def truncate(self, slot: int, length: int) -> None:

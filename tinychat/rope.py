@@ -55,13 +55,14 @@ class Table:
 
     def rows(self, positions: np.ndarray, seq_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What `angles` returns."""
-        last = int(seq_lens.max()) if len(seq_lens) else 0
+        one = len(positions) == 1
+        last = int(seq_lens[0]) if one else int(seq_lens.max(initial=0))
         if last > self._end:
             return angles(self._rope, positions, seq_lens)
         if last > len(self._cos):
             known = np.arange(min(self._end, max(2 * last, 512)), dtype=np.int32)
             self._cos, self._sin = angles(self._rope, known, known + 1)
-        if len(positions) == 1:
+        if one:
             at = int(positions[0])
             return self._cos[at : at + 1], self._sin[at : at + 1]
         return self._cos[positions], self._sin[positions]

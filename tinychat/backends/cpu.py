@@ -150,10 +150,7 @@ class CpuRunner:
             parallel=False,
             windows=[config.window(layer) for layer in range(config.n_layers)],
         )
-        self._indices = Indices(64)
         self._rotary = rope.Table(config.rope, cache.capacity)
-        self._keys, self._values = cache.keys, cache.values
-        self._cache_addresses = _address(cache.keys), _address(cache.values)
         self._set_embed(source.embed())
         for index in range(config.n_layers):
             self._add_layer(source.layer(index))
@@ -194,42 +191,12 @@ class CpuRunner:
 
         Raises ValueError where the rows do not continue their slots, or a token is not in the vocabulary.
         """
-        config, cache, n, n_wanted = self.config, self.cache, len(rows), len(rows.wanted)
-        indices = self._indices
-        if max(n, n_wanted) > indices.length:
-            indices = self._indices = Indices(2 * max(n, n_wanted))
-        positions = indices.put(0, rows.positions, n, "positions")
-        slots = indices.put(1, rows.slots, n, "slots")
-        wanted = indices.put(2, rows.wanted, n_wanted, "wanted")
-        tokens, embeddings = 0, None
-        if rows.embeddings is not None:
-            embeddings = np.ascontiguousarray(rows.embeddings, np.float32)
-            if embeddings.shape != (n, config.hidden_size):
-                raise ValueError(f"embeddings {embeddings.shape}, expected {(n, config.hidden_size)}")
-        elif rows.tokens is not None:
-            tokens = indices.put(3, rows.tokens, n, "tokens")
+        cache = self.cache
         lengths = cache.check(rows)
+        logits = np.empty((len(rows.wanted), self.config.vocab_size), np.float32)
         cos, sin = self._rotary.rows(rows.positions, lengths[rows.slots])
-        if cache.keys is not self._keys or cache.values is not self._values:
-            self._keys, self._values = cache.keys, cache.values
-            self._cache_addresses = _address(cache.keys), _address(cache.values)
-        logits = np.empty((n_wanted, config.vocab_size), np.float32)
         self._decoder.step(
-            rows=n,
-            tokens=tokens,
-            embeddings=_address(embeddings),
-            positions=positions,
-            slots=slots,
-            cos=_address(cos),
-            sin=_address(sin),
-            n_wanted=n_wanted,
-            wanted=wanted,
-            cache_type=_cpu.CacheType.f16 if cache.dtype == np.float16 else _cpu.CacheType.f32,
-            n_slots=cache.n_slots,
-            capacity=cache.capacity,
-            keys=self._cache_addresses[0],
-            values=self._cache_addresses[1],
-            logits=_address(logits),
+            rows.tokens, rows.embeddings, rows.positions, rows.slots, rows.wanted, cos, sin, cache.keys, cache.values, logits
         )
         cache.lengths[:] = lengths
         return logits
@@ -244,28 +211,8 @@ class CpuRunner:
         return Profile(steps, step_ns / 1e9, busy_ns / 1e9, threads)
 
 
-class Indices:
-    """int32 rows of `length` at addresses that stay: reading an array's address costs more than copying a few numbers."""
-
-    def __init__(self, length: int):
-        self.length = length
-        self._rows = [np.empty(length, np.int32) for _ in range(4)]
-        self._addresses = [row.ctypes.data for row in self._rows]
-
-    def put(self, row: int, values: np.ndarray, n: int, name: str) -> int:
-        """The address of `values` in `row`; ValueError where they are not int32 [n]."""
-        if values.shape != (n,) or values.dtype != np.int32:
-            raise ValueError(f"{name}: {values.dtype} {values.shape}, expected int32 ({n},)")
-        self._rows[row][:n] = values
-        return self._addresses[row]
-
-
 def _describe(isa: str, n_threads: int) -> str:
     return f"cpu ({isa}, {n_threads} thread{'s' if n_threads > 1 else ''})"
-
-
-def _address(array: np.ndarray | None) -> int:
-    return 0 if array is None else array.ctypes.data
 
 
 def _kept(array: np.ndarray, keep: list[np.ndarray]) -> int:
