@@ -196,7 +196,16 @@ class CpuRunner:
         logits = np.empty((len(rows.wanted), self.config.vocab_size), np.float32)
         cos, sin = self._rotary.rows(rows.positions, lengths[rows.slots])
         self._decoder.step(
-            rows.tokens, rows.embeddings, rows.positions, rows.slots, rows.wanted, cos, sin, cache.keys, cache.values, logits
+            rows.tokens,
+            rows.embeddings,
+            rows.positions,
+            rows.slots,
+            rows.wanted,
+            cos,
+            sin,
+            cache.keys,
+            cache.values,
+            logits,
         )
         cache.lengths[:] = lengths
         return logits
