@@ -52,7 +52,8 @@ void without_interpreter(const Work& work) {
 
 void bind_decoder(py::module_& m) {
     using release = py::call_guard<py::gil_scoped_release>;
-    py::enum_<CacheType>(m, "CacheType").value("f16", CacheType::f16).value("f32", CacheType::f32);
+    py::enum_<CacheType>(m, "CacheType").value("f16", CacheType::f16).value("f32", CacheType::f32).value(
+        "q8", CacheType::q8);
 
     py::class_<Decoder>(m, "Decoder", "A packed model and its step; see csrc/decoder.h. Not checked: the addresses.")
         .def(py::init([](const std::string& isa, int n_threads, int64_t vocab_size, int64_t hidden_size, int64_t n_heads,
@@ -90,17 +91,18 @@ void bind_decoder(py::module_& m) {
             "step",
             [](Decoder& decoder, int64_t rows, Address tokens, Address embeddings, Address positions, Address slots,
                Address cos, Address sin, int64_t n_wanted, Address wanted, CacheType cache_type, int64_t n_slots,
-               int64_t capacity, Address keys, Address values, Address logits) {
+               int64_t capacity, Address keys, Address values, Address key_scales, Address value_scales, Address logits) {
                 const Step step{rows, pointer<const int32_t>(tokens), pointer<const float>(embeddings),
                                 pointer<const int32_t>(positions), pointer<const int32_t>(slots), pointer<const float>(cos),
                                 pointer<const float>(sin), n_wanted, pointer<const int32_t>(wanted), cache_type, n_slots,
-                                capacity, pointer(keys), pointer(values), pointer<float>(logits)};
+                                capacity, pointer(keys), pointer(values), pointer<float>(key_scales),
+                                pointer<float>(value_scales), pointer<float>(logits)};
                 without_interpreter([&] { decoder.step(step); });
             },
             py::kw_only(), py::arg("rows"), py::arg("tokens"), py::arg("embeddings"), py::arg("positions"),
             py::arg("slots"), py::arg("cos"), py::arg("sin"), py::arg("n_wanted"), py::arg("wanted"),
             py::arg("cache_type"), py::arg("n_slots"), py::arg("capacity"), py::arg("keys"), py::arg("values"),
-            py::arg("logits"));
+            py::arg("key_scales"), py::arg("value_scales"), py::arg("logits"));
 
     // The block kernels one by one, for tests.
     m.def("rms_norm", [](const char* isa, Address x, Address weight, float eps, int64_t n, Address y) {
@@ -109,13 +111,33 @@ void bind_decoder(py::module_& m) {
     m.def("silu_multiply", [](const char* isa, Address gate, Address up, int64_t n, Address y) {
         kernels(isa).block.silu_multiply(pointer<const float>(gate), pointer<const float>(up), n, pointer<float>(y));
     });
-    m.def("store", [](const char* isa, CacheType type, Address x, int64_t n, Address entry) {
-        kernels(isa).attention.store(type, pointer<const float>(x), n, pointer(entry));
+    // The attention kernels. An address of 0 is a null pointer.
+    py::class_<CacheView>(m, "CacheView")
+        .def(py::init([](CacheType type, Address keys, Address values, Address key_scales, Address value_scales) {
+                 return CacheView{type, pointer(keys), pointer(values), pointer<float>(key_scales),
+                                  pointer<float>(value_scales)};
+             }),
+             py::arg("type"), py::arg("keys"), py::arg("values"), py::arg("key_scales") = 0, py::arg("value_scales") = 0);
+    m.def("rotate", [](const char* isa, Address head, Address cos, Address sin, int64_t half) {
+        kernels(isa).attention.rotate(pointer<float>(head), pointer<const float>(cos), pointer<const float>(sin), half);
     });
-    m.def("attend", [](const char* isa, CacheType type, Address q, int64_t q_stride, Address keys, Address values,
-                       int64_t begin, int64_t end, int64_t heads, int64_t dim, float scale, Address scores, Address out,
-                       int64_t out_stride) {
-        kernels(isa).attention.attend(type, pointer<const float>(q), q_stride, pointer(keys), pointer(values), begin, end,
-                                      heads, dim, scale, pointer<float>(scores), pointer<float>(out), out_stride);
+    m.def("store", [](const char* isa, const CacheView& cache, Address key, Address value, int64_t dim, int64_t position) {
+        kernels(isa).attention.store(cache, pointer<const float>(key), pointer<const float>(value), dim, position);
     });
+    m.def(
+        "attend",
+        [](const char* isa, const CacheView& cache, int64_t dim, int64_t heads, float scale, Address slopes, Address q,
+           int64_t q_stride, int64_t rows, int64_t position, int64_t window, int64_t begin, int64_t end, Address out,
+           int64_t out_stride, Address maximum, Address sum) {
+            const AttentionKernels& attention = kernels(isa).attention;
+            const QueryGroup group{dim, heads, scale, pointer<const float>(slopes)};
+            const Buffer scratch(attention.scratch(group, rows, end - begin) * static_cast<int64_t>(sizeof(float)));
+            attention.attend(cache, group, {pointer<const float>(q), q_stride, rows, position, window}, begin, end,
+                             scratch.floats(),
+                             {pointer<float>(out), out_stride, pointer<float>(maximum), pointer<float>(sum)});
+        },
+        py::arg("isa"), py::arg("cache"), py::kw_only(), py::arg("dim"), py::arg("heads"), py::arg("scale"),
+        py::arg("slopes") = 0, py::arg("q"), py::arg("q_stride"), py::arg("rows"), py::arg("position"),
+        py::arg("window") = 0, py::arg("begin"), py::arg("end"), py::arg("out"), py::arg("out_stride"),
+        py::arg("maximum"), py::arg("sum"));
 }

@@ -45,6 +45,7 @@ Decoder::Decoder(const DecoderShape& shape, const Kernels& kernels, int n_thread
     if (s.n_heads % s.n_kv_heads) refuse("n_heads is not a multiple of n_kv_heads");
     if (s.rope_dim < 0 || s.rope_dim % 2 || s.rope_dim > s.head_dim) refuse("rope_dim is odd or above head_dim");
     if (n_threads < 1) refuse("fewer than one thread");
+    plan_ = AttentionPlan(s.group(), s.n_kv_heads);
     layers_.reserve(shape_.windows.size());
 }
 
@@ -119,9 +120,8 @@ void Decoder::step(const Step& step) {
         ~Leave() { busy = false; }
     } leave{busy_};
     if (step.rows == 0) return;
-    int64_t length = 0;
-    for (int64_t t = 0; t < step.rows; ++t) length = std::max<int64_t>(length, step.positions[t] + 1);
-    reserve(std::max(step.rows, step.n_wanted), length);
+    reserve(std::max(step.rows, step.n_wanted));
+    plan(step);
     forward(step);
 }
 
@@ -136,7 +136,7 @@ void Decoder::check(const Step& step) const {
     if (!inside(step.wanted, step.n_wanted, step.rows)) refuse("a wanted row is not in the step");
 }
 
-void Decoder::reserve(int64_t rows, int64_t length) {
+void Decoder::reserve(int64_t rows) {
     const auto floats = [](Buffer& buffer, int64_t n) { buffer.reserve(n * static_cast<int64_t>(sizeof(float))); };
     floats(x_, rows * shape_.hidden_size);
     floats(y_, rows * shape_.hidden_size);
@@ -145,8 +145,6 @@ void Decoder::reserve(int64_t rows, int64_t length) {
     floats(mixed_, rows * shape_.q_size());
     floats(gate_up_, rows * 2 * shape_.intermediate_size);
     activations_.reserve(rows * activation_bytes_);
-    // Rounded up, or a growing context would allocate at every step.
-    floats(scores_, n_threads_ * shape_.group() * ((length + 1023) / 1024 * 1024));
 }
 
 void Decoder::forward(const Step& step) {
@@ -175,7 +173,6 @@ void Decoder::forward(const Step& step) {
             prepare(layer.qkv, normed + t * hidden, t, T);
         });
         apply(layer.qkv, T, qkv, shape_.qkv_size());
-        append(step, l);
         attend(step, l);
         each_row(T, [&](int64_t t, int) { prepare(layer.out, mixed + t * shape_.q_size(), t, T); });
         apply(layer.out, T, y, hidden);

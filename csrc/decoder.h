@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "attention_plan.h"
 #include "buffer.h"
 #include "kernels.h"
 #include "packed_linear.h"
@@ -48,6 +49,8 @@ struct Step {
     int64_t n_slots, capacity;
     void* keys;     // [n_layers, n_slots, n_kv_heads, capacity, head_dim]
     void* values;   // likewise
+    float* key_scales;    // [n_layers, n_slots, n_kv_heads, capacity], of q8 only
+    float* value_scales;  // likewise
     float* logits;  // [R, vocab_size]
 };
 
@@ -78,14 +81,22 @@ class Decoder {
     PackedLinear pack(const LinearData& data, int64_t n, int64_t k);
     Buffer keep(const float* values, int64_t n);
     void check(const Step& step) const;
-    void reserve(int64_t rows, int64_t length);
+    void reserve(int64_t rows);
     void forward(const Step& step);
     void embed(const Step& step, int64_t row);
     void prepare(const PackedLinear& linear, const float* x, int64_t row, int64_t rows);
     void apply(const PackedLinear& linear, int64_t rows, float* y, int64_t y_stride);
-    void append(const Step& step, size_t layer);
+    void plan(const Step& step);
     void attend(const Step& step, size_t layer);
-    void* entries(const Step& step, void* cache, size_t layer, int64_t row, int64_t head, int64_t position) const;
+    void attend_piece(const Step& step, size_t layer, const Piece& piece, int64_t head, float* scratch);
+    Partial partial_of(const Piece& piece, int64_t head, int64_t index) const;
+    void merge(const Piece& piece, int64_t head, float* mixed) const;
+    float* queries(int64_t row, int64_t head) const;
+    void turn_queries(const Step& step, size_t layer, int64_t row, float* q) const;
+    void turn(const Step& step, const Buffer& norm, int64_t row, float* head) const;
+    void append(const Step& step, size_t layer, int64_t row, int64_t head) const;
+    QueryGroup query_group(int64_t head) const;
+    CacheView entries(const Step& step, size_t layer, int64_t row, int64_t head) const;
     Team& team();
 
     const DecoderShape shape_;
@@ -109,8 +120,14 @@ class Decoder {
     Buffer mixed_;        // [T, q_size], the values that attention mixed
     Buffer gate_up_;      // [T, 2 * intermediate_size]
     Buffer activations_;  // [T, activation_bytes] for each preparation of a linear
-    Buffer scores_;       // [n_threads, group, longest slot]
     int64_t activation_bytes_ = 0;  // of one row, the most that any linear needs
+
+    AttentionPlan plan_;
+    Buffer scratch_;            // [n_threads, scratch_size_]: of attention
+    int64_t scratch_size_ = 0;  // floats
+    Buffer partials_;           // [n_kv_heads, plan_.partials()]: see partial_of()
+    std::unique_ptr<std::atomic<int64_t>[]> finished_pieces_;  // [n_kv_heads, plan_.runs()]: pieces done in this layer
+    int64_t n_counters_ = 0;
 };
 
 }  // namespace tinychat
