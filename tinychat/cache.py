@@ -45,7 +45,7 @@ class Rows:
         return len(self.positions)
 
 
-DTYPES = {"fp16": np.float16, "fp32": np.float32, "int8": np.int8}
+KV_DTYPES = {"fp16": np.float16, "fp32": np.float32, "int8": np.int8}
 
 
 def quantize_entries(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,11 +75,11 @@ class KVCache:
     """
 
     def __init__(self, n_layers: int, n_slots: int, n_kv_heads: int, capacity: int, head_dim: int, dtype: str = "fp16"):
-        self.dtype: np.dtype = np.dtype(DTYPES[dtype])
+        self.dtype: np.dtype = np.dtype(KV_DTYPES[dtype])
         shape = (n_layers, n_slots, n_kv_heads, capacity, head_dim)
         self.keys = np.zeros(shape, self.dtype)
         self.values = np.zeros(shape, self.dtype)
-        scaled = dtype == "int8"
+        scaled = self.dtype == np.int8
         self.key_scales = np.zeros(shape[:-1], np.float32) if scaled else None
         self.value_scales = np.zeros(shape[:-1], np.float32) if scaled else None
         self.lengths = np.zeros(n_slots, np.int32)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tinychat import rope
-from tinychat.cache import KVCache, Rows
+from tinychat.cache import KV_DTYPES, KVCache, Rows
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
@@ -77,13 +77,13 @@ def build(
 ) -> CpuRunner:
     """A runner of `source` with `n_slots` caches of `ctx_size` positions each.
 
-    threads: see `thread_count`; kv_dtype fp16 or fp32; isa: one of the levels that run here, by default the best or
+    threads: see `thread_count`; kv_dtype fp16, fp32 or int8; isa: one of the levels that run here, by default the best or
     what TINYCHAT_ISA names; progress(done, total): called after each layer. Peak memory is the packed model and the
     source of one layer or the head. Raises UsageError for a wrong option, BackendError where this machine cannot hold
     or run the model.
     """
-    if kv_dtype not in ("fp16", "fp32"):
-        raise UsageError(f"kv_dtype {kv_dtype!r}; the cpu backend has fp16 and fp32")
+    if kv_dtype not in KV_DTYPES:
+        raise UsageError(f"kv_dtype {kv_dtype!r}; the cpu backend has {', '.join(KV_DTYPES)}")
     if reason := available():
         raise BackendError(f"backend 'cpu' cannot be used here: {reason}")
     isa = isa or _cpu.isa()
@@ -94,7 +94,7 @@ def build(
         cache = KVCache(config.n_layers, n_slots, config.n_kv_heads, ctx_size, config.head_dim, kv_dtype)
         return CpuRunner(source, cache, isa, thread_count(threads), progress)
     except MemoryError:
-        need = n_slots * config.kv_bytes(ctx_size, 2 if kv_dtype == "fp16" else 4)
+        need = n_slots * config.kv_bytes(ctx_size, np.dtype(KV_DTYPES[kv_dtype]).itemsize)
         raise BackendError(
             f"not enough memory for the model and a KV cache of {need / 1e9:.2f} GB "
             f"({n_slots} x {ctx_size} positions); load with a smaller context (--ctx-size)"
@@ -199,11 +199,13 @@ class CpuRunner:
             sin=_address(sin),
             n_wanted=len(wanted),
             wanted=_address(wanted),
-            cache_type=_cpu.CacheType.f16 if cache.dtype == np.float16 else _cpu.CacheType.f32,
+            cache_type=_cache_type(cache.dtype),
             n_slots=cache.n_slots,
             capacity=cache.capacity,
             keys=_address(cache.keys),
             values=_address(cache.values),
+            key_scales=_address(cache.key_scales),
+            value_scales=_address(cache.value_scales),
             logits=_address(logits),
         )
         cache.lengths[:] = lengths
@@ -258,6 +260,11 @@ def _segment(weight: Weight, keep: list[np.ndarray]) -> tuple:
         shape = _cpu.LinearShape(_cpu.WeightType.quantized, n, k, min(weight.group_size, k), wide)
         return shape, _kept(weight.codes, keep), _kept(scales, keep), _kept(weight.zeros, keep)
     return _cpu.LinearShape(_float_type(weight), n, k, k, False), _kept(weight, keep), 0, 0
+
+
+def _cache_type(dtype: np.dtype) -> Any:
+    types = _cpu.CacheType
+    return {np.dtype(np.float16): types.f16, np.dtype(np.float32): types.f32, np.dtype(np.int8): types.q8}[dtype]
 
 
 def _float_type(values: np.ndarray) -> Any:
