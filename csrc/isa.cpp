@@ -47,11 +47,11 @@ const std::vector<Kernels>& levels() {
         std::vector<Kernels> list;
 #if defined(__x86_64__)
         const Features has = features();
-        if (has.vnni) list.push_back({"avx512vnni", linear_avx512vnni(), block_avx512()});
-        if (has.avx512) list.push_back({"avx512", linear_avx512(), block_avx512()});
-        if (has.avx2) list.push_back({"avx2", linear_avx2(), block_avx2()});
+        if (has.vnni) list.push_back({"avx512vnni", linear_avx512vnni(), block_avx512(), attention_avx512()});
+        if (has.avx512) list.push_back({"avx512", linear_avx512(), block_avx512(), attention_avx512()});
+        if (has.avx2) list.push_back({"avx2", linear_avx2(), block_avx2(), attention_avx2()});
 #endif
-        list.push_back({"scalar", linear_scalar(), block_scalar()});
+        list.push_back({"scalar", linear_scalar(), block_scalar(), attention_scalar()});
         return list;
     }();
     return found;

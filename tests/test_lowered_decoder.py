@@ -318,7 +318,7 @@ def test_what_cannot_be_run_is_refused_before_it_runs():
         runner.step(Rows.of(ids(65, 97), 0))
     assert runner.cache.lengths.tolist() == [0]
     with pytest.raises(UsageError, match="kv_dtype"):
-        build(weights, kv_dtype="int8")
+        build(weights, kv_dtype="int4")
     with pytest.raises(BackendError, match=r"supported: .*scalar"):
         build(weights, isa="mmx")
     for threads in (0, -1, 10**9):

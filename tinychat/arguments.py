@@ -106,7 +106,10 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         help="tokens of context (default: the model's maximum, at most 4096)",
     )
     group.add_argument(
-        "--kv-type", choices=("fp16", "fp32"), default="fp16", help="precision of the KV cache (default: fp16)"
+        "--kv-type",
+        choices=("fp16", "fp32", "int8"),
+        default="fp16",
+        help="precision of the KV cache; int8 takes half the memory of fp16 (default: fp16)",
     )
     group.add_argument(
         "-t", "--threads", type=whole, metavar="N", help="threads (default: one for each core available)"

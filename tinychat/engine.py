@@ -29,7 +29,7 @@ from tinychat.text_stream import TextStream
 DEFAULT_CTX_SIZE = 4096  # at most: the KV cache is allocated whole, and few conversations are longer
 PREFILL_CHUNK = 128  # rows: enough to keep the arithmetic busy, few enough that a cancelled prompt ends soon
 PRIMING = 8  # prompt tokens that the decoder sees first, so that an answer continuing a text keeps its leading space
-KV_ITEMSIZE = {"fp16": 2, "fp32": 4}
+KV_ITEMSIZE = {"fp16": 2, "fp32": 4, "int8": 1}
 
 Cancel = Callable[[], bool] | threading.Event
 
@@ -52,7 +52,7 @@ def load(
     device         "auto", or a backend's name
     ctx_size       positions of the KV cache; by default the model's own maximum, at most 4096
     threads        by default the backend's choice
-    kv_dtype       of the KV cache: fp16 or fp32
+    kv_dtype       of the KV cache: fp16, fp32 or int8
     n_slots        KV caches: as many conversations keep their prefix, each at a whole context's memory
     revision       of a hub id; `offline`: look for it in the local cache only
     ignore_config  keys of config.json to pass over although they are not known

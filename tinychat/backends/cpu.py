@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tinychat import rope
-from tinychat.cache import KVCache, Rows
+from tinychat.cache import KV_DTYPES, KVCache, Rows
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
@@ -78,13 +78,13 @@ def build(
 ) -> CpuRunner:
     """A runner of `source` with `n_slots` caches of `ctx_size` positions each.
 
-    threads: see `thread_count`; kv_dtype fp16 or fp32; isa: one of the levels that run here, by default the best or
+    threads: see `thread_count`; kv_dtype fp16, fp32 or int8; isa: one of the levels that run here, by default the best or
     what TINYCHAT_ISA names; progress(done, total): called after each layer. Peak memory is the packed model and the
     source of one layer or the head. Raises UsageError for a wrong option, BackendError where this machine cannot hold
     or run the model.
     """
-    if kv_dtype not in ("fp16", "fp32"):
-        raise UsageError(f"kv_dtype {kv_dtype!r}; the cpu backend has fp16 and fp32")
+    if kv_dtype not in KV_DTYPES:
+        raise UsageError(f"kv_dtype {kv_dtype!r}; the cpu backend has {', '.join(KV_DTYPES)}")
     if reason := available():
         raise BackendError(f"backend 'cpu' cannot be used here: {reason}")
     isa = isa or _cpu.isa()
@@ -95,7 +95,7 @@ def build(
         cache = KVCache(config.n_layers, n_slots, config.n_kv_heads, ctx_size, config.head_dim, kv_dtype)
         return CpuRunner(source, cache, isa, thread_count(threads), progress)
     except MemoryError:
-        need = n_slots * config.kv_bytes(ctx_size, 2 if kv_dtype == "fp16" else 4)
+        need = n_slots * config.kv_bytes(ctx_size, np.dtype(KV_DTYPES[kv_dtype]).itemsize)
         raise BackendError(
             f"not enough memory for the model and a KV cache of {need / 1e9:.2f} GB "
             f"({n_slots} x {ctx_size} positions); load with a smaller context (--ctx-size)"
@@ -149,6 +149,7 @@ class CpuRunner:
             gated=True,
             parallel=False,
             windows=[config.window(layer) for layer in range(config.n_layers)],
+            slopes=[],
         )
         self._rotary = rope.Table(config.rope, cache.capacity)
         self._set_embed(source.embed())
@@ -205,6 +206,8 @@ class CpuRunner:
             sin,
             cache.keys,
             cache.values,
+            cache.key_scales,
+            cache.value_scales,
             logits,
         )
         cache.lengths[:] = lengths

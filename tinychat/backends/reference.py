@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinychat.cache import KVCache
+from tinychat.cache import KV_DTYPES, KVCache
 from tinychat.config import Activation
 from tinychat.errors import UsageError
 from tinychat.memory import Footprint
@@ -52,11 +52,11 @@ def build(
 ) -> Decoder:
     """A runner of `source` with `n_slots` caches of `ctx_size` positions each.
 
-    kv_dtype fp32 or fp16; dtype (of activations and arithmetic) fp32 or fp64; threads: PyTorch's, for the process;
+    kv_dtype fp32, fp16 or int8; dtype (of activations and arithmetic) fp32 or fp64; threads: PyTorch's, for the process;
     progress(done, total): called after each layer. Raises UsageError for another dtype.
     """
-    if kv_dtype not in ("fp32", "fp16"):
-        raise UsageError(f"kv_dtype {kv_dtype!r}; the reference backend has fp32 and fp16")
+    if kv_dtype not in KV_DTYPES:
+        raise UsageError(f"kv_dtype {kv_dtype!r}; the reference backend has {', '.join(KV_DTYPES)}")
     config = source.config
     cache = KVCache(config.n_layers, n_slots, config.n_kv_heads, ctx_size, config.head_dim, kv_dtype)
     if threads is not None:
