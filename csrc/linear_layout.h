@@ -23,10 +23,11 @@
 //
 // Activations. For the other types: the row as fp32, padded to 4. For quantized weights: integers x with a scale per block.
 // A block is a group, or a piece of at most 128 of one that is longer: 128 * 255 * 32639 = 1.07e9 fits in int32, and one
-// scale should not serve more. The integers of a block of L values (padded to 8) take L * activation_bits / 8 bytes, in the
-// order that the level likes: AVX-512 VNNI and AMX as planes of bytes with sign, x = 256 hi + lo (hi[L], then lo[L]).
+// scale should not serve more. The integers of a block of L values (padded to 8) are planes of bytes with sign: of 16 bits
+// hi[L], then lo[L], x = 256 hi + lo; of 8 bits one plane. Every level reads the same: instructions that multiply bytes
+// are the fast ones everywhere, and codes of any width meet the same activations.
 //
-//   row: | integers of the blocks | pad to 64 | Block per block | Outlier[block_outliers] per block |
+//   row: | planes of the blocks | pad to 64 | Block per block | Outlier[block_outliers] per block |
 //
 // Every function here has internal linkage: this header is compiled anew, with other flags, in each level's unit.
 #pragma once
@@ -56,7 +57,7 @@ struct Block {
     float scale;       // of the integers; NaN where the block holds NaN or infinity
     int32_t sum;       // of the integers, for the zero point
     int32_t outliers;  // how many were taken out
-    int32_t unused;
+    int32_t halves;    // int16 a and b, a in the low half: -sum = a + 128 b; with z and 128 z, vpmaddwd makes -z sum
 };
 
 struct Outlier {
@@ -82,7 +83,7 @@ struct QuantizedLayout {
     int64_t step_bytes;                 // of the codes of 8 k of a tile
     int64_t scale_bytes;                // of one group of a tile
     int64_t tile_bytes;
-    int64_t integer_bytes;           // of one activation
+    int64_t integer_bytes;           // of one activation: its planes
     int64_t block_outliers;          // at most so many in a block
     int64_t blocks_at, outliers_at;  // byte offsets in an activation
     int64_t activation_bytes;
@@ -183,7 +184,7 @@ constexpr Limits kLimits16{32639.0f, 32.0f}, kLimits8{127.0f, 8.0f};
 
     block->outliers = 0;
     block->sum = 0;
-    block->unused = 0;
+    block->halves = 0;
     const bool finite = measure();
     const int64_t most = divide_up(length, 16);
     const float count = static_cast<float>(most), rest = static_cast<float>(length - most);
@@ -224,12 +225,24 @@ constexpr Limits kLimits16{32639.0f, 32.0f}, kLimits8{127.0f, 8.0f};
         total += integers[i];
     }
     block->sum = total;
+    const int32_t upper = (64 - total) >> 7;
+    block->halves = static_cast<int32_t>(static_cast<uint32_t>(upper) << 16 |
+                                         (static_cast<uint32_t>(-total - upper * 128) & 0xffffu));
 }
 
-// Part of a row (see LinearKernels::prepare) for the kernels of a level. store(integers, codes, i, length) writes 8
-// integers, those from i on of a block of `length` (padded) whose bytes begin at `codes`.
-template <class Store>
-void prepare_part(const LinearShape& shape, const float* x, void* activation, int64_t begin, int64_t end, Store store) {
+// The integers of a block of `length` (padded) as planes.
+[[maybe_unused]] void store_planes(const int32_t* integers, int64_t length, int64_t planes, int8_t* codes) {
+    if (planes == 1) {
+        for (int64_t i = 0; i < length; i++) codes[i] = static_cast<int8_t>(integers[i]);
+        return;
+    }
+    for (int64_t i = 0; i < length; i++) codes[i] = static_cast<int8_t>((integers[i] + 128) >> 8);
+    for (int64_t i = 0; i < length; i++) codes[length + i] = static_cast<int8_t>(integers[i]);
+}
+
+// LinearKernels::prepare; each level compiles it with its own instructions.
+[[maybe_unused]] void prepare_part(const LinearShape& shape, const float* x, void* activation, int64_t begin,
+                                   int64_t end) {
     char* row = static_cast<char*>(activation);
     if (shape.type != WeightType::quantized) {
         std::memcpy(row + begin * 4, x, static_cast<size_t>(end - begin) * 4);
@@ -246,7 +259,7 @@ void prepare_part(const LinearShape& shape, const float* x, void* activation, in
         char* codes = row + (g * layout.padded_group + in_group) * layout.integer_bytes;
         quantize_block(x + (k - begin), length, limits, integers, reinterpret_cast<Block*>(row + layout.blocks_at) + index,
                        reinterpret_cast<Outlier*>(row + layout.outliers_at) + index * layout.block_outliers);
-        for (int64_t i = 0; i < padded; i += kStep) store(integers + i, codes, i, padded);
+        store_planes(integers, padded, layout.integer_bytes, reinterpret_cast<int8_t*>(codes));
         k += length;
     }
 }

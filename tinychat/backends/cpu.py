@@ -19,7 +19,7 @@ from tinychat.cache import KV_DTYPES, KVCache, Rows
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
-from tinychat.qtensor import QTensor, Weight, bfloat16
+from tinychat.qtensor import QTensor, Weight, bfloat16, canonical
 from tinychat.weights import Layer, Linear, WeightSource
 
 _cpu: Any = None
@@ -73,16 +73,22 @@ def build(
     n_slots: int = 1,
     threads: int | None = None,
     kv_dtype: str = "fp16",
+    activations: int = 16,
+    head: int = 16,
     isa: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CpuRunner:
     """A runner of `source` with `n_slots` caches of `ctx_size` positions each.
 
-    threads: see `thread_count`; kv_dtype fp16, fp32 or int8; isa: one of the levels that run here, by default the best or
-    what TINYCHAT_ISA names; progress(done, total): called after each layer. Peak memory is the packed model and the
-    source of one layer or the head. Raises UsageError for a wrong option, BackendError where this machine cannot hold
-    or run the model.
+    threads: see `thread_count`; kv_dtype fp16, fp32 or int8; activations: bits that they keep where they meet quantized
+    weights, 16 or 8; head: 16 for the output head as it is stored, 8 to round it; isa: one of the levels that run
+    here, by default the best or what TINYCHAT_ISA names; progress(done, total): called after each layer. Peak memory
+    is the packed model and the source of one layer or the head. Raises UsageError for a wrong option,
+    BackendError where this machine cannot hold or run the model.
     """
+    for name, value in (("activations", activations), ("head", head)):
+        if value not in (8, 16):
+            raise UsageError(f"{name} {value!r}; it must be 8 or 16")
     if kv_dtype not in KV_DTYPES:
         raise UsageError(f"kv_dtype {kv_dtype!r}; the cpu backend has {', '.join(KV_DTYPES)}")
     if reason := available():
@@ -93,7 +99,7 @@ def build(
     config = source.config
     try:
         cache = KVCache(config.n_layers, n_slots, config.n_kv_heads, ctx_size, config.head_dim, kv_dtype)
-        return CpuRunner(source, cache, isa, thread_count(threads), progress)
+        return CpuRunner(source, cache, isa, thread_count(threads), activations, progress)
     except MemoryError:
         need = n_slots * config.kv_bytes(ctx_size, np.dtype(KV_DTYPES[kv_dtype]).itemsize)
         raise BackendError(
@@ -128,10 +134,12 @@ class CpuRunner:
         cache: KVCache,
         isa: str,
         n_threads: int,
+        activations: int = 16,
         progress: Callable[[int, int], None] | None = None,
     ):
         self.config = config = source.config
         self.cache = cache
+        self._activations = activations
         self.description = _describe(isa, n_threads)
         self._decoder = _cpu.Decoder(
             isa=isa,
@@ -159,7 +167,7 @@ class CpuRunner:
                 progress(index + 1, config.n_layers)
         keep: list[np.ndarray] = []
         head = source.head()  # None where it is tied, once a stored copy is found equal
-        packed = None if head is None else _linear(head, config.vocab_size, config.hidden_size, "head", keep)
+        packed = None if head is None else self._linear(head, config.vocab_size, config.hidden_size, "head", keep)
         self._decoder.finish((_vector(source.norm(), config.hidden_size, "norm", keep), 0), packed)
         self.weight_bytes: int = self._decoder.weight_bytes
 
@@ -181,11 +189,18 @@ class CpuRunner:
             norm2=(_vector(layer.norm2, hidden, "norm2", keep), 0),
             q_norm=_vector(layer.q_norm, config.head_dim, "q_norm", keep),
             k_norm=_vector(layer.k_norm, config.head_dim, "k_norm", keep),
-            qkv=_linear(layer.qkv, q_size + 2 * config.kv_size, hidden, "qkv", keep),
-            out=_linear(layer.out, hidden, q_size, "out", keep),
-            up=_linear(layer.up, 2 * inter, hidden, "up", keep),
-            down=_linear(layer.down, hidden, inter, "down", keep),
+            qkv=self._linear(layer.qkv, q_size + 2 * config.kv_size, hidden, "qkv", keep),
+            out=self._linear(layer.out, hidden, q_size, "out", keep),
+            up=self._linear(layer.up, 2 * inter, hidden, "up", keep),
+            down=self._linear(layer.down, hidden, inter, "down", keep),
         )
+
+    def _linear(self, linear: Linear, n: int, k: int, name: str, keep: list[np.ndarray]) -> tuple[list[tuple], int]:
+        """What `_cpu.Decoder` takes for a linear [n, k]: (segments, bias)."""
+        if linear.shape != (n, k) or any(segment.shape[1] != k for segment in linear.segments):
+            raise ValueError(f"{name} is {[segment.shape for segment in linear.segments]}, expected {(n, k)} in all")
+        bias = _vector(linear.bias, n, f"bias of {name}", keep)
+        return [_segment(segment, self._activations, keep) for segment in linear.segments], bias
 
     def step(self, rows: Rows) -> np.ndarray:
         """Run `rows`, extend the cache, return fp32 logits [len(rows.wanted), vocab_size].
@@ -241,23 +256,16 @@ def _vector(values: np.ndarray | None, n: int, name: str, keep: list[np.ndarray]
     return _kept(values.astype(np.float32, copy=False), keep)
 
 
-def _linear(linear: Linear, n: int, k: int, name: str, keep: list[np.ndarray]) -> tuple[list[tuple], int]:
-    """What `_cpu.Decoder` takes for a linear [n, k]: (segments, bias)."""
-    if linear.shape != (n, k) or any(segment.shape[1] != k for segment in linear.segments):
-        raise ValueError(f"{name} is {[segment.shape for segment in linear.segments]}, expected {(n, k)} in all")
-    bias = _vector(linear.bias, n, f"bias of {name}", keep)
-    return [_segment(segment, keep) for segment in linear.segments], bias
-
-
-def _segment(weight: Weight, keep: list[np.ndarray]) -> tuple:
+def _segment(weight: Weight, activations: int, keep: list[np.ndarray]) -> tuple:
     """(shape, addresses of values, scales, zeros)."""
     n, k = weight.shape
+    weight = canonical(weight)
     if isinstance(weight, QTensor):
         if weight.bits > 4:
             raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 4")
         wide = weight.scales.dtype != np.float16
         scales = weight.scales.astype(np.float32, copy=False) if wide else weight.scales
-        shape = _cpu.LinearShape(_cpu.WeightType.quantized, n, k, min(weight.group_size, k), wide)
+        shape = _cpu.LinearShape(_cpu.WeightType.quantized, n, k, min(weight.group_size, k), wide, 4, activations)
         return shape, _kept(weight.codes, keep), _kept(scales, keep), _kept(weight.zeros, keep)
     return _cpu.LinearShape(_float_type(weight), n, k, k, False), _kept(weight, keep), 0, 0
 

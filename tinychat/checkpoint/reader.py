@@ -26,7 +26,7 @@ from tinychat.checkpoint.quoting import quote
 from tinychat.checkpoint.shards import Shards
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError, ConfigError
-from tinychat.qtensor import Weight
+from tinychat.qtensor import AwqWords, Weight
 from tinychat.weights import Layer, Linear
 
 MAX_CONFIG_BYTES = 4 << 20
@@ -74,7 +74,7 @@ class Checkpoint:
         return self._read(f"{self.names.embed}.weight")
 
     def layer(self, index: int) -> Layer:
-        """Block `index`. Plain weights are read-only on the mapped file, quantized ones are unpacked copies."""
+        """Block `index`. Weights are read-only on the mapped file, as they lie there."""
         if not 0 <= index < self.config.n_layers:
             raise IndexError(f"layer {index} of {self.config.n_layers}")
         self._shards.release()
@@ -117,7 +117,7 @@ class Checkpoint:
 
     def _weight(self, module: str) -> Weight:
         if module in self._quantized:
-            return awq.unpack(*(self._read(f"{module}.{part}") for part in awq.PARTS))
+            return AwqWords(*(self._read(f"{module}.{part}") for part in awq.PARTS))
         return self._read(f"{module}.weight")
 
     def _vector(self, name: str) -> np.ndarray:
