@@ -3,8 +3,8 @@
 //   x = embed[token]
 //   for each layer:
 //       q, k, v = qkv(norm1(x))                          RMSNorm over each head of q and k where the model has it
-//       rotate q and k; append k and v to the slot's cache
-//       for each row and head: mixed = softmax(q . keys / sqrt(head_dim)) values, over the positions it sees
+//       rotate q and k, unless positions are ALiBi's; append k and v to the slot's cache
+//       for each row and head: mixed = softmax(q . keys / sqrt(head_dim) - slope * distance) values, over what it sees
 //       y = out(mixed)
 //       x += y                                           parallel blocks: not yet, the MLP reads the same x
 //       gate, up = up(norm2(x))
@@ -49,7 +49,9 @@ Decoder::Decoder(const DecoderShape& shape, const Kernels& kernels, int n_thread
     }
     if (s.n_heads % s.n_kv_heads) refuse("n_heads is not a multiple of n_kv_heads");
     if (s.rope_dim < 0 || s.rope_dim % 2 || s.rope_dim > s.head_dim) refuse("rope_dim is odd or above head_dim");
+    if (!s.slopes.empty() && static_cast<int64_t>(s.slopes.size()) != s.n_heads) refuse("slopes for other than n_heads");
     if (n_threads < 1) refuse("fewer than one thread");
+    plan_ = AttentionPlan(s.group(), s.n_kv_heads);
     layers_.reserve(shape_.windows.size());
 }
 
@@ -133,9 +135,8 @@ void Decoder::step(const Step& step) {
     } leave{busy_};
     if (step.rows == 0) return;
     const Team::Awake awake(team());
-    int64_t length = 0;
-    for (int64_t t = 0; t < step.rows; ++t) length = std::max<int64_t>(length, step.positions[t] + 1);
-    reserve(std::max(step.rows, step.n_wanted), length);
+    reserve(std::max(step.rows, step.n_wanted));
+    plan(step);
     if (!profiling_) return forward(step);
     team().profile(true);
     const auto begin = std::chrono::steady_clock::now();
@@ -157,13 +158,15 @@ void Decoder::check(const Step& step) const {
         return std::all_of(values, values + n, [&](int32_t value) { return value >= 0 && value < below; });
     };
     if (!step.tokens && !step.embeddings) refuse("rows have neither tokens nor embeddings");
-    if (step.tokens && !inside(step.tokens, step.rows, shape_.vocab_size)) refuse("a token is not in the vocabulary");
+    if (step.tokens && !inside(step.tokens, step.rows, shape_.vocab_size)) {
+        refuse("token ids must lie in 0.." + std::to_string(shape_.vocab_size - 1));
+    }
     if (!inside(step.positions, step.rows, step.capacity)) refuse("a position is beyond the cache");
     if (!inside(step.slots, step.rows, step.n_slots)) refuse("a slot is not in the cache");
-    if (!inside(step.wanted, step.n_wanted, step.rows)) refuse("a wanted row is not in the step");
+    if (!inside(step.wanted, step.n_wanted, step.rows)) refuse("wanted rows must be rows of the step");
 }
 
-void Decoder::reserve(int64_t rows, int64_t length) {
+void Decoder::reserve(int64_t rows) {
     const auto floats = [](Buffer& buffer, int64_t n) { buffer.reserve(n * static_cast<int64_t>(sizeof(float))); };
     floats(x_, rows * shape_.hidden_size);
     floats(y_, rows * shape_.hidden_size);
@@ -174,8 +177,6 @@ void Decoder::reserve(int64_t rows, int64_t length) {
     floats(gate_up_, rows * shape_.up_size());
     floats(pieces_, n_threads_ * piece_);
     activations_.reserve(rows * activation_bytes_);
-    // Rounded up, or a growing context would allocate at every step.
-    floats(scores_, n_threads_ * shape_.group() * ((length + 1023) / 1024 * 1024));
 }
 
 void Decoder::forward(const Step& step) {
@@ -194,7 +195,6 @@ void Decoder::forward(const Step& step) {
 
         prepare_normed(layer.norm1, layer.qkv, T);
         apply(layer.qkv, T, qkv_.floats(), shape_.qkv_size());
-        append(step, l);
         attend(step, l);
         prepare_mixed(layer.out, T);
         apply(layer.out, T, y, hidden);

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "attention_plan.h"
 #include "buffer.h"
 #include "kernels.h"
 #include "packed_linear.h"
@@ -22,6 +23,7 @@ struct DecoderShape {
     bool gated;                    // the MLP is down(act(gate) * up), else down(act(up))
     bool parallel;                 // attention and MLP read the same x, and both are added to it
     std::vector<int64_t> windows;  // [n_layers]: positions that a token sees, itself included; 0: all
+    std::vector<float> slopes;     // [n_heads] of ALiBi, or nothing
 
     int64_t group() const { return n_heads / n_kv_heads; }
     int64_t q_size() const { return n_heads * head_dim; }
@@ -58,6 +60,8 @@ struct Step {
     int64_t n_slots, capacity;
     void* keys;     // [n_layers, n_slots, n_kv_heads, capacity, head_dim]
     void* values;   // likewise
+    float* key_scales;    // [n_layers, n_slots, n_kv_heads, capacity], of q8 only
+    float* value_scales;  // likewise
     float* logits;  // [R, vocab_size]
 };
 
@@ -72,6 +76,7 @@ class Decoder {
     void add_layer(const LayerData& layer);
     void finish(const NormData& norm, const LinearData* head);  // head null: the embedding table serves
 
+    const DecoderShape& shape() const { return shape_; }
     int64_t weight_bytes() const { return weight_bytes_; }
 
     // Throws std::invalid_argument where an index is out of its range, std::runtime_error where the decoder is not
@@ -102,7 +107,7 @@ class Decoder {
     Buffer keep(const float* values, int64_t n);
     Norm keep(const NormData& norm);
     void check(const Step& step) const;
-    void reserve(int64_t rows, int64_t length);
+    void reserve(int64_t rows);
     void forward(const Step& step);
     void embed(const Step& step, int64_t row);
     void prepare_normed(const Norm& norm, const PackedLinear& linear, int64_t rows, const int32_t* wanted = nullptr);
@@ -114,9 +119,17 @@ class Decoder {
     void prepare(const PackedLinear& linear, int64_t rows, int64_t k, const Input& input);
     int64_t piece(const PackedLinear& linear) const;
     void apply(const PackedLinear& linear, int64_t rows, float* y, int64_t y_stride);
-    void append(const Step& step, size_t layer);
+    void plan(const Step& step);
     void attend(const Step& step, size_t layer);
-    void* entries(const Step& step, void* cache, size_t layer, int64_t row, int64_t head, int64_t position) const;
+    void attend_piece(const Step& step, size_t layer, const Piece& piece, int64_t head, float* scratch);
+    Partial partial_of(const Piece& piece, int64_t head, int64_t index) const;
+    void merge(const Piece& piece, int64_t head, float* mixed) const;
+    float* queries(int64_t row, int64_t head) const;
+    void turn_queries(const Step& step, size_t layer, int64_t row, float* q) const;
+    void turn(const Step& step, const Buffer& norm, int64_t row, float* head) const;
+    void append(const Step& step, size_t layer, int64_t row, int64_t head) const;
+    QueryGroup query_group(int64_t head) const;
+    CacheView entries(const Step& step, size_t layer, int64_t row, int64_t head) const;
     Team& team();
 
     const DecoderShape shape_;
@@ -142,11 +155,17 @@ class Decoder {
     Buffer gate_up_;      // [T, up_size]
     Buffer pieces_;       // [n_threads, piece_], parts of rows on their way into activations_
     Buffer activations_;  // [T, activation_bytes] for each preparation of a linear
-    Buffer scores_;       // [n_threads, group, longest slot]
     int64_t activation_bytes_ = 0;  // of one row, the most that any linear needs
     int64_t piece_ = 0;             // values, likewise
     Profile profile_{};
     bool profiling_ = false;
+
+    AttentionPlan plan_;
+    Buffer scratch_;            // [n_threads, scratch_size_]: of attention
+    int64_t scratch_size_ = 0;  // floats
+    Buffer partials_;           // [n_kv_heads, plan_.partials()]: see partial_of()
+    std::unique_ptr<std::atomic<int64_t>[]> finished_pieces_;  // [n_kv_heads, plan_.runs()]: pieces done in this layer
+    int64_t n_counters_ = 0;
 };
 
 }  // namespace tinychat

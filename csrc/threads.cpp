@@ -23,7 +23,7 @@ using std::chrono::microseconds;
 // stays awake, at first spinning, then yielding at each turn, and sleeps only where the step seems to be stuck. After a step
 // it waits for the next one a little. Where threads are more than cores, one that spins takes the core from one that
 // works, so it soon sleeps, and a sleeper is not called at every phase.
-constexpr microseconds kSpin{20}, kBetweenSteps{50}, kStuck{5000}, kBetweenCalls{100};
+constexpr microseconds kSpinCrowded{20}, kSpin{100}, kBetweenSteps{100}, kStuck{5000}, kBetweenCalls{100};
 constexpr int kPartsPerThread = 4;  // more even shares, for more claims
 
 void pause_briefly() {
@@ -91,10 +91,9 @@ bool Team::soon(const Ready& ready) const {
             pause_briefly();
         }
         const auto waited = Clock::now() - begin;
-        if (waited < kSpin) continue;
         const bool crowded = crowded_.load(std::memory_order_relaxed), awake = awake_.load(std::memory_order_relaxed);
-        if (crowded || waited > (awake ? kStuck : kBetweenSteps)) return ready();
-        std::this_thread::yield();
+        if (waited > (crowded ? kSpinCrowded : awake ? kStuck : kBetweenSteps)) return ready();
+        if (waited > kSpin) std::this_thread::yield();
     }
 }
 

@@ -1,5 +1,7 @@
 """Norm and activation of every instruction-set level against float64."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -44,6 +46,40 @@ def test_norm_and_silu(isa, n):
     with np.errstate(over="ignore"):
         np.testing.assert_allclose(y, wide / (1 + np.exp(-wide)) * weight, rtol=2e-6, atol=1e-35)
     assert untouched()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("n", [1, 7, 15, 16, 17, 63, 64, 65, 1001])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norms_in_pieces(isa, n, kind):
+    x, y, weight, bias = (f32(n, seed=n + s) + 3 * (s == 0) for s in range(4))
+    total, untouched = guarded(n)
+    total[:] = x
+    _cpu.add(isa, total.ctypes.data, y.ctypes.data, n)
+    np.testing.assert_array_equal(total, x + y)
+    mean, variance = _cpu.moments(isa, getattr(_cpu.NormType, kind), total.ctypes.data, n)
+    wide = total.astype(np.float64)
+    expected = wide.mean() if kind == "layer" else 0
+    np.testing.assert_allclose([mean, variance], [expected, ((wide - expected) ** 2).mean()], rtol=2e-6, atol=1e-12)
+    for shift in (bias, None):
+        out, out_untouched = guarded(n)
+        address = 0 if shift is None else shift.ctypes.data
+        _cpu.normalize(isa, total.ctypes.data, mean, 1.7, weight.ctypes.data, address, n, out.ctypes.data)
+        expected = (wide - mean) * 1.7 * weight + (0 if shift is None else shift)
+        np.testing.assert_allclose(out, expected, rtol=1e-6, atol=2e-6)
+        assert out_untouched()
+    assert untouched()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gelu_is_the_one_with_erf(isa):
+    x = np.concatenate([np.linspace(-12, 12, 4801), [0, -0.0, 1e30, -1e30, 100, -100]]).astype(np.float32)
+    up, y = f32(len(x), seed=1), np.empty_like(x)
+    expected = np.array([v * math.erfc(-v / math.sqrt(2)) / 2 for v in x.astype(np.float64)])
+    for factor in (None, up):
+        address = 0 if factor is None else factor.ctypes.data
+        _cpu.activate(isa, _cpu.Activation.gelu, x.ctypes.data, address, len(x), y.ctypes.data)
+        np.testing.assert_allclose(y, expected * (1 if factor is None else factor), rtol=5e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)

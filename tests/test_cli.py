@@ -132,7 +132,7 @@ def test_version(capsys):
         ("chat -n 1.5", "max_tokens is '1.5'; it must be a whole number"),
         ("chat -c 0", "expected a whole number, 1 or more; found '0'"),
         ("chat -t many", "expected a whole number, 1 or more; found 'many'"),
-        ("chat --kv-type int8", "invalid choice: 'int8'"),
+        ("chat --kv-type int4", "invalid choice: 'int4'"),
         ("chat a -m b", "two models: 'a' and -m 'b'"),
         ("chat a b", "unexpected argument 'b'"),
         ("generate a b c", "unexpected argument 'c'; a text of several words needs quotes"),

@@ -115,7 +115,10 @@ def add_device(
         help=f"tokens of context (default: {context})",
     )
     group.add_argument(
-        "--kv-type", choices=("fp16", "fp32"), default="fp16", help="precision of the KV cache (default: fp16)"
+        "--kv-type",
+        choices=("fp16", "fp32", "int8"),
+        default="fp16",
+        help="precision of the KV cache; int8 takes half the memory of fp16 (default: fp16)",
     )
     group.add_argument(
         "--activations",

@@ -14,7 +14,8 @@ from pathlib import Path
 def physical_cores(root: Path = Path("/")) -> int:
     """Physical cores within this process's affinity mask and its cgroup's CPU quota; at least 1.
 
-    Two threads of one core share its arithmetic and its path to memory: a second one does not help these kernels.
+    Two threads of one core share its arithmetic and its path to memory: a second one does not help these kernels. Where
+    cores are of two kinds, all count: the fast ones take over what is left of the shares of the slow.
     """
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = {_core(root, cpu) for cpu in cpus}

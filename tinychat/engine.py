@@ -29,7 +29,7 @@ from tinychat.text_stream import TextStream
 DEFAULT_CTX_SIZE = 4096  # at most: the KV cache is allocated whole, and few conversations are longer
 PREFILL_CHUNK = 128  # rows: enough to keep the arithmetic busy, few enough that a cancelled prompt ends soon
 PRIMING = 8  # prompt tokens that the decoder sees first, so that an answer continuing a text keeps its leading space
-KV_ITEMSIZE = {"fp16": 2, "fp32": 4}
+KV_ITEMSIZE = {"fp16": 2, "fp32": 4, "int8": 1}
 
 Cancel = Callable[[], bool] | threading.Event
 
@@ -54,7 +54,7 @@ def load(
     device         "auto", or a backend's name
     ctx_size       positions of the KV cache; by default the model's own maximum, at most 4096
     threads        by default the backend's choice
-    kv_dtype       of the KV cache: fp16 or fp32
+    kv_dtype       of the KV cache: fp16, fp32 or int8
     activations    bits that activations keep where they meet quantized weights: 16, or 8 (faster with many rows)
     head           bits of the output head: 8, or 16 for as it is stored; by default 8 where the checkpoint is quantized
     n_slots        KV caches: as many conversations keep their prefix, each at a whole context's memory
@@ -329,10 +329,10 @@ class Engine:
             yield Piece(shown, [token], logprobs)
             self._holder = threading.get_ident()  # whoever resumed the stream
 
-    def _run(self, runner: Runner, slot: int, tokens: Sequence[int], wanted: str) -> np.ndarray:
+    def _run(self, runner: Runner, slot: int, tokens: list[int], wanted: str) -> np.ndarray:
         """Run `tokens` where the slot ends; fp32 logits [rows wanted, vocab_size]."""
         held = self._slots[slot]
-        logits = runner.step(Rows.of(list(tokens), len(held), slot, wanted))
+        logits = runner.step(Rows.of(tokens, len(held), slot, wanted))
         held += tokens
         return logits
 
