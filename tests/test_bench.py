@@ -310,12 +310,22 @@ def test_a_shape_goes_as_far_as_it_is_asked_and_a_model_does_not(tmp_path, tiny)
         contexts.chosen(Subject(Options(model=str(path))), (0, 97))
 
 
-def test_the_cache_is_filled_with_entries_that_differ():
-    cache = KVCache(n_layers=2, n_slots=1, n_kv_heads=2, capacity=50, head_dim=8)
+@pytest.mark.parametrize("dtype", ["fp16", "fp32", "int8"])
+def test_the_cache_is_filled_with_entries_that_differ(dtype):
+    cache = KVCache(n_layers=2, n_slots=1, n_kv_heads=2, capacity=50, head_dim=16, dtype=dtype)
     contexts.fill(cache, 40)
-    entries = np.concatenate([a[:, 0, :, :40].reshape(-1, 8) for a in (cache.keys, cache.values)])
-    assert len(np.unique(entries, axis=0)) == len(entries) and 0.8 < entries.astype(np.float32).std() < 1.2
+    entries = [a[:, 0, :, :40].astype(np.float32) for a in (cache.keys, cache.values)]
+    if dtype == "int8":
+        scales = cache.key_scales[:, 0, :, :40, None], cache.value_scales[:, 0, :, :40, None]
+        entries = [codes * scale for codes, scale in zip(entries, scales, strict=True)]
+    flat = np.concatenate([e.reshape(-1, 16) for e in entries])
+    assert len(np.unique(flat, axis=0)) == len(flat) and 0.8 < flat.std() < 1.2
     assert not cache.keys[:, :, :, 40:].any() and cache.lengths.tolist() == [40]
+
+
+def test_an_int8_cache_has_a_scale_for_each_entry():
+    need = traffic.of(RandomWeights(*TINY.translate(), 32), kv_dtype="int8")
+    assert need.kv(10) == 3 * 10 * 2 * 2 * (HEAD_DIM + 4)
 
 
 def test_what_a_context_adds_is_set_against_what_it_takes():

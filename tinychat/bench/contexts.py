@@ -89,12 +89,16 @@ def fill(cache: KVCache, length: int, seed: int = 2) -> None:
     """Make the first `length` positions of slot 0 hold random numbers, other ones in every layer and head."""
     shape = cache.keys[0, 0, :, :length].shape  # [n_kv_heads, length, head_dim]
     size = int(np.prod(shape))
-    pool = np.random.default_rng(seed).standard_normal(PLACES + 1, np.float32).astype(cache.keys.dtype)
-    pool = np.resize(pool, size + PLACES)
+    numbers = np.random.default_rng(seed).standard_normal(PLACES + 1, np.float32)
+    scale = np.float32(np.abs(numbers).max() / 127)
+    pool = np.resize((numbers / scale if cache.dtype == np.int8 else numbers).astype(cache.dtype), size + PLACES)
     for layer in range(len(cache.keys)):
         for side, array in enumerate((cache.keys, cache.values)):
             place = (2 * layer + side) * 7919 % PLACES
             array[layer, 0, :, :length] = pool[place : place + size].reshape(shape)
+    for scales in (cache.key_scales, cache.value_scales):
+        if scales is not None:
+            scales[:, 0, :, :length] = scale
     cache.lengths[0] = length
 
 
