@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <exception>
-#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -17,8 +16,8 @@ using namespace tinychat;
 namespace {
 
 using Address = uintptr_t;
-using SegmentArgs = std::tuple<LinearShape, Address, Address, Address>;  // shape, values, scales, zeros
-using LinearArgs = std::pair<std::vector<SegmentArgs>, Address>;         // segments, bias or 0
+using SegmentArgs = std::tuple<LinearShape, Source, Address, Address, Address>;  // shape, source, values, scales, zeros
+using LinearArgs = std::pair<std::vector<SegmentArgs>, Address>;                 // segments, bias or 0
 
 template <class T = void>
 T* pointer(Address address) {
@@ -27,8 +26,8 @@ T* pointer(Address address) {
 
 LinearData linear_data(const LinearArgs& args) {
     LinearData data{{}, pointer<const float>(args.second)};
-    for (const auto& [shape, values, scales, zeros] : args.first) {
-        data.segments.push_back({shape, {pointer(values), pointer(scales), pointer(zeros)}});
+    for (const auto& [shape, source, values, scales, zeros] : args.first) {
+        data.segments.push_back({shape, {pointer(values), pointer(scales), pointer(zeros), source}});
     }
     return data;
 }
@@ -80,9 +79,8 @@ void bind_decoder(py::module_& m) {
             py::arg("out"), py::arg("up"), py::arg("down"), release())
         .def(
             "finish",
-            [](Decoder& decoder, Address norm, const std::optional<LinearArgs>& head) {
-                const LinearData data = head ? linear_data(*head) : LinearData{};
-                decoder.finish(pointer<const float>(norm), head ? &data : nullptr);
+            [](Decoder& decoder, Address norm, const LinearArgs& head) {
+                decoder.finish(pointer<const float>(norm), linear_data(head));
             },
             release())
         .def_property_readonly("weight_bytes", &Decoder::weight_bytes)

@@ -23,10 +23,23 @@
 #include <string>
 #include <system_error>
 
+#include "half.h"
+
 namespace tinychat {
 namespace {
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+// n of the values of a table, from index `from`, as fp32.
+void widen(WeightType type, const void* table, int64_t from, int64_t n, float* out) {
+    if (type == WeightType::f32) {
+        std::memcpy(out, static_cast<const float*>(table) + from, static_cast<size_t>(n) * sizeof(float));
+        return;
+    }
+    const uint16_t* values = static_cast<const uint16_t*>(table) + from;
+    const auto convert = type == WeightType::f16 ? from_half : from_bf16;
+    for (int64_t i = 0; i < n; ++i) out[i] = convert(values[i]);
+}
 
 void add(float* x, const float* y, int64_t n) {
     for (int64_t i = 0; i < n; ++i) x[i] += y[i];
@@ -79,13 +92,6 @@ Buffer Decoder::keep(const float* values, int64_t n) {
     return copy;
 }
 
-void Decoder::set_embed(WeightType type, void* table) {
-    if (!table || type == WeightType::quantized) refuse("an embedding table is missing or quantized");
-    const LinearShape shape{type, shape_.vocab_size, shape_.hidden_size, 0, false, 0, 0};
-    const LinearData data{{{shape, {table, nullptr, nullptr}}}, nullptr};
-    table_ = std::make_unique<PackedLinear>(pack(data, shape_.vocab_size, shape_.hidden_size));
-}
-
 void Decoder::add_layer(const LayerData& data) {
     if (layers_.size() == shape_.windows.size()) refuse("more layers than the decoder has");
     if (!data.q_norm != !data.k_norm) refuse("a norm for one of q and k only");
@@ -101,11 +107,17 @@ void Decoder::add_layer(const LayerData& data) {
     layers_.push_back(std::move(layer));
 }
 
-void Decoder::finish(const float* norm, const LinearData* head) {
-    if (!table_ || layers_.size() != shape_.windows.size()) refuse("the table or a layer is missing");
+void Decoder::finish(const float* norm, const LinearData& head) {
+    if (layers_.size() != shape_.windows.size()) refuse("a layer is missing");
     norm_ = keep(norm, shape_.hidden_size);
-    if (head) head_ = std::make_unique<PackedLinear>(pack(*head, shape_.vocab_size, shape_.hidden_size));
+    head_ = pack(head, shape_.vocab_size, shape_.hidden_size);
     finished_ = true;
+}
+
+void Decoder::set_embed(WeightType type, const void* table) {
+    if (!table || type == WeightType::quantized) refuse("an embedding table is missing or quantized");
+    table_type_ = type;
+    table_ = table;
 }
 
 // ---- a step ----------------------------------------------------------------------------------------------------------
@@ -195,24 +207,25 @@ void Decoder::forward(const Step& step) {
     }
 
     // Row t of x stays without its last y: a row may be wanted twice.
-    const PackedLinear& head = head_ ? *head_ : *table_;
     each_row(step.n_wanted, [&](int64_t r, int) {
         const int64_t t = step.wanted[r];
         float* last = normed + r * hidden;
         std::memcpy(last, x + t * hidden, static_cast<size_t>(hidden) * sizeof(float));
         if (!layers_.empty()) add(last, y + t * hidden, hidden);
         block.rms_norm(last, norm_.floats(), shape_.norm_eps, hidden, last);
-        prepare(head, last, r, step.n_wanted);
+        prepare(head_, last, r, step.n_wanted);
     });
-    if (step.n_wanted) apply(head, step.n_wanted, step.logits, shape_.vocab_size);
+    if (step.n_wanted) apply(head_, step.n_wanted, step.logits, shape_.vocab_size);
 }
 
 // x[row] = the embedding of its token, or the one that came with the step.
 void Decoder::embed(const Step& step, int64_t row) {
     const int64_t hidden = shape_.hidden_size;
     float* x = x_.floats() + row * hidden;
-    if (step.tokens) {
-        table_->unpack_row(kernels_.linear, step.tokens[row], x);
+    if (step.tokens && table_) {
+        widen(table_type_, table_, step.tokens[row] * hidden, hidden, x);
+    } else if (step.tokens) {
+        head_.unpack_row(kernels_.linear, step.tokens[row], x);
     } else {
         std::memcpy(x, step.embeddings + row * hidden, static_cast<size_t>(hidden) * sizeof(float));
     }
