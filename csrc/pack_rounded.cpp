@@ -21,8 +21,8 @@ inline float widen(uint16_t half) {
     const float subnormal = static_cast<float>(static_cast<int32_t>(rest)) * 0x1p-24f;
     uint32_t small;
     std::memcpy(&small, &subnormal, 4);
-    const uint32_t bits = rest < 0x400 ? small : (rest << 13) + (112u << 23);
-    return from_bits(bits | (half & 0x8000u) << 16);
+    const uint32_t is_small = 0u - (rest < 0x400u), normal = (rest << 13) + (112u << 23);
+    return from_bits((small & is_small) | (normal & ~is_small) | (half & 0x8000u) << 16);
 }
 
 // `length` values from index `from`, at most kPiece.
@@ -39,21 +39,22 @@ void read(Source source, const void* values, int64_t from, int64_t length, float
     }
 }
 
-float largest(const float* values, int64_t length, float so_far) {
-    float most[16] = {};
-    int64_t i = 0;
-    for (; i + 16 <= length; i += 16) {
-        for (int64_t j = 0; j < 16; j++) {
-            const float size = values[i + j] < 0 ? -values[i + j] : values[i + j];
-            most[j] = most[j] > size ? most[j] : size;
-        }
+// The largest magnitude: of finite numbers, the one whose bits without the sign are the largest integer.
+template <class Integer>
+Integer most_bits(const void* values, int64_t from, int64_t length, Integer magnitude) {
+    const Integer* at = static_cast<const Integer*>(values) + from;
+    Integer most = 0;
+    for (int64_t i = 0; i < length; i++) {
+        const auto size = static_cast<Integer>(at[i] & magnitude);
+        most = size > most ? size : most;
     }
-    for (int64_t j = 0; i < length; i++, j++) {
-        const float size = values[i] < 0 ? -values[i] : values[i];
-        most[j] = most[j] > size ? most[j] : size;
-    }
-    for (float size : most) so_far = so_far > size ? so_far : size;
-    return so_far;
+    return most;
+}
+
+float largest(Source source, const void* values, int64_t from, int64_t length) {
+    if (source == Source::f32) return from_bits(static_cast<uint32_t>(most_bits<int32_t>(values, from, length, 0x7fffffff)));
+    const auto bits = static_cast<uint16_t>(most_bits<int16_t>(values, from, length, 0x7fff));
+    return source == Source::f16 ? from_half(bits) : from_bf16(bits);
 }
 
 // The least fp16 that is not below `value` >= 0, or the largest that is finite.
@@ -90,12 +91,7 @@ void codes_of(const float* values, int64_t length, float scale, int32_t most, ui
 void pack_group(const LinearShape& shape, const WeightData& data, int64_t from, int64_t length, int64_t r,
                 const GroupPlace& place, char* tile) {
     const int32_t most = (1 << (shape.bits - 1)) - 1;
-    float values[kPiece], size = 0;
-    for (int64_t i = 0; i < length; i += kPiece) {
-        const int64_t piece = smaller(kPiece, length - i);
-        read(data.source, data.values, from + i, piece, values);
-        size = largest(values, piece, size);
-    }
+    const float size = largest(data.source, data.values, from, length);
     float scale = size / static_cast<float>(most);
     if (shape.wide_scales) {
         std::memcpy(tile + place.scales + r * 4, &scale, 4);
@@ -109,7 +105,8 @@ void pack_group(const LinearShape& shape, const WeightData& data, int64_t from, 
     const int64_t step_bytes = kStep * kTile * shape.bits / 8;
     for (int64_t i = 0; i < length; i += kPiece) {
         const int64_t piece = smaller(kPiece, length - i);
-        if (length > kPiece) read(data.source, data.values, from + i, piece, values);
+        float values[kPiece];
+        read(data.source, data.values, from + i, piece, values);
         uint8_t codes[kPiece] = {};
         if (scale > 0) {
             codes_of(values, piece, scale, most, codes);
