@@ -212,15 +212,6 @@ class CpuRunner:
         bias = _vector(linear.bias, n, f"bias of {name}", keep)
         return [_segment(segment, self._activations, keep, bits) for segment in linear.segments], bias
 
-    def profile(self, on: bool) -> None:
-        """Begin to measure anew what `kernel_seconds` tells, or stop. It costs a little of every step."""
-        self._decoder.profile(on)
-
-    def kernel_seconds(self) -> float:
-        """Time inside kernels since `profile(True)`, of a thread on the average: waiting for one another is outside."""
-        _, _, busy_ns, n_threads = self._decoder.profiled()
-        return busy_ns / n_threads / 1e9
-
     def step(self, rows: Rows) -> np.ndarray:
         """Run `rows`, extend the cache, return fp32 logits [len(rows.wanted), vocab_size].
 

@@ -128,7 +128,7 @@ class Session:
     def kernel_fraction(self, tokens: int) -> float | None:
         """Of the time of `tokens`, how much threads spend inside kernels; None where the runner does not tell."""
         runner: Any = self._runner
-        if not hasattr(runner, "kernel_seconds"):
+        if not hasattr(runner, "profiled"):
             return None
         stream = self._started(tokens)
         runner.profile(True)
@@ -137,7 +137,8 @@ class Session:
             pass
         seconds = time.perf_counter() - began
         runner.profile(False)
-        return runner.kernel_seconds() / seconds
+        profile = runner.profiled()
+        return profile.steps * profile.kernel_s / seconds
 
     def _started(self, tokens: int) -> Generator[Piece, None, None]:
         """The stream of `tokens` after a prompt of 4, of which the first, that comes with the prompt, is taken."""
@@ -235,6 +236,7 @@ def measure(subject: Subject, threads: int | None, say: Say = lambda text: None)
         "load_s": load_s,
         "peak_rss_bytes": peak,
         "resident_bytes": resident,
+        "embedding_bytes": round(need.table),
         "resident_bits_per_weight": _resident_bits(subject, need, resident),
         "ctx_size": lengths.ctx_size,
         "repeats": o.repeats,
@@ -295,5 +297,5 @@ def _verdict(probe: Probe | None, fraction: float | None, in_cache: bool, option
 def _resident_bits(subject: Subject, need: traffic.Traffic, resident: int) -> float | None:
     """Of a quantized weight, padding included: that of other parts, where they have some, is laid to their charge."""
     n = round(need.quantized and subject.source.n_quantized)
-    others = need.body - need.quantized + need.head + need.table
+    others = need.body - need.quantized + need.head
     return (resident - others) * 8 / n if n else None

@@ -50,9 +50,9 @@ def _memory(r: dict[str, Any]) -> list[tuple[str, str]]:
     peak = "unknown" if r["peak_rss_bytes"] is None else megabytes(r["peak_rss_bytes"])
     bits = r["resident_bits_per_weight"]
     each = "" if bits is None else f", {bits:.2f} bits a quantized weight"
-    return [
-        ("memory", f"peak {peak} at a context of {r['ctx_size']}; weights {megabytes(r['resident_bytes'])}{each}"),
-    ]
+    table = f", embedding {megabytes(r['embedding_bytes'])}" if r["embedding_bytes"] else ""
+    weights = f"weights {megabytes(r['resident_bytes'])}{each}{table}"
+    return [("memory", f"peak {peak} at a context of {r['ctx_size']}; {weights}")]
 
 
 def _bandwidth(r: dict[str, Any]) -> list[tuple[str, str]]:

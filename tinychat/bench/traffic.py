@@ -16,8 +16,7 @@ from tinychat.checkpoint.safetensors_file import DTYPES
 from tinychat.checkpoint.shards import Shards
 from tinychat.config import ModelConfig
 from tinychat.engine import KV_ITEMSIZE
-
-HEAD_GROUP = 128  # outputs' inputs that share a scale in a head rounded to 8 bits
+from tinychat.qtensor import HEAD_GROUP
 
 
 @dataclass(frozen=True)
