@@ -19,7 +19,7 @@ from tinychat.cache import KV_DTYPES, KVCache, Rows
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
-from tinychat.qtensor import HEAD_GROUP, AwqWords, QTensor, Weight, bfloat16
+from tinychat.qtensor import HEAD_GROUP, AwqWords, Weight, bfloat16
 from tinychat.weights import Layer, Linear, WeightSource
 
 _cpu: Any = None
@@ -212,15 +212,6 @@ class CpuRunner:
         bias = _vector(linear.bias, n, f"bias of {name}", keep)
         return [_segment(segment, self._activations, keep, bits) for segment in linear.segments], bias
 
-    def profile(self, on: bool) -> None:
-        """Begin to measure anew what `kernel_seconds` tells, or stop. It costs a little of every step."""
-        self._decoder.profile(on)
-
-    def kernel_seconds(self) -> float:
-        """Time inside kernels since `profile(True)`, of a thread on the average: waiting for one another is outside."""
-        _, _, busy_ns, n_threads = self._decoder.profiled()
-        return busy_ns / n_threads / 1e9
-
     def step(self, rows: Rows) -> np.ndarray:
         """Run `rows`, extend the cache, return fp32 logits [len(rows.wanted), vocab_size].
 
@@ -279,11 +270,11 @@ def _segment(weight: Weight, activations: int, keep: list[np.ndarray], bits: int
     """(shape, source, addresses of values, scales, zeros); a plain weight is rounded where `bits` is 8."""
     (n, k), source, types = weight.shape, _cpu.Source.codes, _cpu.WeightType
     if isinstance(weight, np.ndarray):
-        kind, values = _float_type(weight), _kept(weight, keep)
+        kind, address = _float_type(weight), _kept(weight, keep)
         if bits == 16:
-            return _cpu.LinearShape(kind, n, k, k, False), source, values, 0, 0
+            return _cpu.LinearShape(kind, n, k, k, False), source, address, 0, 0
         shape = _cpu.LinearShape(types.quantized, n, k, min(HEAD_GROUP, k), False, bits, activations)
-        return shape, getattr(_cpu.Source, kind.name), values, 0, 0
+        return shape, getattr(_cpu.Source, kind.name), address, 0, 0
     if weight.bits > 4:
         raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 4")
     wide = weight.scales.dtype != np.float16
