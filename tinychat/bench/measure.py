@@ -128,7 +128,7 @@ class Session:
     def kernel_fraction(self, tokens: int) -> float | None:
         """Of the time of `tokens`, how much threads spend inside kernels; None where the runner does not tell."""
         runner: Any = self._runner
-        if not hasattr(runner, "profiled"):
+        if not hasattr(runner, "profile"):
             return None
         stream = self._started(tokens)
         runner.profile(True)
@@ -138,7 +138,7 @@ class Session:
         seconds = time.perf_counter() - began
         runner.profile(False)
         profile = runner.profiled()
-        return profile.steps * profile.kernel_s / seconds
+        return profile.kernel_s * profile.steps / seconds
 
     def _started(self, tokens: int) -> Generator[Piece, None, None]:
         """The stream of `tokens` after a prompt of 4, of which the first, that comes with the prompt, is taken."""

@@ -44,6 +44,7 @@ class RandomWeights:
             if group_size is not None and (reason := awq.fits(shape, group_size)):
                 raise UsageError(f"a linear of {shape[0]} outputs and {shape[1]} inputs cannot be quantized: {reason}")
         largest = max(n * k for n, k in shapes)
+        self._kept: np.ndarray | None = None
         self._std = 1 / math.sqrt(config.hidden_size)
         if group_size is not None:
             self._pool = np.frombuffer(self._rng.bytes(4 * (largest // awq.PER_WORD + PLACES)), np.int32)
@@ -52,8 +53,14 @@ class RandomWeights:
         self._scales = lru_cache(maxsize=None)(self._make_scales)
 
     def embed(self) -> np.ndarray:
-        """See `WeightSource`. Made anew at each call: it need not stay in memory beside its packed form."""
-        return self._table()
+        """See `WeightSource`. Of an untied model one array is embedding and head: a backend keeps the first and packs
+        the second, so that the source of the head takes no memory of its own, as that in a file would not. A tied one
+        is made anew at each call: it need not stay beside its packed form."""
+        if self.config.tied_head:
+            return self._table()
+        if self._kept is None:
+            self._kept = self._table()
+        return self._kept
 
     def layer(self, index: int) -> Layer:
         """See `WeightSource`."""
@@ -68,8 +75,8 @@ class RandomWeights:
         return np.ones(self.config.hidden_size, np.float32)
 
     def head(self) -> Linear | None:
-        """See `WeightSource`; made anew at each call."""
-        return None if self.config.tied_head else Linear((self._table(),))
+        """See `WeightSource`, and `embed`."""
+        return None if self.config.tied_head else Linear((self.embed(),))
 
     def release(self) -> None:
         """See `WeightSource`: nothing is kept but the pool, which the next layer needs."""
