@@ -2,9 +2,9 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <cstring>
 
 #include "kernels.h"
+#include "read_probe.h"
 
 namespace py = pybind11;
 using namespace tinychat;
@@ -14,22 +14,6 @@ namespace {
 template <class T = void>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
-}
-
-// Sum of the 8-byte words of a buffer of whole cache lines, fetched ahead as the kernels do: how fast this
-// thread can read, for ratios measured in one process.
-uint64_t read_probe(uintptr_t address, int64_t bytes) {
-    uint64_t sums[32] = {};
-    const char* at = pointer<const char>(address);
-    for (int64_t i = 0; i + 256 <= bytes; i += 256) {
-        for (int64_t line = 0; line < 256; line += 64) __builtin_prefetch(at + i + line + 4096);
-        uint64_t words[32];
-        std::memcpy(words, at + i, 256);
-        for (int j = 0; j < 32; j++) sums[j] += words[j];
-    }
-    uint64_t total = 0;
-    for (uint64_t sum : sums) total += sum;
-    return total;
 }
 
 }  // namespace
@@ -102,6 +86,9 @@ void bind_linear(py::module_& m) {
                                        pointer<float>(y), y_stride);
         },
         release());
-    m.def("read_probe", &read_probe, release(), py::arg("address"), py::arg("bytes"),
-          "Reads a 64-byte aligned buffer and returns the sum of its words.");
+    m.def(
+        "read_probe",
+        [](uintptr_t address, int64_t bytes, int threads) { return read_probe(pointer(address), bytes, threads); }, release(),
+        py::arg("address"), py::arg("bytes"), py::arg("threads") = 1,
+        "Seconds in which `threads` threads read a 64-byte aligned buffer, each its part; see csrc/read_probe.h.");
 }

@@ -66,25 +66,74 @@ struct LinearKernels {
 
 // ---- the rest of a decoder block -------------------------------------------------------------------------------------
 
+// Of a norm: RMSNorm divides by the root of the mean square; LayerNorm takes the mean away first.
+enum class NormType : int32_t { rms = 0, layer = 1 };
+// y = act(gate) * up: silu(x) = x / (1 + e^-x); gelu(x) = x (1 + erf(x / sqrt 2)) / 2
+enum class Activation : int32_t { silu = 0, gelu = 1 };
+
+struct Moments {
+    float mean;      // 0 for RMSNorm
+    float variance;  // mean of (x - mean)^2
+};
+
 struct BlockKernels {
+    // x += y, n values
+    void (*add)(float* x, const float* y, int64_t n);
+    Moments (*moments)(NormType, const float* x, int64_t n);
+    // y = (x - mean) * factor * weight + bias, n values; bias may be null; y may be x
+    void (*normalize)(const float* x, float mean, float factor, const float* weight, const float* bias, int64_t n, float* y);
+    // y = act(gate) * up, n values; up null: y = act(gate); y may be gate
+    void (*activate)(Activation, const float* gate, const float* up, int64_t n, float* y);
     // y = x / sqrt(mean(x^2) + eps) * weight, n values; y may be x
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
-    // y = silu(gate) * up, n values; y may be gate
-    void (*silu_multiply)(const float* gate, const float* up, int64_t n, float* y);
 };
 
 // ---- attention -------------------------------------------------------------------------------------------------------
 
-enum class CacheType : int32_t { f16 = 0, f32 = 1 };
+// q8: an entry is int8 codes with one fp32 scale, x = code * scale: scale = largest |x| / 127, codes to nearest, ties to even.
+enum class CacheType : int32_t { f16 = 0, f32 = 1, q8 = 2 };
+
+// The entries of one slot and key-value head in a layer: entry j is position j.
+struct CacheView {
+    CacheType type;
+    void *keys, *values;               // [.., dim]
+    float *key_scales, *value_scales;  // [..], of q8 only
+};
+
+// The query heads that share a key-value head.
+struct QueryGroup {
+    int64_t dim, heads;
+    float scale;          // of q . key
+    const float* slopes;  // [heads], or null: slope * (j - position) is added to the score (ALiBi, arXiv 2108.12409)
+};
+
+// Consecutive positions of one slot: row i, at position + i, sees itself and the window - 1 entries before it (0: all).
+struct QueryRows {
+    const float* q;  // of row i [heads, dim] at i * stride, rotated
+    int64_t stride;
+    int64_t rows, position, window;
+};
+
+// What a row takes from some of the entries it sees. Partials of the same row are merged by scaling each to the larger
+// maximum; out / sum is what attention gives. Of a row that sees none of them the maximum is -infinity, the rest 0.
+struct Partial {
+    float* out;      // of row i [heads, dim] at i * stride: sum over entries j of e^(score j - maximum) * value j
+    int64_t stride;
+    float* maximum;  // [rows, heads], of the scores
+    float* sum;      // [rows, heads], of e^(score - maximum)
+};
 
 struct AttentionKernels {
-    // n floats to cache entries
-    void (*store)(CacheType, const float* x, int64_t n, void* entry);
-    // Attention of `heads` query heads that share one key-value head, for one row: q and out are [heads, dim] with the given
-    // strides, keys and values [.., dim] of which entries [begin, end) are seen; scores is scratch of end - begin floats
-    // per head. q is already rotated; scale multiplies q . k before the softmax.
-    void (*attend)(CacheType, const float* q, int64_t q_stride, const void* keys, const void* values, int64_t begin,
-                   int64_t end, int64_t heads, int64_t dim, float scale, float* scores, float* out, int64_t out_stride);
+    // Rotary embedding: dimension j of a head turns with j + half, by cos and sin [half]
+    void (*rotate)(float* head, const float* cos, const float* sin, int64_t half);
+    // Entry `position` = key and value [dim]; of q8, one with NaN or infinity gets the scale NaN
+    void (*store)(const CacheView&, const float* key, const float* value, int64_t dim, int64_t position);
+    // Floats of scratch, on a 64-byte boundary, that attend() needs for so many rows and entries
+    int64_t (*scratch)(const QueryGroup&, int64_t rows, int64_t entries);
+    // Attention of a few rows over entries [begin, end), 0 <= begin < end; those a row does not see do not count for it.
+    // One row takes memory's time. Many share the arithmetic: the work per query falls up to about 64 queries (rows x heads).
+    void (*attend)(const CacheView&, const QueryGroup&, const QueryRows&, int64_t begin, int64_t end, float* scratch,
+                   const Partial&);
 };
 
 struct Kernels {

@@ -1,6 +1,7 @@
 #include "packed_linear.h"
 
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -51,6 +52,7 @@ void PackedLinear::add_segment(const LinearShape& shape, const LinearKernels& ke
         const int64_t bytes = kernels.activation_bytes(shape);
         preparation = preparations_.insert(preparation, {shape, activation_bytes_, bytes});
         activation_bytes_ += bytes;
+        prepare_step_ = std::lcm(prepare_step_, kernels.prepare_step(shape));
     }
     Segment segment{shape, 0, 0, tiles_, (shape.n + kernels.tile - 1) / kernels.tile,
                     static_cast<size_t>(preparation - preparations_.begin())};
@@ -63,11 +65,11 @@ void PackedLinear::add_segment(const LinearShape& shape, const LinearKernels& ke
     tiles_ += segment.tiles;
 }
 
-void PackedLinear::prepare(const LinearKernels& kernels, const float* x, int64_t row, int64_t rows,
+void PackedLinear::prepare(const LinearKernels& kernels, const float* x, Range part, int64_t row, int64_t rows,
                            char* activations) const {
     for (const Preparation& preparation : preparations_) {
         char* all = activations + preparation.offset * rows;  // [rows, bytes]
-        kernels.prepare(preparation.shape, x, all + row * preparation.bytes, 0, preparation.shape.k);
+        kernels.prepare(preparation.shape, x, all + row * preparation.bytes, part.begin, part.end);
     }
 }
 

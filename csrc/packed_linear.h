@@ -44,9 +44,12 @@ class PackedLinear {
     int64_t activation_bytes() const { return activation_bytes_; }
     int64_t nbytes() const { return packed_.bytes() + bias_.bytes(); }
 
-    // Row `row` of `rows` rows of inputs in the forms that the segments read, from x [k] to activations
-    // [rows * activation_bytes].
-    void prepare(const LinearKernels& kernels, const float* x, int64_t row, int64_t rows, char* activations) const;
+    // A row is prepared in parts of a multiple of this, but for the last.
+    int64_t prepare_step() const { return prepare_step_; }
+    // The values `part` of row `row` of `rows` rows of inputs, which x holds, in the forms that the segments read, to
+    // activations [rows * activation_bytes].
+    void prepare(const LinearKernels& kernels, const float* x, Range part, int64_t row, int64_t rows,
+                 char* activations) const;
     // y[rows, n] = the linear of the prepared rows, on the team.
     void apply(const LinearKernels& kernels, const char* activations, int64_t rows, float* y, int64_t y_stride,
                Team& team) const;
@@ -73,6 +76,7 @@ class PackedLinear {
     Buffer bias_;  // [n], or nothing
     int64_t tiles_ = 0;
     int64_t activation_bytes_ = 0;
+    int64_t prepare_step_ = 1;
 };
 
 }  // namespace tinychat

@@ -1,5 +1,7 @@
 """Norm and activation of every instruction-set level against float64."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -39,7 +41,7 @@ def test_norm_and_silu(isa, n):
 
     gate = f32(n, seed=n, scale=20)
     gate[: min(n, 4)] = [-1e4, 1e4, 0, -88.5][: min(n, 4)]
-    _cpu.silu_multiply(isa, gate.ctypes.data, weight.ctypes.data, n, y.ctypes.data)
+    _cpu.activate(isa, _cpu.Activation.silu, gate.ctypes.data, weight.ctypes.data, n, y.ctypes.data)
     wide = gate.astype(np.float64)
     with np.errstate(over="ignore"):
         np.testing.assert_allclose(y, wide / (1 + np.exp(-wide)) * weight, rtol=2e-6, atol=1e-35)
@@ -47,12 +49,46 @@ def test_norm_and_silu(isa, n):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("n", [1, 7, 15, 16, 17, 63, 64, 65, 1001])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norms_in_pieces(isa, n, kind):
+    x, y, weight, bias = (f32(n, seed=n + s) + 3 * (s == 0) for s in range(4))
+    total, untouched = guarded(n)
+    total[:] = x
+    _cpu.add(isa, total.ctypes.data, y.ctypes.data, n)
+    np.testing.assert_array_equal(total, x + y)
+    mean, variance = _cpu.moments(isa, getattr(_cpu.NormType, kind), total.ctypes.data, n)
+    wide = total.astype(np.float64)
+    expected = wide.mean() if kind == "layer" else 0
+    np.testing.assert_allclose([mean, variance], [expected, ((wide - expected) ** 2).mean()], rtol=2e-6, atol=1e-12)
+    for shift in (bias, None):
+        out, out_untouched = guarded(n)
+        address = 0 if shift is None else shift.ctypes.data
+        _cpu.normalize(isa, total.ctypes.data, mean, 1.7, weight.ctypes.data, address, n, out.ctypes.data)
+        expected = (wide - mean) * 1.7 * weight + (0 if shift is None else shift)
+        np.testing.assert_allclose(out, expected, rtol=1e-6, atol=2e-6)
+        assert out_untouched()
+    assert untouched()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gelu_is_the_one_with_erf(isa):
+    x = np.concatenate([np.linspace(-12, 12, 4801), [0, -0.0, 1e30, -1e30, 100, -100]]).astype(np.float32)
+    up, y = f32(len(x), seed=1), np.empty_like(x)
+    expected = np.array([v * math.erfc(-v / math.sqrt(2)) / 2 for v in x.astype(np.float64)])
+    for factor in (None, up):
+        address = 0 if factor is None else factor.ctypes.data
+        _cpu.activate(isa, _cpu.Activation.gelu, x.ctypes.data, address, len(x), y.ctypes.data)
+        np.testing.assert_allclose(y, expected * (1 if factor is None else factor), rtol=5e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_silu_has_the_exponential_to_1e_6_everywhere(isa):
     gate = np.linspace(-87, 87, 20001).astype(np.float32)
     up, y = np.ones_like(gate), np.empty_like(gate)
-    _cpu.silu_multiply(isa, gate.ctypes.data, up.ctypes.data, len(gate), y.ctypes.data)
+    _cpu.activate(isa, _cpu.Activation.silu, gate.ctypes.data, up.ctypes.data, len(gate), y.ctypes.data)
     wide = gate.astype(np.float64)
     np.testing.assert_allclose(y, wide / (1 + np.exp(-wide)), rtol=1e-6, atol=1e-37)
     broken = np.array([np.nan, np.inf, -1e30, 1e30], np.float32)
-    _cpu.silu_multiply(isa, broken.ctypes.data, up.ctypes.data, 4, y.ctypes.data)
+    _cpu.activate(isa, _cpu.Activation.silu, broken.ctypes.data, up.ctypes.data, 4, y.ctypes.data)
     assert np.isnan(y[0]) and y[1] == np.inf and y[2] == 0 and y[3] == np.float32(1e30)

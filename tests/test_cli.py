@@ -21,7 +21,7 @@ from tinychat.progress import Loading
 from tinychat.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("chat", "generate", "quantize", "info")
+COMMANDS = ("chat", "generate", "quantize", "bench", "info")
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_version(capsys):
     ("line", "message"),
     [
         ("caht", "no command 'caht' (did you mean 'chat'?)"),
-        ("serve", "no command 'serve'; there are: chat, generate, quantize, info"),
+        ("serve", "no command 'serve'; there are: chat, generate, quantize, bench, info"),
         ("--verison", "no option --verison (did you mean '--version'?)"),
         ("chat --tmep 1", "no option --tmep (did you mean '--temp'?)"),
         ("chat --ctx_size=5", "no option --ctx_size (did you mean '--ctx-size'?)"),
@@ -132,7 +132,7 @@ def test_version(capsys):
         ("chat -n 1.5", "max_tokens is '1.5'; it must be a whole number"),
         ("chat -c 0", "expected a whole number, 1 or more; found '0'"),
         ("chat -t many", "expected a whole number, 1 or more; found 'many'"),
-        ("chat --kv-type int8", "invalid choice: 'int8'"),
+        ("chat --kv-type int4", "invalid choice: 'int4'"),
         ("chat a -m b", "two models: 'a' and -m 'b'"),
         ("chat a b", "unexpected argument 'b'"),
         ("generate a b c", "unexpected argument 'c'; a text of several words needs quotes"),

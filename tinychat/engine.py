@@ -29,7 +29,7 @@ from tinychat.text_stream import TextStream
 DEFAULT_CTX_SIZE = 4096  # at most: the KV cache is allocated whole, and few conversations are longer
 PREFILL_CHUNK = 128  # rows: enough to keep the arithmetic busy, few enough that a cancelled prompt ends soon
 PRIMING = 8  # prompt tokens that the decoder sees first, so that an answer continuing a text keeps its leading space
-KV_ITEMSIZE = {"fp16": 2, "fp32": 4}
+KV_ITEMSIZE = {"fp16": 2, "fp32": 4, "int8": 1}
 
 Cancel = Callable[[], bool] | threading.Event
 
@@ -54,7 +54,7 @@ def load(
     device         "auto", or a backend's name
     ctx_size       positions of the KV cache; by default the model's own maximum, at most 4096
     threads        by default the backend's choice
-    kv_dtype       of the KV cache: fp16 or fp32
+    kv_dtype       of the KV cache: fp16, fp32 or int8
     activations    bits that activations keep where they meet quantized weights: 16, or 8 (faster with many rows)
     head           bits of the output head: 8, or 16 for as it is stored; by default 8 where the checkpoint is quantized
     n_slots        KV caches: as many conversations keep their prefix, each at a whole context's memory
@@ -103,8 +103,8 @@ def load(
     return Engine(
         runner,
         words,
-        description=f"{name}: {config.model_type}, {weights}, {_precision(source, head, activations)} · "
-        f"{module.describe()} · context {size}",
+        description=f"{name}: {config.model_type}, {weights}, {precision(source)}"
+        f"{_unusual(source, head, activations)} · {module.describe()} · context {size}",
         generation_config=source.generation_config,
         eos_ids=_eos_ids(source.generation_config, source.hf_config, words),
     )
@@ -174,6 +174,11 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def runner(self) -> Runner:
+        """The model itself, step by step; UsageError once the engine is closed."""
+        return self._alive()
 
     def close(self) -> None:
         """Let go of weights and cache. A stream still open runs to its end; a new one raises UsageError."""
@@ -324,10 +329,10 @@ class Engine:
             yield Piece(shown, [token], logprobs)
             self._holder = threading.get_ident()  # whoever resumed the stream
 
-    def _run(self, runner: Runner, slot: int, tokens: Sequence[int], wanted: str) -> np.ndarray:
+    def _run(self, runner: Runner, slot: int, tokens: list[int], wanted: str) -> np.ndarray:
         """Run `tokens` where the slot ends; fp32 logits [rows wanted, vocab_size]."""
         held = self._slots[slot]
-        logits = runner.step(Rows.of(list(tokens), len(held), slot, wanted))
+        logits = runner.step(Rows.of(tokens, len(held), slot, wanted))
         held += tokens
         return logits
 
@@ -405,15 +410,18 @@ def _eos_ids(generation_config: Mapping[str, Any], hf_config: Mapping[str, Any],
     return frozenset(ids)
 
 
-def _precision(checkpoint: Any, head: int, activations: int) -> str:
-    """The precision of a checkpoint's weights in words, and what is not as usual beside them."""
+def precision(checkpoint: Any) -> str:
+    """The precision of a checkpoint's weights in words."""
     q = checkpoint.quantization
     if q is None:
-        weights = str(checkpoint.config.dtype)
-    else:
-        weights = f"{q.bits}-bit AWQ " + ("per row" if q.group_size == -1 else f"g{q.group_size}")
-    head_words = f", {head}-bit head" if (head == 8) != (q is not None) else ""
-    return weights + head_words + (", 8-bit activations" if activations == 8 else "")
+        return str(checkpoint.config.dtype)
+    return f"{q.bits}-bit AWQ " + ("per row" if q.group_size == -1 else f"g{q.group_size}")
+
+
+def _unusual(checkpoint: Any, head: int, activations: int) -> str:
+    """What was asked for beside the weights, where it is not as usual."""
+    head_words = f", {head}-bit head" if (head == 8) != (checkpoint.quantization is not None) else ""
+    return head_words + (", 8-bit activations" if activations == 8 else "")
 
 
 _loaded: dict[str, Engine] = {}  # of a model given by name; one, as two may be more than a small machine holds

@@ -22,23 +22,10 @@ float load(const char* values, int64_t index, WeightType type) {
     return type == WeightType::f16 ? from_half(bits) : from_bf16(bits);
 }
 
-// Integers as they are, int16 or int8.
-void prepare(const LinearShape& shape, const float* x, void* activation, int64_t begin, int64_t end) {
-    const auto store16 = [](const int32_t* integers, char* codes, int64_t i, int64_t) {
-        for (int64_t j = 0; j < kStep; j++) reinterpret_cast<int16_t*>(codes)[i + j] = static_cast<int16_t>(integers[j]);
-    };
-    const auto store8 = [](const int32_t* integers, char* codes, int64_t i, int64_t) {
-        for (int64_t j = 0; j < kStep; j++) reinterpret_cast<int8_t*>(codes)[i + j] = static_cast<int8_t>(integers[j]);
-    };
-    if (shape.activation_bits == 8) {
-        prepare_part(shape, x, activation, begin, end, store8);
-    } else {
-        prepare_part(shape, x, activation, begin, end, store16);
-    }
-}
-
-int32_t integer(const char* x, int64_t i, int64_t bytes) {
-    return bytes == 1 ? reinterpret_cast<const int8_t*>(x)[i] : reinterpret_cast<const int16_t*>(x)[i];
+// Integer i of a block of `length`.
+int32_t integer(const char* x, int64_t i, int64_t length, int64_t planes) {
+    const auto* bytes = reinterpret_cast<const int8_t*>(x);
+    return planes == 1 ? bytes[i] : bytes[i] * 256 + bytes[length + i];
 }
 
 // The code of row r and element i of the block whose codes begin at `at`.
@@ -69,7 +56,7 @@ void tile_quantized(const LinearShape& shape, const QuantizedLayout& layout, con
                 const int64_t length = smaller(kBlock, layout.padded(g) - begin);
                 int32_t sums[kTile] = {};
                 for (int64_t i = 0; i < length; i++) {
-                    const int32_t factor = integer(x, i, layout.integer_bytes);
+                    const int32_t factor = integer(x, i, length, layout.integer_bytes);
                     for (int64_t r = 0; r < kTile; r++) sums[r] += code(at, i, r, shape.bits) * factor;
                 }
                 for (int64_t r = 0; r < kTile; r++) {
@@ -122,7 +109,7 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
 }  // namespace
 
 const LinearKernels& linear_scalar() {
-    static constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step, prepare,
+    static constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step, prepare_part,
                                          linear};
     return table;
 }

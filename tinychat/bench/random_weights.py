@@ -1,0 +1,135 @@
+"""RandomWeights: a model of a given shape whose weights are random, made at once, for measurements.
+
+Every matrix is a window of one random pool, each at another place: making one takes no time and no memory, and no two
+are equal, so that nothing but the pool is held while a backend packs them one by one.
+
+How large the numbers are keeps activations finite at any depth: a linear's output has about the size of its normalized
+input, so that a residual stream to which every block adds its part grows like the square root of the depth.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+
+from tinychat.architectures.names import TensorNames
+from tinychat.checkpoint import awq
+from tinychat.checkpoint.inventory import segments
+from tinychat.config import ModelConfig
+from tinychat.errors import UsageError
+from tinychat.qtensor import AwqWords, Weight
+from tinychat.weights import LINEARS, Layer, Linear
+
+PLACES = 1 << 20  # at which a window may begin
+TABLE_POOL = PLACES + 7  # numbers that a table repeats: odd, so that its rows differ
+# codes and zeros are uniform in 0..15, so q - z has this standard deviation
+CODE_STD = math.sqrt(2 * (16**2 - 1) / 12)
+
+
+class RandomWeights:
+    """A `WeightSource` (see `tinychat.weights`) of `config`, its linears in 4 bits, all else in fp16.
+
+    group_size  of the quantized linears; None: nothing is quantized
+    """
+
+    def __init__(self, config: ModelConfig, names: TensorNames, group_size: int | None = 128, seed: int = 0):
+        self.config = config
+        self.names = names
+        self.group_size = group_size
+        self._rng = np.random.default_rng(seed)
+        shapes = [segment.shape for linear in LINEARS for segment in segments(config, names, linear, 0)]
+        for shape in shapes:
+            if group_size is not None and (reason := awq.fits(shape, group_size)):
+                raise UsageError(f"a linear of {shape[0]} outputs and {shape[1]} inputs cannot be quantized: {reason}")
+        largest = max(n * k for n, k in shapes)
+        self._std = 1 / math.sqrt(config.hidden_size)
+        if group_size is not None:
+            self._pool = np.frombuffer(self._rng.bytes(4 * (largest // awq.PER_WORD + PLACES)), np.int32)
+        else:
+            self._pool = self._normal(largest + PLACES)
+        self._scales = lru_cache(maxsize=None)(self._make_scales)
+
+    def embed(self) -> np.ndarray:
+        """See `WeightSource`. Made anew at each call, and read-only: a backend that wants no other form keeps this one."""
+        table = self._table()
+        table.flags.writeable = False
+        return table
+
+    def layer(self, index: int) -> Layer:
+        """See `WeightSource`."""
+        c = self.config
+        ones = np.ones(c.hidden_size, np.float32)
+        head_ones = np.ones(c.head_dim, np.float32) if c.qk_norm else None
+        made = {name: self._linear(name, index) for name in LINEARS}
+        return Layer(norm1=ones, norm2=ones, q_norm=head_ones, k_norm=head_ones, **made)
+
+    def norm(self) -> np.ndarray:
+        """See `WeightSource`."""
+        return np.ones(self.config.hidden_size, np.float32)
+
+    def head(self) -> Linear | None:
+        """See `WeightSource`; made anew at each call."""
+        return None if self.config.tied_head else Linear((self._table(),))
+
+    def release(self) -> None:
+        """See `WeightSource`: nothing is kept."""
+
+    @property
+    def n_quantized(self) -> int:
+        """Weights of 4 bits."""
+        return 0 if self.group_size is None else self.config.n_layers * self._block
+
+    @property
+    def n_parameters(self) -> int:
+        """Weights in linears and tables; a tied head is not counted again."""
+        c = self.config
+        return c.n_layers * self._block + c.vocab_size * c.hidden_size * (1 if c.tied_head else 2)
+
+    @property
+    def file_bytes(self) -> int:
+        """Of the tensors, were they in files."""
+        tables = (self.n_parameters - self.config.n_layers * self._block) * 2
+        return self.config.n_layers * self.layer_bytes + tables + 2 * self.config.hidden_size
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of one block's tensors, were they in files."""
+        layer = self.layer(0)
+        norms = [n for n in (layer.norm1, layer.norm2, layer.q_norm, layer.k_norm) if n is not None]
+        linears = [getattr(layer, name) for name in LINEARS]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        return sum(linear.nbytes for linear in linears) + sum(2 * values.size for values in norms + biases)
+
+    @property
+    def _block(self) -> int:
+        return sum(math.prod(s.shape) for name in LINEARS for s in segments(self.config, self.names, name, 0))
+
+    def _linear(self, name: str, index: int) -> Linear:
+        parts = segments(self.config, self.names, name, index)
+        bias = None
+        if name in self.config.biases:
+            bias = self._normal(sum(part.shape[0] for part in parts)).astype(np.float32)
+        return Linear(tuple(self._weight(*part.shape) for part in parts), bias)
+
+    def _weight(self, n: int, k: int) -> Weight:
+        if self.group_size is None:
+            return self._window(n, k)
+        groups, words = k // self.group_size, n // awq.PER_WORD
+        return AwqWords(self._window(k, words), self._window(groups, words), self._scales(groups, n, k))
+
+    def _make_scales(self, groups: int, n: int, k: int) -> np.ndarray:
+        around = self._rng.uniform(0.5, 1.5, groups * n).reshape(groups, n)
+        return (around / CODE_STD / math.sqrt(k)).astype(np.float16)
+
+    def _window(self, rows: int, columns: int) -> np.ndarray:
+        place = int(self._rng.integers(PLACES))
+        return self._pool[place : place + rows * columns].reshape(rows, columns)
+
+    def _normal(self, size: int) -> np.ndarray:
+        return (self._rng.standard_normal(size, np.float32) * np.float32(self._std)).astype(np.float16)
+
+    def _table(self) -> np.ndarray:
+        c = self.config
+        return np.resize(self._normal(TABLE_POOL), (c.vocab_size, c.hidden_size))
