@@ -19,7 +19,7 @@ from tinychat.cache import KV_DTYPES, KVCache, Rows
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
-from tinychat.qtensor import HEAD_GROUP, AwqWords, QTensor, Weight, bfloat16
+from tinychat.qtensor import HEAD_GROUP, AwqWords, Weight, bfloat16
 from tinychat.weights import Layer, Linear, WeightSource
 
 _cpu: Any = None
@@ -33,7 +33,7 @@ except ImportError as error:
         else "install tinychat anew where a C++ compiler is at hand (Debian: apt install g++ python3-dev)"
     )
 
-FOOTPRINT = Footprint(program=64 << 20)
+FOOTPRINT = Footprint(program=64 << 20, maps=True)
 MAX_THREADS = 1024
 
 
@@ -170,7 +170,7 @@ class CpuRunner:
         self.weight_bytes: int = self._decoder.weight_bytes
 
     def _add_ends(self, source: WeightSource, bits: int) -> None:
-        """The final norm, the head in `bits`, and the embedding: the head's rows where they are tied, else read in place."""
+        """The final norm, the head in `bits`, and the embedding: rows of a tied head, or the table, read in place."""
         keep: list[np.ndarray] = []
         vocab, hidden = self.config.vocab_size, self.config.hidden_size
         head, table = source.head(), source.embed()  # head None where it is tied, once a stored copy is found equal
@@ -270,11 +270,11 @@ def _segment(weight: Weight, activations: int, keep: list[np.ndarray], bits: int
     """(shape, source, addresses of values, scales, zeros); a plain weight is rounded where `bits` is 8."""
     (n, k), source, types = weight.shape, _cpu.Source.codes, _cpu.WeightType
     if isinstance(weight, np.ndarray):
-        kind, values = _float_type(weight), _kept(weight, keep)
+        kind, address = _float_type(weight), _kept(weight, keep)
         if bits == 16:
-            return _cpu.LinearShape(kind, n, k, k, False), source, values, 0, 0
+            return _cpu.LinearShape(kind, n, k, k, False), source, address, 0, 0
         shape = _cpu.LinearShape(types.quantized, n, k, min(HEAD_GROUP, k), False, bits, activations)
-        return shape, getattr(_cpu.Source, kind.name), values, 0, 0
+        return shape, getattr(_cpu.Source, kind.name), address, 0, 0
     if weight.bits > 8:
         raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 8")
     wide = weight.scales.dtype != np.float16

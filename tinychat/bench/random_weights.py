@@ -52,7 +52,7 @@ class RandomWeights:
         self._scales = lru_cache(maxsize=None)(self._make_scales)
 
     def embed(self) -> np.ndarray:
-        """See `WeightSource`. Made anew at each call, and read-only: a backend that wants no other form keeps this one."""
+        """See `WeightSource`. Made anew at each call, and read-only: a backend may keep it as it is."""
         table = self._table()
         table.flags.writeable = False
         return table
