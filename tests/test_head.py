@@ -84,7 +84,7 @@ def test_quantized_checkpoints_have_it_and_others_ask_for_it(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
 def test_source_pages_are_dropped(tmp_path):
-    """After loading, of the mapped file only what a step reads is resident: rows of the embedding."""
+    """After loading nothing of the mapped file is resident; a step reads rows of the embedding there."""
 
     def resident():
         lines = Path("/proc/self/smaps").read_text().splitlines()
@@ -103,8 +103,8 @@ def test_source_pages_are_dropped(tmp_path):
     assert resident() > 3 << 20  # the last of them
     runner = cpu.build(source, ctx_size=8, head=8)
     assert runner._table.base is not None and not runner._table.flags.writeable
-    runner.step(Rows.of([5, 30_000], 0))
     assert resident() < 1 << 20
+    runner.step(Rows.of([5, 30_000], 0))
     assert np.array_equal(runner._table, tensors["model.embed_tokens.weight"])  # and they can be read again
 
 
