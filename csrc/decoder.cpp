@@ -36,6 +36,9 @@ namespace {
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
+// Values of a row that are prepared at a time, where the linear's groups allow.
+constexpr int64_t kPiece = 512;
+
 // n of the values of a table, from index `from`, as fp32.
 void widen(WeightType type, const void* table, int64_t from, int64_t n, float* out) {
     if (type == WeightType::f32) {
@@ -46,9 +49,6 @@ void widen(WeightType type, const void* table, int64_t from, int64_t n, float* o
     const auto convert = type == WeightType::f16 ? from_half : from_bf16;
     for (int64_t i = 0; i < n; ++i) out[i] = convert(values[i]);
 }
-
-// Values of a row that are prepared at a time, where the linear's groups allow.
-constexpr int64_t kPiece = 512;
 
 }  // namespace
 
