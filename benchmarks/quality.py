@@ -2,6 +2,8 @@
 
     python benchmarks/quality.py MODEL --text FILE [--bits 4] [--group-size 128] [--calibration FILE] [--stories 30]
 
+With --head 8 the output head is rounded as well: alone first, then with every linear.
+
 Every linear is quantized, in memory. The text is scored in windows, each on its own; or, with --stories, in pieces that
 begin with "Once upon a time", the beginning token first. Of JSON lines (*.jsonl of {"text"} or {"messages"}), --stories
 documents are scored, spread over the file, the first --window tokens of each. The last line is JSON.
@@ -33,10 +35,10 @@ def windows(args: argparse.Namespace, path: Path, loaded: tokenizer.Tokenizer, l
     return evaluation.windows(loaded.encode(text[: args.characters]), min(args.window, limit))
 
 
-def build(source: WeightSource, ctx_size: int, bits: int = 16) -> Runner:
+def build(source: WeightSource, ctx_size: int, bits: int = 16, head: int = 16) -> Runner:
     """On the fastest backend that runs such weights, with a cache that rounds nothing."""
     module = backends.choose()[0] if bits <= 4 or bits == 16 else backends.backend("reference")
-    return module.build(source, ctx_size=ctx_size, kv_dtype="fp32")
+    return module.build(source, ctx_size=ctx_size, kv_dtype="fp32", head=head)
 
 
 def main() -> None:
@@ -50,6 +52,9 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--calibration", help="a text file; left out: sampled from the model itself")
+    parser.add_argument(
+        "--head", type=int, choices=(8, 16), default=16, help="8: round the output head, and say what it costs"
+    )
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, help=f"tokens of each (default: {FROM_FILE}, or {SAMPLED} if sampled)")
     args = parser.parse_args()
@@ -71,18 +76,23 @@ def main() -> None:
     base = evaluation.score(fp, token_windows)
     rows: list[dict] = [{"method": source.config.dtype, "perplexity": base.perplexity}]
     scores, bits = {}, 0.0
+
+    def measure(method: str, runner: Runner) -> None:
+        scores[method] = evaluation.score(runner, token_windows)
+        change = evaluation.compare(scores[method], base)
+        kl, top1 = evaluation.divergence(runner, fp, token_windows)
+        row = {"method": method, "perplexity": scores[method].perplexity, "log_likelihood_change": change.mean}
+        rows.append(row | {"interval": [change.low, change.high], "kl_divergence": kl, "top1_agreement": top1})
+
+    if args.head == 8:  # alone, then below with every linear
+        measure("head", build(source, ctx_size, head=8))
     for method in ("rtn", "awq"):
         made, report = quantize_in_memory(
             source, method=method, bits=args.bits, group_size=args.group_size, sequences=sequences
         )
         print(report, "\n")
-        runner = build(made, ctx_size, args.bits)
-        scores[method] = evaluation.score(runner, token_windows)
-        change = evaluation.compare(scores[method], base)
-        kl, top1 = evaluation.divergence(runner, fp, token_windows)
-        row = {"method": method, "perplexity": scores[method].perplexity, "log_likelihood_change": change.mean}
-        row |= {"interval": [change.low, change.high], "kl_divergence": kl, "top1_agreement": top1}
-        rows.append(row | {"seconds": report.seconds})
+        measure(method, build(made, ctx_size, args.bits, args.head))
+        rows[-1]["seconds"] = report.seconds
         bits = report.bits_per_weight
     against = evaluation.compare(scores["awq"], scores["rtn"])
 
@@ -99,6 +109,7 @@ def main() -> None:
         "model": args.model,
         "bits": args.bits,
         "group_size": args.group_size,
+        "head": args.head,
         "bits_per_weight": bits,
         "tokens": len(base.log_likelihoods),
         "rows": rows,

@@ -569,6 +569,12 @@ def test_memory_estimate_counts_each_part():
     unpacked = memory.Footprint(program=50, code_bytes=1, step_bytes=4)  # a byte a code, fp32 in a step
     parts = memory.estimate(config, 800, 600, unpacked, 100_000)
     assert (parts["weights"], parts["working"]) == (800 + 300, 4 * table)
+    rounded = int(table * (1 + 3 / 128)) - 2 * table  # a byte, and a group's scale and zero, for 16 bits
+    assert memory.estimate(config, 80_000, 600, packed, 10, head=8)["weights"] == 80_000 + rounded
+    mapped = memory.Footprint(program=50, maps=True)
+    assert memory.estimate(config, 80_000, 600, mapped, 10)["weights"] == 80_000
+    untied = memory.estimate(replace(config, tied_head=False), 80_000, 600, mapped, 10, head=8)
+    assert untied["weights"] == 80_000 + rounded - 2 * table  # the embedding is read in its file
 
 
 @pytest.mark.parametrize(

@@ -38,18 +38,8 @@ def words(n, k, group, scale_dtype=np.float16):
 @pytest.mark.parametrize(
     "n, k, group",
     [
-        (8, 8, 8),
-        (16, 64, 32),
-        (24, 96, 16),
-        (128, 128, 128),
-        (136, 256, 64),
-        (120, 40, 20),
-        (264, 60, 12),
-        (40, 7, 7),
-        (8, 5, 1),
-        (384, 384, 384),
-        (1000, 640, 128),
-        (128, 1100, 1100),
+        *((8, 8, 8), (16, 64, 32), (24, 96, 16), (128, 128, 128), (136, 256, 64), (120, 40, 20), (264, 60, 12)),
+        *((40, 7, 7), (8, 5, 1), (384, 384, 384), (1000, 640, 128), (128, 1100, 1100)),
     ],
 )
 def test_awq_words_pack_as_their_codes_do(isa, n, k, group):
@@ -69,9 +59,8 @@ def test_the_words_follow_the_formula():
     q = weight.tensor()
     assert weight.shape == q.shape == (24, 32) and weight.group_size == q.group_size == 16 and weight.bits == q.bits
     assert weight.bits_per_weight == q.bits_per_weight
-    assert all(
-        np.array_equal(a, b) for a, b in zip(awq.pack(q).values(), (weight.qweight, weight.qzeros), strict=False)
-    )
+    again = awq.pack(q)
+    assert np.array_equal(again["qweight"], weight.qweight) and np.array_equal(again["qzeros"], weight.qzeros)
 
 
 def test_words_need_their_own_types():

@@ -82,9 +82,9 @@ def load(
     config = source.config
     size = context_size(config, ctx_size)
     sizes = config, source.file_bytes, source.n_quantized, module.FOOTPRINT, size
-    memory.check(memory.estimate(*sizes, n_slots=n_slots, kv_itemsize=KV_ITEMSIZE[kv_dtype]), size)
-    words = tokenizer.load(path)
     head = head or (8 if source.n_quantized else 16)
+    memory.check(memory.estimate(*sizes, n_slots=n_slots, kv_itemsize=KV_ITEMSIZE[kv_dtype], head=head), size)
+    words = tokenizer.load(path)
     runner = module.build(
         source,
         n_slots=n_slots,

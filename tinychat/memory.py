@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tinychat.config import ModelConfig
 from tinychat.errors import BackendError
+from tinychat.qtensor import HEAD_GROUP
 
 UNCHECKED = "TINYCHAT_NO_MEMORY_CHECK"  # set to 1: load whatever the estimate says
 
@@ -20,11 +21,13 @@ class Footprint:
     program     bytes of interpreter, libraries and buffers
     code_bytes  of a 4-bit weight's code, resident
     step_bytes  of a weight while a step computes with it, one part of the model at a time; 0: it is used as it is kept
+    maps        codes are packed from the mapped words, and an embedding table that is not the head is read in its file
     """
 
     program: int
     code_bytes: float = 0.5
     step_bytes: int = 0
+    maps: bool = False
 
 
 def estimate(
@@ -36,26 +39,35 @@ def estimate(
     *,
     n_slots: int = 1,
     kv_itemsize: int = 2,
+    head: int = 16,
 ) -> dict[str, int]:
     """Bytes that a running model occupies: 'weights', 'kv_cache', 'working', 'overhead', and their sum as 'total'.
 
     file_bytes   of the checkpoint's weight files
     n_quantized  weights of 4 bits among them
     kv_itemsize  bytes of one number in the KV cache
+    head         bits of the output head: 16 as it is stored, or 8
 
     Weights take what they take in the files, codes what the backend keeps them in; a tied head shares the embedding's.
-    While one part is packed (a layer, the table, a head of its own) its source is in memory too: codes of a byte and
-    the words they came from, or 16 bits each. The KV cache is touched only afterwards, so 'working' is what the
+    While one part is packed (a layer, the table, a head of its own) its source is in memory too: as it is mapped, or
+    codes of a byte and the words they came from. The KV cache is touched only afterwards, so 'working' is what the
     largest part takes beyond it, or in a step, whichever is more.
     """
     c = config
     block = c.hidden_size * (2 * c.q_size + 2 * c.kv_size + 3 * c.intermediate_size)
     kv_cache = n_slots * c.kv_bytes(ctx_size, kv_itemsize)
-    largest = max(block, c.vocab_size * c.hidden_size)
+    table, itemsize = c.vocab_size * c.hidden_size, 4 if c.dtype == "float32" else 2
+    weights = file_bytes + int((footprint.code_bytes - 0.5) * n_quantized)
+    if head == 8:
+        weights += int((1 + 3 / HEAD_GROUP) * table) - itemsize * table  # code, and a group's scale and zero
+    if footprint.maps and not c.tied_head:
+        weights -= itemsize * table
+    in_words = footprint.maps and n_quantized > 0
+    source = max((0.55 if in_words else itemsize) * block, itemsize * table)  # 4 bits, scales and zeros
     parts = {
-        "weights": file_bytes + int((footprint.code_bytes - 0.5) * n_quantized),
+        "weights": weights,
         "kv_cache": kv_cache,
-        "working": max((4 if c.dtype == "float32" else 2) * largest - kv_cache, footprint.step_bytes * largest, 0),
+        "working": max(int(source) - kv_cache, footprint.step_bytes * max(block, table), 0),
         "overhead": footprint.program,
     }
     return {**parts, "total": sum(parts.values())}

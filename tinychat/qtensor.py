@@ -144,7 +144,7 @@ def canonical(weight: Weight) -> QTensor | np.ndarray:
 
 
 def round_symmetric(array: np.ndarray, bits: int = 8, group_size: int = HEAD_GROUP) -> QTensor:
-    """fp32, fp16 or bf16 [N, K], finite, to the nearest of 2^bits - 1 levels about zero, in groups along K, fp16 scales.
+    """fp32, fp16 or bf16 [N, K], finite, to the nearest of 2^bits - 1 levels about zero; fp16 scales, groups along K.
 
         most  = 2^(bits-1) - 1
         scale = the least fp16 >= max |w| of the group / most, or fp16's largest where there is none; 0 of zeros alone

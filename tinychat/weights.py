@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from tinychat.config import ModelConfig
-from tinychat.qtensor import Weight
+from tinychat.qtensor import Weight, round_symmetric
 
 LINEARS = ("qkv", "out", "up", "down")  # of a `Layer`
 
@@ -107,3 +107,37 @@ class MemoryWeights:
 
     def release(self) -> None:
         """See `WeightSource`: held in memory by whoever made it."""
+
+
+class RoundedHead:
+    """`source` with its output head rounded to 8 bits, and a tied embedding with it: what `head=8` asks of a backend.
+
+    For those that hold a rounded head as any other `QTensor`; widens a tied table to fp32.
+    """
+
+    def __init__(self, source: WeightSource):
+        self.source = source
+        self.config = source.config
+
+    def embed(self) -> np.ndarray:
+        """See `WeightSource`."""
+        table = self.source.embed()
+        return round_symmetric(table).dequantize() if self.config.tied_head else table
+
+    def layer(self, index: int) -> Layer:
+        """See `WeightSource`."""
+        return self.source.layer(index)
+
+    def norm(self) -> np.ndarray:
+        """See `WeightSource`."""
+        return self.source.norm()
+
+    def head(self) -> Linear:
+        """See `WeightSource`; segments that are quantized already stay as they are."""
+        found = self.source.head() or Linear((self.source.embed(),))
+        rounded = (round_symmetric(s) if isinstance(s, np.ndarray) else s for s in found.segments)
+        return Linear(tuple(rounded), found.bias)
+
+    def release(self) -> None:
+        """See `WeightSource`."""
+        self.source.release()

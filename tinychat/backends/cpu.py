@@ -33,7 +33,7 @@ except ImportError as error:
         else "install tinychat anew where a C++ compiler is at hand (Debian: apt install g++ python3-dev)"
     )
 
-FOOTPRINT = Footprint(program=64 << 20)
+FOOTPRINT = Footprint(program=64 << 20, maps=True)
 MAX_THREADS = 1024
 
 
@@ -170,7 +170,7 @@ class CpuRunner:
         self.weight_bytes: int = self._decoder.weight_bytes
 
     def _add_ends(self, source: WeightSource, bits: int) -> None:
-        """The final norm, the head in `bits`, and the embedding: the head's rows where they are tied, else read in place."""
+        """The final norm, the head in `bits`, and the embedding: rows of a tied head, or the table, read in place."""
         keep: list[np.ndarray] = []
         vocab, hidden = self.config.vocab_size, self.config.hidden_size
         head, table = source.head(), source.embed()  # head None where it is tied, once a stored copy is found equal
@@ -275,15 +275,16 @@ def _segment(weight: Weight, activations: int, keep: list[np.ndarray], bits: int
             return _cpu.LinearShape(kind, n, k, k, False), source, address, 0, 0
         shape = _cpu.LinearShape(types.quantized, n, k, min(HEAD_GROUP, k), False, bits, activations)
         return shape, getattr(_cpu.Source, kind.name), address, 0, 0
-    if weight.bits > 4:
-        raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 4")
+    if weight.bits > 8:
+        raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 8")
     wide = weight.scales.dtype != np.float16
     scales = weight.scales.astype(np.float32, copy=False) if wide else weight.scales
     if isinstance(weight, AwqWords):
         source, values, zeros = _cpu.Source.awq, weight.qweight, weight.qzeros
     else:
         values, zeros = weight.codes, weight.zeros
-    shape = _cpu.LinearShape(types.quantized, n, k, min(weight.group_size, k), wide, 4, activations)
+    kept = 4 if weight.bits <= 4 else 8
+    shape = _cpu.LinearShape(types.quantized, n, k, min(weight.group_size, k), wide, kept, activations)
     return shape, source, _kept(values, keep), _kept(scales, keep), _kept(zeros, keep)
 
 

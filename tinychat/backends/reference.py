@@ -15,7 +15,7 @@ from tinychat.config import Activation
 from tinychat.errors import UsageError
 from tinychat.memory import Footprint
 from tinychat.qtensor import QTensor, Weight, bfloat16, canonical
-from tinychat.weights import Linear, WeightSource
+from tinychat.weights import Linear, RoundedHead, WeightSource
 
 try:
     import torch
@@ -66,7 +66,7 @@ def build(
     cache = KVCache(config.n_layers, n_slots, config.n_kv_heads, ctx_size, config.head_dim, kv_dtype)
     if threads is not None:
         torch.set_num_threads(threads)
-    return Decoder(source, TorchOps(dtype), cache, progress)
+    return Decoder(RoundedHead(source) if head == 8 else source, TorchOps(dtype), cache, progress)
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,7 +83,7 @@ class Subject:
         """See `memory.estimate`."""
         source, itemsize = self.source, engine.KV_ITEMSIZE[self.options.kv_dtype]
         sizes = self.config, source.file_bytes, source.n_quantized, self.backend.FOOTPRINT, ctx_size
-        return memory.estimate(*sizes, kv_itemsize=itemsize)
+        return memory.estimate(*sizes, kv_itemsize=itemsize, head=self.head)
 
     def load(self, ctx_size: int, threads: int | None, progress: Progress | None = None) -> engine.Engine:
         """An engine with a context of `ctx_size`. Raises what `engine.load` does.

@@ -31,11 +31,12 @@ from tinychat.weights import Layer, Linear
 
 MAX_CONFIG_BYTES = 4 << 20
 _OLD_QUANT_CONFIGS = ("quant_config.json", "quantize_config.json")  # AutoAWQ before it wrote into config.json
-# An IEEE float is NaN or infinite where its exponent is all ones: (integer type, sign cleared, all-ones exponent).
-_NOT_FINITE: dict[str, tuple[np.dtype, int, int]] = {
-    "float16": (np.dtype("<u2"), 0x7FFF, 0x7C00),
-    "bfloat16": (np.dtype("<u2"), 0x7FFF, 0x7F80),
-    "float32": (np.dtype("<u4"), 0x7FFF_FFFF, 0x7F80_0000),
+# An IEEE float is NaN or infinite where its exponent is all ones, so that its bits are at least these: of positive ones
+# as an integer with sign, of negative ones, beside which all others are small, as one without.
+_NOT_FINITE: dict[str, tuple[np.dtype, int]] = {
+    "float16": (np.dtype("<u2"), 0x7C00),
+    "bfloat16": (np.dtype("<u2"), 0x7F80),
+    "float32": (np.dtype("<u4"), 0x7F80_0000),
 }
 _CHUNK = 1 << 18  # elements checked at a time: what stays in cache
 
@@ -157,9 +158,11 @@ def open(path: Path | str, *, ignore_config: Collection[str] = ()) -> Checkpoint
 
 
 def _all_finite(array: np.ndarray) -> bool:
-    integer, mask, limit = _NOT_FINITE[array.dtype.name]
-    bits = array.reshape(-1).view(integer)
-    return all(int((bits[start : start + _CHUNK] & mask).max()) < limit for start in range(0, len(bits), _CHUNK))
+    unsigned, exponent = _NOT_FINITE[array.dtype.name]
+    bits = array.reshape(-1).view(unsigned)
+    signed, sign = bits.view(unsigned.str.replace("u", "i")), 1 << 8 * unsigned.itemsize - 1
+    chunks = [slice(start, start + _CHUNK) for start in range(0, len(bits), _CHUNK)]
+    return all(signed[c].max() < exponent and bits[c].max() < sign | exponent for c in chunks)
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
