@@ -1,6 +1,7 @@
 """Rotation, storing and attention of every instruction-set level against float64."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -195,10 +196,7 @@ def test_pieces_merge_to_the_whole(isa, dtype):
         q = f32(rows, heads, dim, seed=rows, scale=3)
         first = max(0, n - rows + 1 - window) if window else 0
         cuts = [first, first + 1, first + 64, n - 7, n]
-        parts = [
-            partial(isa, cache, q, n - rows, window=window, begin=a, end=b)
-            for a, b in zip(cuts, cuts[1:], strict=False)
-        ]
+        parts = [partial(isa, cache, q, n - rows, window=window, begin=a, end=b) for a, b in pairwise(cuts)]
         largest = np.max([maximum for _, maximum, _ in parts], axis=0)
         with np.errstate(invalid="raise"):
             factors = [np.exp(maximum - largest) for _, maximum, _ in parts]

@@ -77,8 +77,8 @@ def build(
 ) -> CpuRunner:
     """A runner of `source` with `n_slots` caches of `ctx_size` positions each.
 
-    threads: see `thread_count`; kv_dtype fp16, fp32 or int8; isa: one of the levels that run here, by default the best or
-    what TINYCHAT_ISA names; progress(done, total): called after each layer. Peak memory is the packed model and the
+    threads: see `thread_count`; kv_dtype fp16, fp32 or int8; isa: one of the levels that run here, by default the best
+    or what TINYCHAT_ISA names; progress(done, total): called after each layer. Peak memory is the packed model and the
     source of one layer or the head. Raises UsageError for a wrong option, BackendError where this machine cannot hold
     or run the model.
     """

@@ -52,8 +52,8 @@ def build(
 ) -> Decoder:
     """A runner of `source` with `n_slots` caches of `ctx_size` positions each.
 
-    kv_dtype fp32, fp16 or int8; dtype (of activations and arithmetic) fp32 or fp64; threads: PyTorch's, for the process;
-    progress(done, total): called after each layer. Raises UsageError for another dtype.
+    kv_dtype fp32, fp16 or int8; dtype (of activations and arithmetic) fp32 or fp64; threads: PyTorch's, for the
+    process; progress(done, total): called after each layer. Raises UsageError for another dtype.
     """
     if kv_dtype not in KV_DTYPES:
         raise UsageError(f"kv_dtype {kv_dtype!r}; the reference backend has {', '.join(KV_DTYPES)}")
