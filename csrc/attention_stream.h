@@ -17,7 +17,7 @@ constexpr float kInfinity = __builtin_inff(), kNothing = -kInfinity;  // the sco
 int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 void ask_ahead(const void* entry, int64_t bytes) {
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(entry) + kAhead + b);
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(entry) + kAhead + b, 0, 2);
 }
 
 // scores[h * stride + j] = q[h] . keys[j] for n entries; up to kLanes - 1 more scores are written.
