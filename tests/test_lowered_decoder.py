@@ -186,7 +186,7 @@ def test_a_cache_of_fp16_costs_little():
 
 @pytest.mark.parametrize("name", ["mha-64", "gqa-7", "qk-norm", "window"])
 def test_a_cache_of_int8_equals_the_reference(name):
-    """Rounded at the same places, but for an ulp of a key or value: hence the tolerance of one code in a few entries."""
+    """Rounded at the same places, but for an ulp of a key or value: a few codes differ by one."""
     weights = model(**MODELS[name])
     tokens = ids(40, weights.config.vocab_size)
     plain = reference(weights, kv_dtype="int8")
