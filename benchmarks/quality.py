@@ -7,6 +7,8 @@ With --head 8 the output head is rounded as well: alone first, then with every l
 Every linear is quantized, in memory. The text is scored in windows, each on its own; or, with --stories, in pieces that
 begin with "Once upon a time", the beginning token first. Of JSON lines (*.jsonl of {"text"} or {"messages"}), --stories
 documents are scored, spread over the file, the first --window tokens of each. The last line is JSON.
+
+With --kv-type nothing is quantized but the KV cache: the model as it is, with such a cache against one of fp32.
 """
 
 from __future__ import annotations
@@ -35,10 +37,30 @@ def windows(args: argparse.Namespace, path: Path, loaded: tokenizer.Tokenizer, l
     return evaluation.windows(loaded.encode(text[: args.characters]), min(args.window, limit))
 
 
-def build(source: WeightSource, ctx_size: int, bits: int = 16, head: int = 16) -> Runner:
-    """On the fastest backend that runs such weights, with a cache that rounds nothing."""
+def build(source: WeightSource, ctx_size: int, bits: int = 16, head: int = 16, kv_type: str = "fp32") -> Runner:
+    """On the fastest backend that runs such weights, with a cache that rounds nothing unless told to."""
     module = backends.choose()[0] if bits <= 4 or bits == 16 else backends.backend("reference")
-    return module.build(source, ctx_size=ctx_size, kv_dtype="fp32", head=head)
+    return module.build(source, ctx_size=ctx_size, kv_dtype=kv_type, head=head)
+
+
+def cost_of_cache(source: WeightSource, kv_type: str, token_windows: list[list[int]]) -> dict:
+    """Perplexities with a cache of fp32 and of `kv_type`, and what lies between; printed too."""
+    ctx_size = max(map(len, token_windows))
+    exact, rounded = (build(source, ctx_size, kv_type=kind) for kind in ("fp32", kv_type))
+    base, score = (evaluation.score(runner, token_windows) for runner in (exact, rounded))
+    change = evaluation.compare(score, base)
+    kl, top1 = evaluation.divergence(rounded, exact, token_windows)
+    print(f"perplexity with a cache of fp32 {base.perplexity:.5f}, of {kv_type} {score.perplexity:.5f}")
+    print(f"log-likelihood of a token {change.mean:+.6f} ({change.low:+.6f} .. {change.high:+.6f})")
+    print(f"KL divergence {kl:.6f}, same likeliest token {top1:.2%}, {len(base.log_likelihoods)} tokens")
+    return {
+        "kv_type": kv_type,
+        "tokens": len(base.log_likelihoods),
+        "perplexity": {"fp32": base.perplexity, kv_type: score.perplexity},
+        "log_likelihood_change": [change.mean, change.low, change.high],
+        "kl_divergence": kl,
+        "top1_agreement": top1,
+    }
 
 
 def main() -> None:
@@ -57,6 +79,7 @@ def main() -> None:
     )
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, help=f"tokens of each (default: {FROM_FILE}, or {SAMPLED} if sampled)")
+    parser.add_argument("--kv-type", choices=("fp16", "int8"), help="measure a KV cache of this type instead")
     args = parser.parse_args()
 
     source = checkpoint.open(checkpoint.locate(args.model))
@@ -65,6 +88,9 @@ def main() -> None:
         raise SystemExit(f"{args.model} has no tokenizer")
     length = min(args.length or (FROM_FILE if args.calibration else SAMPLED), source.config.max_positions)
     token_windows = windows(args, source.path, loaded, source.config.max_positions)
+    if args.kv_type:
+        print(json.dumps({"model": args.model, **cost_of_cache(source, args.kv_type, token_windows)}))
+        return
     if args.calibration:
         sequences = from_file(args.calibration, source.path, n_sequences=args.sequences, length=length)
     else:

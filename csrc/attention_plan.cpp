@@ -6,7 +6,7 @@ namespace tinychat {
 namespace {
 
 // Queries (rows x heads) that share the widening of the entries they see: beyond this little is gained.
-constexpr int64_t kQueries = 64;
+constexpr int64_t kQueries = 128;
 // Entries of a piece. Few key-value heads take smaller ones, or there would be fewer items than threads.
 constexpr int64_t kMostEntries = 1024, kFewestEntries = 128, kManyHeads = 8;
 constexpr int64_t kEntryStep = 64;

@@ -11,13 +11,13 @@ namespace tinychat {
 namespace {
 
 constexpr int64_t kBlock = 64;      // entries
-constexpr int64_t kAhead = 4096;    // bytes between what is read and what is asked for
+constexpr int64_t kAhead = 16384;   // bytes between what is read and what is asked for
 constexpr float kInfinity = __builtin_inff(), kNothing = -kInfinity;  // the score of what is not seen
 
 int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 void ask_ahead(const void* entry, int64_t bytes) {
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(entry) + kAhead + b);
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(entry) + kAhead + b, 0, 2);
 }
 
 // scores[h * stride + j] = q[h] . keys[j] for n entries; up to kLanes - 1 more scores are written.
@@ -61,16 +61,29 @@ Seen seen_by(const QueryRows& rows, int64_t i, int64_t begin, int64_t end) {
     return {from > begin ? from : begin, after < end ? after : end};
 }
 
+// Asks for a stretch of memory to the second cache, little by little.
+class Ahead {
+  public:
+    Ahead(const void* from, int64_t bytes) : next_(static_cast<const char*>(from)), end_(next_ + bytes) {}
+    void ask(int64_t lines) {
+        for (; lines > 0 && next_ < end_; --lines, next_ += 64) __builtin_prefetch(next_, 0, 2);
+    }
+
+  private:
+    const char *next_, *end_;
+};
+
 // Dot products of one query with the n entries from `begin` on become weights e^(score - maximum), times the values'
 // scales; those not seen get 0. Weights are written to the end of the last register.
 void soften(float* scores, int64_t n, const QueryGroup& group, int64_t head, const CacheView& cache, int64_t begin, Seen seen,
-            int64_t position, float* maximum, float* sum) {
+            int64_t position, Ahead& ahead, float* maximum, float* sum) {
     const float slope = group.slopes ? group.slopes[head] : 0;
     for (int64_t j = 0; j < n; j += kLanes) {
         Vector score = load(scores + j) * all(group.scale);
         if (cache.type == CacheType::q8) score = score * load(cache.key_scales + begin + j, part(n - j));
         if (slope != 0) score = fma(all(slope), counted() + all(static_cast<float>(begin + j - position)), score);
         save(scores + j, score);
+        ahead.ask(2);
     }
     for (int64_t j = 0; j < seen.begin - begin && j < n; ++j) scores[j] = kNothing;
     for (int64_t j = seen.end > begin ? seen.end - begin : 0; j < rounded_up(n, kLanes); ++j) scores[j] = kNothing;
@@ -82,6 +95,7 @@ void soften(float* scores, int64_t n, const QueryGroup& group, int64_t head, con
     for (int64_t j = 0; j < n; j += kLanes) {
         Vector weight = exponential(load(scores + j) - shift);
         total = total + weight;
+        ahead.ask(6);
         if (cache.type == CacheType::q8) weight = weight * load(cache.value_scales + begin + j, part(n - j));
         save(scores + j, weight);
     }
@@ -172,10 +186,11 @@ void stream(const CacheView& cache, const QueryGroup& group, const QueryRows& ro
         for (int h = 0; h < H; ++h) q[h] = rows.q + (m + h) / group.heads * rows.stride + (m + h) % group.heads * dim;
         score<H>(q, keys + j * dim, here, dim, scratch + m * stride + j, stride);
     });
+    Ahead ahead(values, n * dim * static_cast<int64_t>(sizeof(Entry)));  // memory works on while the softmax computes
     for (int64_t m = 0; m < queries; ++m) {
         const int64_t i = m / group.heads;
         soften(scratch + m * stride, n, group, m % group.heads, cache, begin, seen_by(rows, i, begin, end), rows.position + i,
-               partial.maximum + m, partial.sum + m);
+               ahead, partial.maximum + m, partial.sum + m);
         float* out = partial.out + i * partial.stride + m % group.heads * dim;
         for (int64_t d = 0; d < dim; ++d) out[d] = 0;
     }

@@ -13,6 +13,7 @@ namespace tinychat {
 namespace {
 
 constexpr int64_t kTileEntries = 64;
+constexpr float kLeast = -3.4028235e38f;
 
 // s[m][j] = q[m] . k[.][j] for M queries and R vectors of entries.
 template <int M, int R>
@@ -103,35 +104,46 @@ void widen_values(const Entry* values, const float* scales, int64_t n, int64_t d
 }
 
 // Scores of a query with a tile's entries, of which it sees some, become weights e^(score - maximum); those it does not see
-// get 0, to the end of the last register. Returns the factor for what was summed before.
-float soften_tile(float* s, int64_t n, Seen seen, float slope, int64_t distance, float* maximum, float* sum) {
-    if (slope != 0) {
-        for (int64_t j = 0; j < n; j += kLanes) {
-            save(s + j, fma(all(slope), counted() + all(static_cast<float>(distance + j)), load(s + j)));
-        }
+// get 0, to the end of the last register. The maximum before is left in *factor: see rescale().
+void soften_tile(float* s, int64_t n, Seen seen, float slope, int64_t distance, float* maximum, float* sum, float* factor) {
+    constexpr int64_t kRegisters = kTileEntries / kLanes;
+    const int64_t registers = (n + kLanes - 1) / kLanes;
+    const bool all_seen = seen.begin <= 0 && seen.end >= registers * kLanes;
+    Vector largest = all(*maximum), scores[kRegisters];
+    for (int64_t r = 0; r < registers; ++r) {
+        scores[r] = load(s + r * kLanes);
+        if (slope != 0) scores[r] = fma(all(slope), counted() + all(static_cast<float>(distance + r * kLanes)), scores[r]);
+        if (!all_seen) scores[r] = within(scores[r], seen.begin - r * kLanes, seen.end - r * kLanes, kNothing);
+        largest = larger(largest, scores[r]);
     }
-    for (int64_t j = 0; j < seen.begin; ++j) s[j] = kNothing;
-    for (int64_t j = seen.end; j < rounded_up(n, kLanes); ++j) s[j] = kNothing;
-    Vector largest = all(*maximum);
-    for (int64_t j = 0; j < n; j += kLanes) largest = larger(largest, load(s + j));
-    const float before = *maximum;
+    *factor = *maximum;
     *maximum = largest_of(largest);
     const Vector shift = all(*maximum == kNothing ? 0 : *maximum);
     Vector total = all(0);
-    for (int64_t j = 0; j < n; j += kLanes) {
-        const Vector weight = exponential(load(s + j) - shift);
+    for (int64_t r = 0; r < registers; ++r) {
+        const Vector weight = exponential(scores[r] - shift);
         total = total + weight;
-        save(s + j, weight);
+        save(s + r * kLanes, weight);
     }
-    const float factor = first_of(exponential(all(before) - shift));
-    *sum = *sum * factor + sum_of(total);
-    return factor;
+    *sum = sum_of(total);
 }
 
-// k, v, and for each query q, out, scores and a factor.
+// Maxima before a tile become factors for what was summed before; sums of the tile are added to it. All of n queries, rounded
+// up to whole registers.
+void rescale(int64_t n, const float* maxima, const float* tile_sums, float* factors, float* sums) {
+    for (int64_t m = 0; m < n; m += kLanes) {
+        const Part some = part(n - m);
+        const Vector now = load(maxima + m, some), shift = larger(all(kLeast), now);  // of nothing: factor 0, not NaN
+        const Vector factor = exponential(load(factors + m, some) - shift);
+        save(factors + m, some, factor);
+        save(sums + m, some, fma(load(sums + m, some), factor, load(tile_sums + m, some)));
+    }
+}
+
+// k, v, and for each query q, out, scores, a factor and a sum.
 int64_t tiles_scratch(int64_t queries, int64_t dim) {
     const int64_t stride = rounded_up(dim, kLanes);
-    return 2 * stride * kTileEntries + queries * (2 * stride + kTileEntries) + rounded_up(queries, 16);
+    return 2 * stride * kTileEntries + queries * (2 * stride + kTileEntries) + 2 * rounded_up(queries, 16);
 }
 
 template <class Entry>
@@ -144,6 +156,7 @@ void tiles(const CacheView& cache, const QueryGroup& group, const QueryRows& row
     float* o = q + queries * stride;          // [queries, stride]
     float* s = o + queries * stride;          // [queries, kTileEntries]
     float* factors = s + queries * kTileEntries;
+    float* tile_sums = factors + rounded_up(queries, 16);
     for (int64_t m = 0; m < queries; ++m) {
         const float* from = rows.q + m / heads * rows.stride + m % heads * dim;
         for (int64_t d = 0; d < stride; ++d) q[m * stride + d] = d < dim ? from[d] * group.scale : 0, o[m * stride + d] = 0;
@@ -158,35 +171,44 @@ void tiles(const CacheView& cache, const QueryGroup& group, const QueryRows& row
         widen_keys(static_cast<const Entry*>(cache.keys) + tile * dim, scaled ? cache.key_scales + tile : nullptr, n, dim, k);
         widen_values(static_cast<const Entry*>(cache.values) + tile * dim, scaled ? cache.value_scales + tile : nullptr, n,
                      dim, v, stride);
-        for (int64_t m = 0; m < queries; m += kQueries) {
-            const int64_t some = queries - m < kQueries ? queries - m : kQueries;
-            const int64_t after = seen_by(rows, (m + some - 1) / heads, tile, tile + n).end - tile;  // what the last sees
-            if (after <= 0 || seen_by(rows, m / heads, tile, tile + n).begin - tile >= n) continue;
-            const int64_t registers = (after + kLanes - 1) / kLanes;
-            counted_out<kQueries>(some, [&](auto M) {
-                in_pieces(registers, [&](int64_t at, int64_t vectors) {
-                    counted_out<kWide>(vectors, [&](auto R) {
-                        multiply_keys<decltype(M)::value, decltype(R)::value>(q + m * stride, stride, k + at * kLanes, dim,
-                                                                              s + m * kTileEntries + at * kLanes);
-                    });
-                });
-            });
-            for (int64_t i = m; i < m + some; ++i) {
-                Seen seen = seen_by(rows, i / heads, tile, tile + after);
-                seen = {seen.begin - tile < after ? seen.begin - tile : after, seen.end > tile ? seen.end - tile : 0};
-                factors[i] = soften_tile(s + i * kTileEntries, after, seen, group.slopes ? group.slopes[i % heads] : 0,
-                                         tile - rows.position - i / heads, partial.maximum + i, partial.sum + i);
+        // Queries [from, to) see some of the tile, the first `after(m)` entries at most: those before `from` end before it,
+        // and those from `to` on begin after it.
+        const auto after = [&](int64_t m) { return seen_by(rows, m / heads, tile, tile + n).end - tile; };
+        int64_t from = 0, to = queries;
+        while (from < to && after(from) <= 0) from += heads;
+        while (from < to && seen_by(rows, (to - 1) / heads, tile, tile + n).begin - tile >= n) to -= heads;
+        const auto in_blocks = [&](const auto& work) {
+            for (int64_t m = from; m < to; m += kQueries) {
+                const int64_t some = to - m < kQueries ? to - m : kQueries;
+                counted_out<kQueries>(some, [&](auto M) { work(M, m, after(m + some - 1)); });
             }
-            counted_out<kQueries>(some, [&](auto M) {
-                in_pieces(stride / kLanes, [&](int64_t at, int64_t vectors) {
-                    counted_out<kWide>(vectors, [&](auto R) {
-                        multiply_values<decltype(M)::value, decltype(R)::value>(s + m * kTileEntries, factors + m,
-                                                                                v + at * kLanes, stride, after,
-                                                                                o + m * stride + at * kLanes);
-                    });
+        };
+        in_blocks([&](auto M, int64_t m, int64_t seen) {
+            in_pieces((seen + kLanes - 1) / kLanes, [&](int64_t at, int64_t vectors) {
+                counted_out<kWide>(vectors, [&](auto R) {
+                    multiply_keys<decltype(M)::value, decltype(R)::value>(q + m * stride, stride, k + at * kLanes, dim,
+                                                                          s + m * kTileEntries + at * kLanes);
                 });
             });
-        }
+        });
+        in_blocks([&](auto M, int64_t m, int64_t seen) {
+            for (int64_t i = m; i < m + decltype(M)::value; ++i) {
+                const Seen own = seen_by(rows, i / heads, tile, tile + seen);
+                soften_tile(s + i * kTileEntries, seen, {own.begin - tile, own.end - tile},
+                            group.slopes ? group.slopes[i % heads] : 0, tile - rows.position - i / heads,
+                            partial.maximum + i, tile_sums + i, factors + i);
+            }
+        });
+        rescale(to - from, partial.maximum + from, tile_sums + from, factors + from, partial.sum + from);
+        in_blocks([&](auto M, int64_t m, int64_t seen) {
+            in_pieces(stride / kLanes, [&](int64_t at, int64_t vectors) {
+                counted_out<kWide>(vectors, [&](auto R) {
+                    multiply_values<decltype(M)::value, decltype(R)::value>(s + m * kTileEntries, factors + m,
+                                                                            v + at * kLanes, stride, seen,
+                                                                            o + m * stride + at * kLanes);
+                });
+            });
+        });
     }
     for (int64_t m = 0; m < queries; ++m) {
         float* out = partial.out + m / heads * partial.stride + m % heads * dim;

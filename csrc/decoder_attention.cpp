@@ -6,13 +6,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 #include "decoder.h"
 
 namespace tinychat {
 
-// Scratch for attention over these rows; `rows` of a step fit their slots.
+// How attention goes over the rows of a step, and memory for it. Throws std::invalid_argument where int8 codes lack scales.
 void Decoder::plan(const Step& step) {
+    if (step.cache_type == CacheType::q8 && (!step.key_scales || !step.value_scales)) {
+        throw std::invalid_argument("an int8 cache without scales");
+    }
     plan_.set_rows(step.slots, step.positions, step.rows);
     const QueryGroup group = query_group(0);
     int64_t partials = 0;

@@ -131,7 +131,7 @@ struct AttentionKernels {
     // Floats of scratch, on a 64-byte boundary, that attend() needs for so many rows and entries
     int64_t (*scratch)(const QueryGroup&, int64_t rows, int64_t entries);
     // Attention of a few rows over entries [begin, end), 0 <= begin < end; those a row does not see do not count for it.
-    // One row takes memory's time. Many share the arithmetic: the work per query falls up to about 64 queries (rows x heads).
+    // One row takes memory's time. Many share the arithmetic: the work per query falls up to about 128 queries (rows x heads).
     void (*attend)(const CacheView&, const QueryGroup&, const QueryRows&, int64_t begin, int64_t end, float* scratch,
                    const Partial&);
 };

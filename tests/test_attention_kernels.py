@@ -1,6 +1,7 @@
 """Rotation, storing and attention of every instruction-set level against float64."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from tinychat.backends import cpu
 if cpu.available():
     pytest.skip(f"cpu backend: {cpu.available()}", allow_module_level=True)
 
-import itertools
 
 from tinychat import _cpu
 from tinychat.cache import dequantize_entries, quantize_entries
@@ -197,7 +197,7 @@ def test_pieces_merge_to_the_whole(isa, dtype):
         q = f32(rows, heads, dim, seed=rows, scale=3)
         first = max(0, n - rows + 1 - window) if window else 0
         cuts = [first, first + 1, first + 64, n - 7, n]
-        parts = [partial(isa, cache, q, n - rows, window=window, begin=a, end=b) for a, b in itertools.pairwise(cuts)]
+        parts = [partial(isa, cache, q, n - rows, window=window, begin=a, end=b) for a, b in pairwise(cuts)]
         largest = np.max([maximum for _, maximum, _ in parts], axis=0)
         with np.errstate(invalid="raise"):
             factors = [np.exp(maximum - largest) for _, maximum, _ in parts]

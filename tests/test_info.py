@@ -106,6 +106,8 @@ def test_memory_follows_the_context(model):
     assert facts["memory"]["kv_cache"] == 4096 * per_token
     more = info.gather(str(model), ctx_size=8192, kv_dtype="fp32")
     assert more["memory"]["kv_cache"] == 8192 * per_token * 2
+    small = info.gather(str(model), kv_dtype="int8")["memory"]["kv_cache"]
+    assert small == 4096 * 2 * LAYERS * KV_HEADS * (HEAD_DIM + 4)  # codes, and a scale for each entry
     assert 0 < more["memory"]["weights"] == facts["memory"]["weights"] <= facts["file_bytes"]  # its table stays a file
     assert more["memory"]["total"] - facts["memory"]["total"] == 8192 * per_token * 2 - 4096 * per_token
     with pytest.raises(UsageError, match="8192"):

@@ -184,6 +184,66 @@ def test_a_cache_of_fp16_costs_little():
     assert nmse(build(weights, kv_dtype="fp16").step(Rows.of(tokens, 0)), expected) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["mha-64", "gqa-7", "qk-norm", "window"])
+def test_a_cache_of_int8_equals_the_reference(name):
+    """Rounded at the same places, but for an ulp of a key or value: a few codes differ by one."""
+    weights = model(**MODELS[name])
+    tokens = ids(40, weights.config.vocab_size)
+    plain = reference(weights, kv_dtype="int8")
+    expected = plain.step(Rows.of(tokens, 0, wanted="all"))
+    exact = reference(weights).step(Rows.of(tokens, 0, wanted="all"))
+    assert 1e-7 < nmse(expected, exact) < 2e-3
+    for isa in ISAS:
+        runner = build(weights, isa=isa, kv_dtype="int8")
+        pieces = [runner.step(Rows.of(part, at, wanted="all")) for part, at in [(tokens[:30], 0), (tokens[30:37], 30)]]
+        pieces += [runner.step(Rows.of(tokens[at : at + 1], at)) for at in range(37, 40)]
+        assert nmse(np.concatenate(pieces), expected) < 1e-4
+        for ours, theirs in ((runner.cache.keys, plain.cache.keys), (runner.cache.values, plain.cache.values)):
+            first = ours[0].astype(int) - theirs[0]  # of the first layer: nothing has grown yet
+            assert np.abs(first).max() <= 1 and (first != 0).mean() < 0.01
+        np.testing.assert_allclose(runner.cache.key_scales[0], plain.cache.key_scales[0], rtol=1e-5)
+        np.testing.assert_allclose(runner.cache.value_scales[0], plain.cache.value_scales[0], rtol=1e-5)
+
+
+def test_a_cache_of_int8_is_cut_and_copied():
+    weights = model()
+    runner = build(weights, n_slots=2, kv_dtype="int8")
+    tokens = ids(20, 97)
+    whole = runner.step(Rows.of(tokens, 0, wanted="all"))
+    runner.cache.truncate(0, 12)
+    runner.cache.copy(0, 1)
+    for slot in (0, 1):
+        again = runner.step(Rows.of(tokens[12:], 12, slot, wanted="all"))
+        assert nmse(again, whole[12:]) < 1e-5
+
+
+LONG = {"heads": 6, "kv_heads": 2, "dim": 16, "hidden": 48, "inter": 32, "vocab": 40, "windowed": (0,), "window": 300}
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
+def test_long_contexts_are_cut_whatever_the_threads(kv_dtype):
+    """More entries than a piece holds, a window over several pieces; decoding, a few rows, two slots at once."""
+    weights = model(**LONG)
+    tokens = ids(710, 40)
+    steps = [
+        Rows.of(tokens[:700], 0, wanted="last"),
+        Rows.of(tokens[:650], 0, 1, wanted="last"),
+        Rows.of(tokens[700:701], 700),
+        joined(Rows.of(tokens[650:651], 650, 1), Rows.of(tokens[701:702], 701)),
+        Rows.of(tokens[702:706], 702, wanted="all"),
+        joined(Rows.of(tokens[651:653], 651, 1, wanted="all"), Rows.of(tokens[706:707], 706)),
+    ]
+    plain = reference(weights, ctx_size=720, n_slots=2, kv_dtype=kv_dtype)
+    expected = [plain.step(rows) for rows in steps]
+    results = []
+    for threads in (1, 2, 5):
+        runner = build(weights, ctx_size=720, n_slots=2, kv_dtype=kv_dtype, threads=threads)
+        results.append([runner.step(rows) for rows in steps])
+        for y, want, first in zip(results[-1], expected, results[0], strict=True):
+            assert nmse(y, want) < (1e-4 if kv_dtype == "int8" else 1e-6)
+            np.testing.assert_array_equal(y, first)
+
+
 def joined(*parts):
     """One step of several; wanted rows shift along."""
     starts = np.cumsum([0, *(len(p) for p in parts)])

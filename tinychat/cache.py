@@ -51,8 +51,8 @@ KV_DTYPES = {"fp16": np.float16, "fp32": np.float32, "int8": np.int8}
 def quantize_entries(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """fp32 [..., head_dim] as the int8 cache holds it: codes int8 [..., head_dim], scales fp32 [...].
 
-    scale = max|x| / 127, code = x / scale to nearest, ties to even; an entry of zeros has scale 0, one with NaN or infinity
-    a scale of NaN.
+    scale = max|x| / 127, code = x / scale to nearest, ties to even; an entry of zeros has scale 0, one with NaN or
+    infinity a scale of NaN.
     """
     with np.errstate(invalid="ignore"):
         scales = np.abs(x).max(-1) / np.float32(127) + (0 * x).sum(-1)

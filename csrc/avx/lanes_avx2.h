@@ -19,7 +19,7 @@ constexpr int kLanes = 8;
 constexpr int kQueries = 6, kWide = 2;  // a block of registers: so many queries by so many vectors, and what they meet
 
 Part part(int64_t n) {
-    const int lanes = static_cast<int>(n > kLanes ? kLanes : n);
+    const int lanes = static_cast<int>(n > kLanes ? kLanes : n < 0 ? 0 : n);
     return {lanes, _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))};
 }
 
@@ -28,7 +28,6 @@ Vector counted() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
 Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
 Vector magnitude(Vector a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-float first_of(Vector a) { return _mm256_cvtss_f32(a); }
 float sum_of(Vector a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -42,6 +41,12 @@ float largest_of(Vector a) {
 
 __m256 widened(__m128i halves) { return _mm256_cvtph_ps(halves); }
 __m256 of_codes(__m128i codes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)); }
+
+// Lanes [begin, end) of x, either of them anything; the others are `otherwise`.
+Vector within(Vector x, int64_t begin, int64_t end, float otherwise) {
+    const __m256i mask = _mm256_andnot_si256(part(begin).mask, part(end).mask);
+    return _mm256_blendv_ps(all(otherwise), x, _mm256_castsi256_ps(mask));
+}
 
 // Lanes beyond a part are 0, and their memory is not touched.
 Vector load(const float* from) { return _mm256_loadu_ps(from); }

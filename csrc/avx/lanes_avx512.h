@@ -24,7 +24,11 @@ Vector larger(Vector a, Vector b) { return _mm512_max_ps(a, b); }
 Vector magnitude(Vector a) { return _mm512_abs_ps(a); }
 float sum_of(Vector a) { return _mm512_reduce_add_ps(a); }
 float largest_of(Vector a) { return _mm512_reduce_max_ps(a); }
-float first_of(Vector a) { return _mm512_cvtss_f32(a); }
+
+// Lanes [begin, end) of x, either of them anything; the others are `otherwise`.
+Vector within(Vector x, int64_t begin, int64_t end, float otherwise) {
+    return _mm512_mask_mov_ps(all(otherwise), static_cast<Part>(part(end) & ~part(begin)), x);
+}
 
 // Lanes beyond a part are 0, and their memory is not touched.
 Vector load(const float* from) { return _mm512_loadu_ps(from); }
