@@ -22,8 +22,8 @@ using namespace tinychat;
 namespace {
 
 using Address = uintptr_t;
-using SegmentArgs = std::tuple<LinearShape, Address, Address, Address>;  // shape, values, scales, zeros
-using LinearArgs = std::pair<std::vector<SegmentArgs>, Address>;         // segments, bias or 0
+using SegmentArgs = std::tuple<LinearShape, Source, Address, Address, Address>;  // shape, source, values, scales, zeros
+using LinearArgs = std::pair<std::vector<SegmentArgs>, Address>;                 // segments, bias or 0
 
 using NormArgs = std::pair<Address, Address>;  // weight, bias or 0
 
@@ -36,8 +36,8 @@ NormData norm_data(const NormArgs& args) { return {pointer<const float>(args.fir
 
 LinearData linear_data(const LinearArgs& args) {
     LinearData data{{}, pointer<const float>(args.second)};
-    for (const auto& [shape, values, scales, zeros] : args.first) {
-        data.segments.push_back({shape, {pointer(values), pointer(scales), pointer(zeros)}});
+    for (const auto& [shape, source, values, scales, zeros] : args.first) {
+        data.segments.push_back({shape, {pointer(values), pointer(scales), pointer(zeros), source}});
     }
     return data;
 }
@@ -165,9 +165,8 @@ void bind_decoder(py::module_& m) {
             py::arg("out"), py::arg("up"), py::arg("down"), release())
         .def(
             "finish",
-            [](Decoder& decoder, const NormArgs& norm, const std::optional<LinearArgs>& head) {
-                const LinearData data = head ? linear_data(*head) : LinearData{};
-                decoder.finish(norm_data(norm), head ? &data : nullptr);
+            [](Decoder& decoder, const NormArgs& norm, const LinearArgs& head) {
+                decoder.finish(norm_data(norm), linear_data(head));
             },
             release())
         .def_property_readonly("weight_bytes", &Decoder::weight_bytes)

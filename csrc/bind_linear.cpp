@@ -55,11 +55,12 @@ void bind_linear(py::module_& m) {
     m.def(
         "pack",
         [](const char* isa, const LinearShape& shape, uintptr_t values, uintptr_t scales, uintptr_t zeros, uintptr_t packed,
-           int64_t tile_begin, int64_t tile_end) {
-            const WeightData data{pointer(values), pointer(scales), pointer(zeros)};
+           int64_t tile_begin, int64_t tile_end, Source source) {
+            const WeightData data{pointer(values), pointer(scales), pointer(zeros), source};
             kernels(isa).linear.pack(shape, data, pointer(packed), tile_begin, tile_end);
         },
-        release());
+        py::arg("isa"), py::arg("shape"), py::arg("values"), py::arg("scales"), py::arg("zeros"), py::arg("packed"),
+        py::arg("tile_begin"), py::arg("tile_end"), py::arg("source") = Source::codes, release());
     m.def(
         "unpack",
         [](const char* isa, const LinearShape& shape, uintptr_t packed, uintptr_t values, uintptr_t scales, uintptr_t zeros) {

@@ -29,6 +29,8 @@
 #include <string>
 #include <system_error>
 
+#include "half.h"
+
 namespace tinychat {
 namespace {
 
@@ -36,6 +38,17 @@ namespace {
 
 // Values of a row that are prepared at a time, where the linear's groups allow.
 constexpr int64_t kPiece = 512;
+
+// n of the values of a table, from index `from`, as fp32.
+void widen(WeightType type, const void* table, int64_t from, int64_t n, float* out) {
+    if (type == WeightType::f32) {
+        std::memcpy(out, static_cast<const float*>(table) + from, static_cast<size_t>(n) * sizeof(float));
+        return;
+    }
+    const uint16_t* values = static_cast<const uint16_t*>(table) + from;
+    const auto convert = type == WeightType::f16 ? from_half : from_bf16;
+    for (int64_t i = 0; i < n; ++i) out[i] = convert(values[i]);
+}
 
 }  // namespace
 
@@ -94,13 +107,6 @@ Decoder::Norm Decoder::keep(const NormData& data) {
     return norm;
 }
 
-void Decoder::set_embed(WeightType type, void* table) {
-    if (!table || type == WeightType::quantized) refuse("an embedding table is missing or quantized");
-    const LinearShape shape{type, shape_.vocab_size, shape_.hidden_size, 0, false, 0, 0};
-    const LinearData data{{{shape, {table, nullptr, nullptr}}}, nullptr};
-    table_ = std::make_unique<PackedLinear>(pack(data, shape_.vocab_size, shape_.hidden_size));
-}
-
 void Decoder::add_layer(const LayerData& data) {
     if (layers_.size() == shape_.windows.size()) refuse("more layers than the decoder has");
     if (!data.q_norm != !data.k_norm) refuse("a norm for one of q and k only");
@@ -116,11 +122,17 @@ void Decoder::add_layer(const LayerData& data) {
     layers_.push_back(std::move(layer));
 }
 
-void Decoder::finish(const NormData& norm, const LinearData* head) {
-    if (!table_ || layers_.size() != shape_.windows.size()) refuse("the table or a layer is missing");
+void Decoder::finish(const NormData& norm, const LinearData& head) {
+    if (layers_.size() != shape_.windows.size()) refuse("a layer is missing");
     norm_ = keep(norm);
-    if (head) head_ = std::make_unique<PackedLinear>(pack(*head, shape_.vocab_size, shape_.hidden_size));
+    head_ = pack(head, shape_.vocab_size, shape_.hidden_size);
     finished_ = true;
+}
+
+void Decoder::set_embed(WeightType type, const void* table) {
+    if (!table || type == WeightType::quantized) refuse("an embedding table is missing or quantized");
+    table_type_ = type;
+    table_ = table;
 }
 
 // ---- a step ----------------------------------------------------------------------------------------------------------
@@ -209,9 +221,8 @@ void Decoder::forward(const Step& step) {
     }
 
     if (!step.n_wanted) return;
-    const PackedLinear& head = head_ ? *head_ : *table_;
-    prepare_normed(norm_, head, step.n_wanted, step.wanted);
-    apply(head, step.n_wanted, step.logits, shape_.vocab_size);
+    prepare_normed(norm_, head_, step.n_wanted, step.wanted);
+    apply(head_, step.n_wanted, step.logits, shape_.vocab_size);
 }
 
 // The norm of each row of x, or of the `rows` wanted ones.
@@ -275,8 +286,10 @@ int64_t Decoder::piece(const PackedLinear& linear) const {
 void Decoder::embed(const Step& step, int64_t row) {
     const int64_t hidden = shape_.hidden_size;
     float* x = x_.floats() + row * hidden;
-    if (step.tokens) {
-        table_->unpack_row(kernels_.linear, step.tokens[row], x);
+    if (step.tokens && table_) {
+        widen(table_type_, table_, step.tokens[row] * hidden, hidden, x);
+    } else if (step.tokens) {
+        head_.unpack_row(kernels_.linear, step.tokens[row], x);
     } else {
         std::memcpy(x, step.embeddings + row * hidden, static_cast<size_t>(hidden) * sizeof(float));
     }

@@ -70,11 +70,13 @@ class Decoder {
     Decoder(const DecoderShape& shape, const Kernels& kernels, int n_threads);
     ~Decoder();
 
-    // Weights come in once, in this order; each call packs what it is given. Throw std::invalid_argument where
+    // Weights come in once, layers in order; these calls pack what they are given. Throw std::invalid_argument where
     // sizes do not fit the shape.
-    void set_embed(WeightType type, void* table);  // [vocab_size, hidden_size]
     void add_layer(const LayerData& layer);
-    void finish(const NormData& norm, const LinearData* head);  // head null: the embedding table serves
+    void finish(const NormData& norm, const LinearData& head);
+    // The embedding, where the head's rows do not serve (tied): [vocab_size, hidden_size] of a type other than quantized.
+    // Not packed and not copied: rows are read there as long as the decoder lives.
+    void set_embed(WeightType type, const void* table);
 
     const DecoderShape& shape() const { return shape_; }
     int64_t weight_bytes() const { return weight_bytes_; }
@@ -139,10 +141,11 @@ class Decoder {
     std::atomic<bool> busy_{false};
     int64_t weight_bytes_ = 0;
 
-    std::unique_ptr<PackedLinear> table_;  // the embedding, packed like a head: where that is tied, it is held once
+    WeightType table_type_ = WeightType::f32;
+    const void* table_ = nullptr;  // [vocab_size, hidden_size]; null: rows of the head serve, and are held once
     std::vector<Layer> layers_;
     Norm norm_;
-    std::unique_ptr<PackedLinear> head_;  // null: table_ serves
+    PackedLinear head_;
     bool finished_ = false;
 
     // Scratch, for as many rows as any step so far had.

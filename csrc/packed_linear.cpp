@@ -10,6 +10,8 @@ namespace {
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
+constexpr int64_t kTilesTogether = 8;  // packed by one thread: what a line of some sources holds parts of
+
 int64_t cache_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
@@ -27,12 +29,13 @@ PackedLinear::PackedLinear(const LinearData& data, int64_t n, int64_t k, const L
     }
     if (rows != n) refuse("the segments of a linear have " + std::to_string(rows) + " rows, not " + std::to_string(n));
     packed_.reserve(bytes);
-    team.run(tiles_, [&](Range tiles, int) {
-        each_segment(tiles, [&](const Segment& segment, Range part) {
-            const WeightData& weight = data.segments[static_cast<size_t>(&segment - segments_.data())].data;
-            kernels.pack(segment.shape, weight, packed_.data() + segment.offset, part.begin, part.end);
+    for (size_t i = 0; i < segments_.size(); ++i) {
+        const Segment& segment = segments_[i];
+        team.run((segment.tiles + kTilesTogether - 1) / kTilesTogether, [&](Range part, int) {
+            kernels.pack(segment.shape, data.segments[i].data, packed_.data() + segment.offset, part.begin * kTilesTogether,
+                         std::min(part.end * kTilesTogether, segment.tiles));
         });
-    });
+    }
     if (data.bias) {
         bias_.reserve(n * static_cast<int64_t>(sizeof(float)));
         std::memcpy(bias_.data(), data.bias, static_cast<size_t>(bias_.bytes()));

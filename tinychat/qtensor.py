@@ -21,6 +21,9 @@ import numpy as np
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), bfloat16)
 
+HEAD_GROUP = 128  # along K, of an output head that is rounded
+_ROUNDED_ROWS = 1024  # at a time: never a copy of the whole in fp32
+
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PER_WORD = 8
 # A word's four bytes hold two nibbles each: the low one is output AWQ_ORDER[2j], the high one AWQ_ORDER[2j + 1].
@@ -138,6 +141,36 @@ Weight = QTensor | AwqWords | np.ndarray  # [N, K]; an array is fp32, fp16 or bf
 def canonical(weight: Weight) -> QTensor | np.ndarray:
     """`weight` with its codes spread out, if it is quantized."""
     return weight.tensor() if isinstance(weight, AwqWords) else weight
+
+
+def round_symmetric(array: np.ndarray, bits: int = 8, group_size: int = HEAD_GROUP) -> QTensor:
+    """fp32, fp16 or bf16 [N, K], finite, to the nearest of 2^bits - 1 levels about zero, in groups along K, fp16 scales.
+
+        most  = 2^(bits-1) - 1
+        scale = the least fp16 >= max |w| of the group / most, or fp16's largest where there is none; 0 of zeros alone
+        code  = clip(rint(w / scale), -most, most) + most + 1, computed in fp32
+
+    A scale that is rounded up cuts off no weight. Device packers compute the same, bit by bit.
+    """
+    n, k = array.shape
+    most = (1 << bits - 1) - 1
+    starts = range(0, k, group_size)
+    scales = np.empty((n, len(starts)), np.float16)
+    codes = np.empty((n, k), np.uint8)
+    for first in range(0, n, _ROUNDED_ROWS):
+        rows = slice(first, first + _ROUNDED_ROWS)
+        for g, start in enumerate(starts):
+            group = slice(start, start + group_size)
+            values = array[rows, group].astype(np.float32)
+            exact = np.abs(values).max(axis=1) / np.float32(most)
+            scale = np.minimum(exact, np.float32(np.finfo(np.float16).max)).astype(np.float16)
+            above = (scale.view(np.uint16) + np.uint16(1)).view(np.float16)  # the next one, or infinity
+            scale = np.where((scale < exact) & np.isfinite(above), above, scale)
+            scales[rows, g] = scale
+            divisor = np.where(scale > 0, scale, np.float16(1)).astype(np.float32)
+            integers = np.clip(np.rint(values / divisor[:, None]), -most, most)
+            codes[rows, group] = (integers + (most + 1)).astype(np.uint8)
+    return QTensor(codes, scales, np.full(scales.shape, most + 1, np.uint8), bits, group_size)
 
 
 def unpack_words(words: np.ndarray) -> np.ndarray:

@@ -74,6 +74,10 @@ class WeightSource(Protocol):
         """The output head; None where the embedding table serves (tied)."""
         ...
 
+    def release(self) -> None:
+        """Nothing read so far is read again soon: its memory may be taken back. Arrays stay valid."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class MemoryWeights:
@@ -100,3 +104,6 @@ class MemoryWeights:
     def head(self) -> Linear | None:
         """See `WeightSource`."""
         return self.output_head
+
+    def release(self) -> None:
+        """See `WeightSource`: held in memory by whoever made it."""

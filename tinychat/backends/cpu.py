@@ -19,7 +19,7 @@ from tinychat.cache import KV_DTYPES, KVCache, Rows
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
-from tinychat.qtensor import QTensor, Weight, bfloat16, canonical
+from tinychat.qtensor import HEAD_GROUP, AwqWords, QTensor, Weight, bfloat16
 from tinychat.weights import Layer, Linear, WeightSource
 
 _cpu: Any = None
@@ -99,7 +99,7 @@ def build(
     config = source.config
     try:
         cache = KVCache(config.n_layers, n_slots, config.n_kv_heads, ctx_size, config.head_dim, kv_dtype)
-        return CpuRunner(source, cache, isa, thread_count(threads), activations, progress)
+        return CpuRunner(source, cache, isa, thread_count(threads), activations, head, progress)
     except MemoryError:
         need = n_slots * config.kv_bytes(ctx_size, np.dtype(KV_DTYPES[kv_dtype]).itemsize)
         raise BackendError(
@@ -135,6 +135,7 @@ class CpuRunner:
         isa: str,
         n_threads: int,
         activations: int = 16,
+        head: int = 16,
         progress: Callable[[int, int], None] | None = None,
     ):
         self.config = config = source.config
@@ -160,23 +161,30 @@ class CpuRunner:
             slopes=[],
         )
         self._rotary = rope.Table(config.rope, cache.capacity)
-        self._set_embed(source.embed())
         for index in range(config.n_layers):
             self._add_layer(source.layer(index))
             if progress:
                 progress(index + 1, config.n_layers)
-        keep: list[np.ndarray] = []
-        head = source.head()  # None where it is tied, once a stored copy is found equal
-        packed = None if head is None else self._linear(head, config.vocab_size, config.hidden_size, "head", keep)
-        self._decoder.finish((_vector(source.norm(), config.hidden_size, "norm", keep), 0), packed)
+        self._add_ends(source, head)
+        source.release()
         self.weight_bytes: int = self._decoder.weight_bytes
 
-    def _set_embed(self, table: np.ndarray) -> None:
-        expected = (self.config.vocab_size, self.config.hidden_size)
-        if table.shape != expected:
-            raise ValueError(f"the embedding table is {table.shape}, expected {expected}")
-        table = np.ascontiguousarray(table)
-        self._decoder.set_embed(_float_type(table), table.ctypes.data)
+    def _add_ends(self, source: WeightSource, bits: int) -> None:
+        """The final norm, the head in `bits`, and the embedding: the head's rows where they are tied, else read in place."""
+        keep: list[np.ndarray] = []
+        vocab, hidden = self.config.vocab_size, self.config.hidden_size
+        head, table = source.head(), source.embed()  # head None where it is tied, once a stored copy is found equal
+        if table.shape != (vocab, hidden):
+            raise ValueError(f"the embedding table is {table.shape}, expected {(vocab, hidden)}")
+        tied = head is None
+        packed = self._linear(Linear((table,)) if head is None else head, vocab, hidden, "head", keep, bits)
+        self._decoder.finish((_vector(source.norm(), hidden, "norm", keep), 0), packed)
+        if tied:
+            return
+        # What can be written to is the caller's own; a mapped file is not, and its pages hold the table already.
+        shared = table.flags.c_contiguous and not table.flags.writeable
+        self._table = table if shared else np.array(table, order="C")
+        self._decoder.set_embed(_float_type(self._table), self._table.ctypes.data)
 
     def _add_layer(self, layer: Layer) -> None:
         config = self.config
@@ -195,12 +203,14 @@ class CpuRunner:
             down=self._linear(layer.down, hidden, inter, "down", keep),
         )
 
-    def _linear(self, linear: Linear, n: int, k: int, name: str, keep: list[np.ndarray]) -> tuple[list[tuple], int]:
-        """What `_cpu.Decoder` takes for a linear [n, k]: (segments, bias)."""
+    def _linear(
+        self, linear: Linear, n: int, k: int, name: str, keep: list[np.ndarray], bits: int = 16
+    ) -> tuple[list[tuple], int]:
+        """What `_cpu.Decoder` takes for a linear [n, k]: (segments, bias). `bits` 8: plain segments are rounded."""
         if linear.shape != (n, k) or any(segment.shape[1] != k for segment in linear.segments):
             raise ValueError(f"{name} is {[segment.shape for segment in linear.segments]}, expected {(n, k)} in all")
         bias = _vector(linear.bias, n, f"bias of {name}", keep)
-        return [_segment(segment, self._activations, keep) for segment in linear.segments], bias
+        return [_segment(segment, self._activations, keep, bits) for segment in linear.segments], bias
 
     def step(self, rows: Rows) -> np.ndarray:
         """Run `rows`, extend the cache, return fp32 logits [len(rows.wanted), vocab_size].
@@ -256,18 +266,25 @@ def _vector(values: np.ndarray | None, n: int, name: str, keep: list[np.ndarray]
     return _kept(values.astype(np.float32, copy=False), keep)
 
 
-def _segment(weight: Weight, activations: int, keep: list[np.ndarray]) -> tuple:
-    """(shape, addresses of values, scales, zeros)."""
-    n, k = weight.shape
-    weight = canonical(weight)
-    if isinstance(weight, QTensor):
-        if weight.bits > 4:
-            raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 4")
-        wide = weight.scales.dtype != np.float16
-        scales = weight.scales.astype(np.float32, copy=False) if wide else weight.scales
-        shape = _cpu.LinearShape(_cpu.WeightType.quantized, n, k, min(weight.group_size, k), wide, 4, activations)
-        return shape, _kept(weight.codes, keep), _kept(scales, keep), _kept(weight.zeros, keep)
-    return _cpu.LinearShape(_float_type(weight), n, k, k, False), _kept(weight, keep), 0, 0
+def _segment(weight: Weight, activations: int, keep: list[np.ndarray], bits: int) -> tuple:
+    """(shape, source, addresses of values, scales, zeros); a plain weight is rounded where `bits` is 8."""
+    (n, k), source, types = weight.shape, _cpu.Source.codes, _cpu.WeightType
+    if isinstance(weight, np.ndarray):
+        kind, values = _float_type(weight), _kept(weight, keep)
+        if bits == 16:
+            return _cpu.LinearShape(kind, n, k, k, False), source, values, 0, 0
+        shape = _cpu.LinearShape(types.quantized, n, k, min(HEAD_GROUP, k), False, bits, activations)
+        return shape, getattr(_cpu.Source, kind.name), values, 0, 0
+    if weight.bits > 4:
+        raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 4")
+    wide = weight.scales.dtype != np.float16
+    scales = weight.scales.astype(np.float32, copy=False) if wide else weight.scales
+    if isinstance(weight, AwqWords):
+        source, values, zeros = _cpu.Source.awq, weight.qweight, weight.qzeros
+    else:
+        values, zeros = weight.codes, weight.zeros
+    shape = _cpu.LinearShape(types.quantized, n, k, min(weight.group_size, k), wide, 4, activations)
+    return shape, source, _kept(values, keep), _kept(scales, keep), _kept(zeros, keep)
 
 
 def _float_type(values: np.ndarray) -> Any:

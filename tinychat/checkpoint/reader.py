@@ -71,7 +71,9 @@ class Checkpoint:
 
     def embed(self) -> np.ndarray:
         """The embedding table [vocab_size, hidden_size], read-only on the mapped file."""
-        return self._read(f"{self.names.embed}.weight")
+        table = self._read(f"{self.names.embed}.weight")
+        self._shards.release()  # looked through whole; a reader may want few rows of it
+        return table
 
     def layer(self, index: int) -> Layer:
         """Block `index`. Weights are read-only on the mapped file, as they lie there."""
@@ -107,6 +109,10 @@ class Checkpoint:
                 f"if the head is right, set tie_word_embeddings to false"
             )
         return None
+
+    def release(self) -> None:
+        """Give back the memory of the pages read so far; arrays stay valid and read them again."""
+        self._shards.release()
 
     def _linear(self, linear: str, layer: int) -> Linear:
         parts = segments(self.config, self.names, linear, layer)
