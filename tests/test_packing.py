@@ -57,7 +57,9 @@ def test_the_words_follow_the_formula():
     q = weight.tensor()
     assert weight.shape == q.shape == (24, 32) and weight.group_size == q.group_size == 16 and weight.bits == q.bits
     assert weight.bits_per_weight == q.bits_per_weight
-    assert all(np.array_equal(a, b) for a, b in zip(awq.pack(q).values(), (weight.qweight, weight.qzeros), strict=False))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(awq.pack(q).values(), (weight.qweight, weight.qzeros), strict=False)
+    )
 
 
 def test_words_need_their_own_types():
