@@ -43,15 +43,17 @@ BASES = {
 }
 
 
-def tiny(model_type: str, *, seed: int = 0, scale: float = 0.1, **overrides) -> tuple[AutoModelForCausalLM, dict]:
-    """(model, its config.json as a dict): fp32, eager attention, every parameter random, norms and biases too.
+def tiny(
+    model_type: str, *, seed: int = 0, scale: float = 0.1, attention: str = "eager", **overrides
+) -> tuple[AutoModelForCausalLM, dict]:
+    """(model, its config.json as a dict): fp32, every parameter random, norms and biases too.
 
     `scale` is the standard deviation of matrices; logits then have a standard deviation near 1.
     """
     config = AutoConfig.for_model(model_type, **{**BASES.get(model_type, BASE), **overrides})
-    config._attn_implementation = "eager"
+    config._attn_implementation = attention
     config.dtype = torch.float32
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

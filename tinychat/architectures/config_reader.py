@@ -49,11 +49,15 @@ DTYPES = ("float16", "bfloat16", "float32")
 class ConfigReader:
     """A mapping of config.json that remembers what was read. `path` is what its keys are called in messages."""
 
-    def __init__(self, values: Mapping[str, Any], ignore: Collection[str] = (), path: str = ""):
+    def __init__(
+        self, values: Mapping[str, Any], ignore: Collection[str] = (), path: str = "", bookkeeping: bool = True
+    ):
+        """`bookkeeping`: whether the object may have the keys of a whole config."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"config.json: {path.rstrip('.') or 'the file'} is not an object but {_show(values)}")
         self._ignore = ignore
         self._path = path
+        self._bookkeeping = bookkeeping
         self._values = {key: value for key, value in values.items() if path + key not in ignore}
         self._read: set[str] = set()
 
@@ -121,7 +125,7 @@ class ConfigReader:
 
     def _harmless(self, key: str) -> bool:
         switched_off = key in HARMLESS_AT and self._values[key] == HARMLESS_AT[key]
-        return switched_off or (key in HARMLESS and not self._path)
+        return switched_off or (key in HARMLESS and self._bookkeeping)
 
     def decoder(
         self,
@@ -218,7 +222,7 @@ class ConfigReader:
         spellings = [key for key in ("rope_scaling", "rope_parameters") if self.get(key, None)]
         found = []
         for key in spellings or ["rope_parameters"]:
-            inner = ConfigReader(self.get(key, {}), self._ignore, f"{key}.")
+            inner = ConfigReader(self.get(key, {}), self._ignore, f"{key}.", bookkeeping=False)
             found.append(inner._rope(self, theta, dim, max_positions))
             inner.finish()
         if found[0] != found[-1]:

@@ -27,6 +27,7 @@ def translate(reader: ConfigReader) -> ModelConfig:
     attention = reader.nested("attn_config")
     if not attention.flag("alibi", True):
         raise attention.error("alibi", "true: learned positions are not implemented")
+    # as the models' own code has it; transformers' takes it for 8 whatever the file says
     bias_max = attention.number("alibi_bias_max", 8.0, above=0, high=1e3)
     attention.text("attn_type", "multihead_attention", choices=("multihead_attention",))
     for key in ("prefix_lm", "qk_ln", "attn_uses_sequence_id"):
@@ -35,7 +36,7 @@ def translate(reader: ConfigReader) -> ModelConfig:
     for key in ("clip_qkv", "softmax_scale"):
         if attention.get(key, None) is not None:
             raise attention.error(key, "null: it is not implemented")
-    for key in ("attn_impl", "attn_pdrop", "model_type"):  # change nothing
+    for key in ("attn_impl", "attn_pdrop", "dtype", "model_type"):  # change nothing
         attention.get(key, None)
     attention.finish()
     reader.flag("learned_pos_emb", True)  # those that ALiBi switches off

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from tinychat.checkpoint.inventory import segments
 from tinychat.config import ModelConfig
 from tinychat.errors import UsageError
 from tinychat.qtensor import AwqWords, Weight
-from tinychat.weights import LINEARS, Layer, Linear
+from tinychat.weights import LINEARS, NORMS, Layer, Linear, norm_sizes
 
 PLACES = 1 << 20  # at which a window may begin
 TABLE_POOL = PLACES + 7  # numbers that a table repeats: odd, so that its rows differ
@@ -58,14 +59,18 @@ class RandomWeights:
     def layer(self, index: int) -> Layer:
         """See `WeightSource`."""
         c = self.config
-        ones = np.ones(c.hidden_size, np.float32)
-        head_ones = np.ones(c.head_dim, np.float32) if c.qk_norm else None
-        made = {name: self._linear(name, index) for name in LINEARS}
-        return Layer(norm1=ones, norm2=ones, q_norm=head_ones, k_norm=head_ones, **made)
+        made: dict[str, Any] = {name: self._linear(name, index) for name in LINEARS}
+        for name, size in norm_sizes(c).items():
+            made[name] = (np.zeros if name.endswith("_bias") else np.ones)(size, np.float32)
+        return Layer(**{"norm2": None, **made})
 
     def norm(self) -> np.ndarray:
         """See `WeightSource`."""
         return np.ones(self.config.hidden_size, np.float32)
+
+    def norm_bias(self) -> np.ndarray | None:
+        """See `WeightSource`."""
+        return np.zeros(self.config.hidden_size, np.float32) if self.config.norm_bias else None
 
     def head(self) -> Linear | None:
         """See `WeightSource`; made anew at each call."""
@@ -92,7 +97,7 @@ class RandomWeights:
     def layer_bytes(self) -> int:
         """Of one block's tensors, were they in files."""
         layer = self.layer(0)
-        norms = [n for n in (layer.norm1, layer.norm2, layer.q_norm, layer.k_norm) if n is not None]
+        norms = [n for name in NORMS if (n := getattr(layer, name)) is not None]
         linears = [getattr(layer, name) for name in LINEARS]
         biases = [linear.bias for linear in linears if linear.bias is not None]
         return sum(linear.nbytes for linear in linears) + sum(2 * values.size for values in norms + biases)
