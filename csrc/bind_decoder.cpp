@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>

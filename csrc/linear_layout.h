@@ -131,8 +131,65 @@ struct QuantizedLayout {
 
 // ---- preparing activations -------------------------------------------------------------------------------------------
 
-// One block of `length` values to integers within +-Limits::range: integers[i] = round(x[i] / scale), zero from length to
-// the end of the block.
+// As many lanes as the level's registers have; a block is summed in 16 lanes at every level, so that all round alike.
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16;
+#elif defined(__AVX__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
+
+// Sum and largest of the sizes of `count` values, a multiple of 16; the largest as the bits of a float.
+[[maybe_unused]] void measure(const float* values, int64_t count, float* sum, int32_t* largest) {
+    Floats sums[16 / kLanes] = {};
+    Integers most[16 / kLanes] = {};
+    for (int64_t i = 0; i < count; i += 16) {
+        for (int64_t j = 0; j < 16 / kLanes; j++) {
+            Integers size;
+            std::memcpy(&size, values + i + j * kLanes, sizeof size);
+            size &= 0x7fffffff;
+            most[j] = size > most[j] ? size : most[j];
+            sums[j] += (Floats)size;
+        }
+    }
+    float sum_lanes[16];
+    int32_t most_lanes[16];
+    std::memcpy(sum_lanes, sums, sizeof sums);
+    std::memcpy(most_lanes, most, sizeof most);
+    for (int64_t half = 8; half > 0; half /= 2) {
+        for (int64_t j = 0; j < half; j++) {
+            sum_lanes[j] += sum_lanes[j + half];
+            most_lanes[j] = most_lanes[j] > most_lanes[j + half] ? most_lanes[j] : most_lanes[j + half];
+        }
+    }
+    *sum = sum_lanes[0];
+    *largest = most_lanes[0];
+}
+
+// Sum of what the sizes of `count` values, a multiple of 16, have above `limit`.
+[[maybe_unused]] float sum_above(const float* values, int64_t count, float limit) {
+    Floats sums[16 / kLanes] = {};
+    for (int64_t i = 0; i < count; i += 16) {
+        for (int64_t j = 0; j < 16 / kLanes; j++) {
+            Integers size;
+            std::memcpy(&size, values + i + j * kLanes, sizeof size);
+            size &= 0x7fffffff;
+            const Floats above = (Floats)size - limit;
+            sums[j] += above > 0 ? above : Floats{};
+        }
+    }
+    float lanes[16];
+    std::memcpy(lanes, sums, sizeof sums);
+    for (int64_t half = 8; half > 0; half /= 2) {
+        for (int64_t j = 0; j < half; j++) lanes[j] += lanes[j + half];
+    }
+    return lanes[0];
+}
+
+// One block of `length` values to integers within +-Limits::range, round(x / scale), zero from length on: as planes.
 //
 // What it guarantees of 16 bits (range 32639 = 127 * 256 + 127, so that two int8 planes hold them). A step of the integers is
 // at most 1/32639 of the largest value, so that against the product of norms |x||w| the error is of NMSE 1e-8 or less.
@@ -149,95 +206,84 @@ struct Limits {
 };
 constexpr Limits kLimits16{32639.0f, 32.0f}, kLimits8{127.0f, 8.0f};
 
-[[maybe_unused]] void quantize_block(const float* x, int64_t length, Limits limits, int32_t* integers, Block* block,
-                                     Outlier* outliers) {
-    constexpr int64_t kMost = kBlock;
-    constexpr float kTiny = 1e-33f;
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
-    float values[kMost];
-    std::memcpy(values, x, static_cast<size_t>(length) * 4);
-    const int64_t padded = length == kMost ? kMost : round_up(length, 16);
-    for (int64_t i = length; i < padded; i++) values[i] = 0;
-
-    float sum = 0, largest = 0;
-    uint32_t bits[kMost];
-    auto measure = [&] {  // sum and largest of |values|, in lanes that the compiler turns into vectors
-        std::memcpy(bits, values, static_cast<size_t>(padded) * 4);
-        float sums[16] = {};
-        int32_t most[16] = {};
-        for (int64_t i = 0; i < padded; i += 16) {
-            for (int64_t j = 0; j < 16; j++) {
-                const int32_t size = static_cast<int32_t>(bits[i + j] & 0x7fffffffu);
-                most[j] = size > most[j] ? size : most[j];
-                sums[j] += values[i + j] < 0 ? -values[i + j] : values[i + j];
-            }
-        }
-        sum = 0;
-        int32_t most_bits = 0;
-        for (int64_t j = 0; j < 16; j++) {
-            sum += sums[j];
-            most_bits = most[j] > most_bits ? most[j] : most_bits;
-        }
-        std::memcpy(&largest, &most_bits, 4);
-        return most_bits < 0x7f800000;
-    };
-
-    block->outliers = 0;
-    block->sum = 0;
-    block->halves = 0;
-    const bool finite = measure();
+// Takes the outliers out of values[0, length), padded with zeros to `count`: at most one in 16, the largest first. The m
+// largest of n sizes sum to at most m l + (what all have above l) for any l, which bounds the mean of the others from below
+// without sorting, and closely for l near the m-th largest: 2.5 times the mean is there for normal and heavier tails. What
+// is taken although it is no outlier costs a little time. Returns the bits of the largest size that remains.
+[[maybe_unused]] __attribute__((noinline)) int32_t take_outliers(float* values, int64_t length, int64_t count,
+                                                                 float noise, Block* block, Outlier* outliers) {
     const int64_t most = divide_up(length, 16);
-    const float count = static_cast<float>(most), rest = static_cast<float>(length - most);
-    if (finite && largest * (count + rest / limits.noise) > sum) {  // true wherever there is an outlier; else rare
-        for (int64_t i = 0; i < most; i++) {
-            int64_t at = 0;
-            while (values[at] != largest && values[at] != -largest) at++;
-            outliers[i] = {static_cast<int32_t>(at), values[at]};
-            values[at] = 0;
-            measure();
-        }
-        const float limit = limits.noise * sum / rest;
-        for (int64_t i = 0; i < most; i++) {  // from the largest down
-            const float value = outliers[i].value, size = value < 0 ? -value : value;
-            if (size > limit) {
-                block->outliers++;
-            } else {
-                values[outliers[i].index] = value;
-                largest = size > largest ? size : largest;
-            }
-        }
+    for (;;) {
+        float sum, size;
+        int32_t largest;
+        measure(values, count, &sum, &largest);
+        std::memcpy(&size, &largest, 4);
+        const float left = static_cast<float>(most - block->outliers), rest = static_cast<float>(length - most);
+        const float limit = 2.5f * sum / (left + rest);
+        if (left == 0 || size * rest <= noise * (sum - left * limit - sum_above(values, count, limit))) return largest;
+        int64_t at = 0;
+        while (values[at] != size && values[at] != -size) at++;
+        outliers[block->outliers++] = {static_cast<int32_t>(at), values[at]};
+        values[at] = 0;
     }
-    if (!finite || largest < kTiny) {
-        const uint32_t nan = 0x7fc00000u;
-        block->scale = 0;
-        if (!finite) std::memcpy(&block->scale, &nan, 4);
-        std::memset(integers, 0, static_cast<size_t>(padded) * 4);
-        return;
-    }
-    block->scale = largest / limits.range;
-    const float inverse = limits.range / largest;
-    int32_t total = 0, offset;
-    std::memcpy(&offset, &kRound, 4);
-    for (int64_t i = 0; i < padded; i++) values[i] = values[i] * inverse + kRound;
-    std::memcpy(bits, values, static_cast<size_t>(padded) * 4);
-    for (int64_t i = 0; i < padded; i++) {
-        integers[i] = static_cast<int32_t>(bits[i]) - offset;
-        total += integers[i];
-    }
-    block->sum = total;
-    const int32_t upper = (64 - total) >> 7;
-    block->halves = static_cast<int32_t>(static_cast<uint32_t>(upper) << 16 |
-                                         (static_cast<uint32_t>(-total - upper * 128) & 0xffffu));
 }
 
-// The integers of a block of `length` (padded) as planes.
-[[maybe_unused]] void store_planes(const int32_t* integers, int64_t length, int64_t planes, int8_t* codes) {
-    if (planes == 1) {
-        for (int64_t i = 0; i < length; i++) codes[i] = static_cast<int8_t>(integers[i]);
+__attribute__((always_inline)) inline void quantize_block(const float* x, int64_t length, Limits limits, int64_t planes,
+                                                          int8_t* codes, Block* block, Outlier* outliers) {
+    constexpr float kTiny = 1e-33f;
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+    const int64_t count = round_up(length, 16), padded = round_up(length, kStep);
+    float values[kBlock];  // a copy, where the values are not used as they are
+    const auto copy = [&] {
+        std::memcpy(values, x, static_cast<size_t>(length) * 4);
+        for (int64_t i = length; i < count; i++) values[i] = 0;
+        x = values;
+    };
+    if (length != count) copy();
+
+    *block = Block{0, 0, 0, 0};
+    float sum, size;
+    int32_t largest;
+    measure(x, count, &sum, &largest);
+    std::memcpy(&size, &largest, 4);
+    const bool finite = largest < 0x7f800000;
+    const int64_t most = divide_up(length, 16);
+    // True wherever there is an outlier; else rare.
+    if (finite && size * (static_cast<float>(most) + static_cast<float>(length - most) / limits.noise) > sum) {
+        if (x != values) copy();
+        largest = take_outliers(values, length, count, limits.noise, block, outliers);
+        std::memcpy(&size, &largest, 4);
+    }
+    if (!finite || size < kTiny) {
+        const uint32_t nan = 0x7fc00000u;
+        if (!finite) std::memcpy(&block->scale, &nan, 4);
+        std::memset(codes, 0, static_cast<size_t>(padded * planes));
         return;
     }
-    for (int64_t i = 0; i < length; i++) codes[i] = static_cast<int8_t>((integers[i] + 128) >> 8);
-    for (int64_t i = 0; i < length; i++) codes[length + i] = static_cast<int8_t>(integers[i]);
+    block->scale = size / limits.range;
+    const float inverse = limits.range / size;
+    int32_t offset;
+    std::memcpy(&offset, &kRound, 4);
+    int32_t integers[kBlock];
+    Integers totals = {};
+    for (int64_t i = 0; i < count; i += kLanes) {
+        Floats value;
+        std::memcpy(&value, x + i, sizeof value);
+        value = value * inverse + kRound;
+        const Integers integer = (Integers)value - offset;
+        totals += integer;
+        std::memcpy(integers + i, &integer, sizeof integer);
+    }
+    int32_t total = 0;
+    for (int64_t j = 0; j < kLanes; j++) total += totals[j];
+    const int32_t upper = (64 - total) >> 7;
+    block->sum = total;
+    block->halves = static_cast<int32_t>(static_cast<uint32_t>(upper) << 16 |
+                                         (static_cast<uint32_t>(-total - upper * 128) & 0xffffu));
+    int8_t* low = codes + (planes - 1) * padded;
+    for (int64_t i = 0; i < padded; i++) low[i] = static_cast<int8_t>(integers[i]);
+    if (planes == 1) return;
+    for (int64_t i = 0; i < padded; i++) codes[i] = static_cast<int8_t>((integers[i] + 128) >> 8);
 }
 
 // LinearKernels::prepare; each level compiles it with its own instructions.
@@ -251,16 +297,25 @@ constexpr Limits kLimits16{32639.0f, 32.0f}, kLimits8{127.0f, 8.0f};
     }
     const QuantizedLayout layout(shape);
     const Limits limits = shape.activation_bits == 8 ? kLimits8 : kLimits16;
-    alignas(64) int32_t integers[kBlock];
+    const int64_t first = begin / layout.group, planes = layout.integer_bytes;
+    int64_t in_group = begin - first * layout.group;  // a multiple of kBlock
+    const int64_t index = first * layout.group_blocks + in_group / kBlock;
+    auto* codes = reinterpret_cast<int8_t*>(row) + (first * layout.padded_group + in_group) * planes;
+    Block* block = reinterpret_cast<Block*>(row + layout.blocks_at) + index;
+    Outlier* outliers = reinterpret_cast<Outlier*>(row + layout.outliers_at) + index * layout.block_outliers;
     for (int64_t k = begin; k < end;) {
-        const int64_t g = k / layout.group, in_group = k - g * layout.group;
         const int64_t length = smaller(smaller(kBlock, layout.group - in_group), shape.k - k);
-        const int64_t index = g * layout.group_blocks + in_group / kBlock, padded = round_up(length, kStep);
-        char* codes = row + (g * layout.padded_group + in_group) * layout.integer_bytes;
-        quantize_block(x + (k - begin), length, limits, integers, reinterpret_cast<Block*>(row + layout.blocks_at) + index,
-                       reinterpret_cast<Outlier*>(row + layout.outliers_at) + index * layout.block_outliers);
-        store_planes(integers, padded, layout.integer_bytes, reinterpret_cast<int8_t*>(codes));
+        if (length == kBlock) {  // the usual one, for the compiler to unroll
+            quantize_block(x, kBlock, limits, planes, codes, block, outliers);
+        } else {
+            quantize_block(x, length, limits, planes, codes, block, outliers);
+        }
         k += length;
+        x += length;
+        in_group = in_group + length < layout.group ? in_group + length : 0;
+        codes += round_up(length, kStep) * planes;
+        block++;
+        outliers += layout.block_outliers;
     }
 }
 

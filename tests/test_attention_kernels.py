@@ -10,6 +10,8 @@ from tinychat.backends import cpu
 if cpu.available():
     pytest.skip(f"cpu backend: {cpu.available()}", allow_module_level=True)
 
+import itertools
+
 from tinychat import _cpu
 from tinychat.cache import dequantize_entries, quantize_entries
 
@@ -195,10 +197,7 @@ def test_pieces_merge_to_the_whole(isa, dtype):
         q = f32(rows, heads, dim, seed=rows, scale=3)
         first = max(0, n - rows + 1 - window) if window else 0
         cuts = [first, first + 1, first + 64, n - 7, n]
-        parts = [
-            partial(isa, cache, q, n - rows, window=window, begin=a, end=b)
-            for a, b in zip(cuts, cuts[1:], strict=False)
-        ]
+        parts = [partial(isa, cache, q, n - rows, window=window, begin=a, end=b) for a, b in itertools.pairwise(cuts)]
         largest = np.max([maximum for _, maximum, _ in parts], axis=0)
         with np.errstate(invalid="raise"):
             factors = [np.exp(maximum - largest) for _, maximum, _ in parts]

@@ -79,26 +79,52 @@ __m512i add_pairs(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi3
 template <int bits, int planes, int R, int T>
 __attribute__((always_inline)) inline void dot(const char* codes, int64_t tile_bytes, const char* x, int64_t stride,
                                                int64_t steps, __m512i (&sums)[planes][R][T]) {
-    constexpr bool kChains = R == 1 && T == 1;  // a single sum would wait for itself
-    __m512i more[planes];
-    for (int p = 0; p < planes; p++) more[p] = _mm512_setzero_si512();
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < steps; i++) {
+    // Few sums would wait for themselves: they are split in chains.
+    constexpr int kSums = planes * R * T, kChains = kSums <= 2 ? 4 : kSums <= 8 ? 2 : 1;
+    __m512i chains[kChains][planes][R][T];
+    for (int c = 1; c < kChains; c++) {
+        for (int t = 0; t < R; t++) {
+            for (int p = 0; p < planes; p++) {
+                for (int j = 0; j < T; j++) chains[c][p][t][j] = _mm512_setzero_si512();
+            }
+        }
+    }
+    for (int t = 0; t < R; t++) {
+        for (int p = 0; p < planes; p++) {
+            for (int j = 0; j < T; j++) chains[0][p][t][j] = sums[p][t][j];
+        }
+    }
+    const auto step = [&](int64_t i, int odd) __attribute__((always_inline)) {
         __m512i q[T][2];
         for (int j = 0; j < T; j++) Codes<bits>::load(codes + j * tile_bytes + i * Codes<bits>::kBytes, q[j]);
         for (int t = 0; t < R; t++) {
             for (int p = 0; p < planes; p++) {
                 const char* at = x + t * stride + (p * steps + i) * kStep;
-                const __m512i first = broadcast(at), second = broadcast(at + 4);
-                for (int j = 0; j < T; j++) {
-                    __m512i& other = kChains ? more[p] : sums[p][t][j];
-                    sums[p][t][j] = _mm512_dpbusd_epi32(sums[p][t][j], q[j][0], first);
-                    other = _mm512_dpbusd_epi32(other, q[j][1], second);
+                for (int half = 0; half < 2; half++) {
+                    const __m512i factor = broadcast(at + half * 4);
+                    for (int j = 0; j < T; j++) {
+                        __m512i& sum = chains[(odd * 2 + half) % kChains][p][t][j];
+                        sum = _mm512_dpbusd_epi32(sum, q[j][half], factor);
+                    }
                 }
             }
         }
+    };
+    int64_t i = 0;
+#pragma GCC unroll 2
+    for (; i + 2 <= steps; i += 2) {
+        step(i, 0);
+        step(i + 1, 1);
     }
-    for (int p = 0; kChains && p < planes; p++) sums[p][0][0] = _mm512_add_epi32(sums[p][0][0], more[p]);
+    if (i < steps) step(i, 0);
+    for (int t = 0; t < R; t++) {
+        for (int p = 0; p < planes; p++) {
+            for (int j = 0; j < T; j++) {
+                sums[p][t][j] = chains[0][p][t][j];
+                for (int c = 1; c < kChains; c++) sums[p][t][j] = _mm512_add_epi32(sums[p][t][j], chains[c][p][t][j]);
+            }
+        }
+    }
 }
 
 #else
@@ -234,7 +260,7 @@ __attribute__((always_inline)) inline void tiles(const Call& call, const char* a
 
 // R rows of T tiles, of which the first `outputs` rows of weights exist.
 template <int bits, int planes, int R, int T>
-void store_tiles(const Call& call, const char* at, const char* activation, int64_t outputs, float* y) {
+__attribute__((noinline)) void store_tiles(const Call& call, const char* at, const char* activation, int64_t outputs, float* y) {
     __m512 sums[R][T];
     tiles<bits, planes, R, T>(call, at, activation, sums);
     for (int j = 0; j < T; j++) {

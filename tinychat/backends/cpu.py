@@ -276,11 +276,11 @@ def _segment(weight: Weight, activations: int, keep: list[np.ndarray], bits: int
     """(shape, source, addresses of values, scales, zeros); a plain weight is rounded where `bits` is 8."""
     (n, k), source, types = weight.shape, _cpu.Source.codes, _cpu.WeightType
     if isinstance(weight, np.ndarray):
-        kind, values = _float_type(weight), _kept(weight, keep)
+        kind, address = _float_type(weight), _kept(weight, keep)
         if bits == 16:
-            return _cpu.LinearShape(kind, n, k, k, False), source, values, 0, 0
+            return _cpu.LinearShape(kind, n, k, k, False), source, address, 0, 0
         shape = _cpu.LinearShape(types.quantized, n, k, min(HEAD_GROUP, k), False, bits, activations)
-        return shape, getattr(_cpu.Source, kind.name), values, 0, 0
+        return shape, getattr(_cpu.Source, kind.name), address, 0, 0
     if weight.bits > 4:
         raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 4")
     wide = weight.scales.dtype != np.float16

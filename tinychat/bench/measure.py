@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from tinychat.bench.subject import Options, Subject
 from tinychat.cache import Rows
 from tinychat.engine import Engine
 from tinychat.errors import BackendError, UsageError
-from tinychat.results import Timings
+from tinychat.results import Piece, Timings
 
 DECODE_PROMPT, DECODE_TOKENS = 4, 200  # the AWQ paper's protocol
 LONG, SHORT, GENERATED = 512, 64, 128  # llama-bench's pp512, pp64 and tg128
@@ -61,6 +61,8 @@ class Lengths:
         room = ctx_size or limit
         if room < DECODE_PROMPT + 2:
             raise UsageError(f"a context of {room} is too short to measure anything in; give at least 6")
+        if tokens == 1:
+            raise UsageError("one token comes with the prompt's last row: give --tokens 2 or more to see any decoded")
         if tokens is not None and DECODE_PROMPT + tokens > room:
             raise UsageError(
                 f"{tokens} tokens after a prompt of {DECODE_PROMPT} need a context of {DECODE_PROMPT + tokens}; "
@@ -106,6 +108,7 @@ class Session:
     """An engine under measurement: greedy, ignoring the end of the text, no prompt beginning like another."""
 
     def __init__(self, llm: Engine):
+        self._runner = llm.runner
         self.watch = Stopwatch(llm.runner)
         self.engine = Engine(self.watch, llm.tokenizer)
         self._vocab = llm.config.vocab_size
@@ -122,13 +125,31 @@ class Session:
         options: dict[str, Any] = {"max_tokens": generated, "temperature": 0.0, "ignore_eos": True}
         return self.engine.generate(self.prompt(prompt), **options).timings
 
+    def kernel_fraction(self, tokens: int) -> float | None:
+        """Of the time of `tokens`, how much threads spend inside kernels; None where the runner does not tell."""
+        runner: Any = self._runner
+        if not hasattr(runner, "profile"):
+            return None
+        stream = self._started(tokens)
+        runner.profile(True)
+        began = time.perf_counter()
+        for _ in stream:
+            pass
+        seconds = time.perf_counter() - began
+        runner.profile(False)
+        profile = runner.profiled()
+        return profile.kernel_s * profile.steps / seconds
+
+    def _started(self, tokens: int) -> Generator[Piece, None, None]:
+        """The stream of `tokens` after a prompt of 4, of which the first, that comes with the prompt, is taken."""
+        stream = self.engine.stream(self.prompt(DECODE_PROMPT), max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        next(stream)
+        return stream
+
     def decode(self, tokens: int, read: Callable[[float], float], probe: Probe | None) -> Decoded:
         """`tokens` after a prompt of 4, the probe read between them. read(n): bytes that a text's n-th token reads."""
         found = Decoded([], [], [])
-        stream = self.engine.stream(
-            self.prompt(DECODE_PROMPT), max_tokens=tokens, temperature=0.0, ignore_eos=True
-        )  # its first token comes with the prompt's last row
-        next(stream)
+        stream = self._started(tokens)
         before = probe.read() if probe else 0.0
         seconds, bytes_read = 0.0, 0.0
         for index in range(tokens - 1):
@@ -143,7 +164,6 @@ class Session:
                 after = probe.read()
                 found.stretches.append(Stretch(seconds, bytes_read, before, after))
                 before, seconds, bytes_read = after, 0.0, 0.0
-        stream.close()
         return found
 
 
@@ -192,6 +212,8 @@ def measure(subject: Subject, threads: int | None, say: Say = lambda text: None)
     cache = cpuinfo.last_level_cache()
     in_cache = cache is not None and bytes_per_token < 2 * cache
     fraction = statistics.median(fractions) if fractions else None
+    say("inside kernels")
+    kernels = session.kernel_fraction(lengths.tokens)
     result = {
         "decode_tokens_per_second": 1 / token_s,
         "decode_spread": asdict(Spread.of([1 / statistics.median(run.latencies) for run in runs])),
@@ -208,7 +230,9 @@ def measure(subject: Subject, threads: int | None, say: Say = lambda text: None)
         "bandwidth_fraction": fraction,
         "bandwidth_fraction_spread": asdict(Spread.of(fractions)) if fractions else None,
         "fits_cache": in_cache,
+        "cache_bytes": cache,
         "overhead_fraction": statistics.median(a - b for a, b in zip(latencies, steps, strict=True)) / token_s,
+        "outside_kernels_fraction": None if kernels is None else 1 - kernels,
         "load_s": load_s,
         "peak_rss_bytes": peak,
         "resident_bytes": resident,

@@ -19,7 +19,7 @@ from tinychat import memory
 from tinychat.backends.cpu_linear import aligned, extension
 
 BUFFER_BYTES = 1 << 30
-SLICE_BYTES = 64 << 20  # of each thread
+SLICE_BYTES = 128 << 20  # of each thread
 READ_BYTES = 1 << 30  # at least, in all
 UNSTEADY = 0.25  # neighbouring slices differ by more than this: the machine is too busy to compare anything
 TOO_SLOW = 1.1  # of the probe's speed: a model that reads memory faster shows that the probe is not the limit

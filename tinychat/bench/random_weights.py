@@ -76,35 +76,45 @@ class RandomWeights:
         """See `WeightSource`; made anew at each call."""
         return None if self.config.tied_head else Linear((self._table(),))
 
+    def release(self) -> None:
+        """See `WeightSource`: nothing is kept but the pool, which the next layer needs."""
+
     @property
     def n_quantized(self) -> int:
         """Weights of 4 bits."""
-        return 0 if self.group_size is None else self.config.n_layers * self._block
+        return 0 if self.group_size is None else self.config.n_layers * self._in_linears()
 
     @property
     def n_parameters(self) -> int:
-        """Weights in linears and tables; a tied head is not counted again."""
+        """Of the model; a tied head is not counted again."""
         c = self.config
-        return c.n_layers * self._block + c.vocab_size * c.hidden_size * (1 if c.tied_head else 2)
+        tables = c.vocab_size * c.hidden_size * (1 if c.tied_head else 2)
+        ends = (2 if c.norm_bias else 1) * c.hidden_size
+        return c.n_layers * (self._in_linears() + self._in_vectors()) + tables + ends
 
     @property
     def file_bytes(self) -> int:
         """Of the tensors, were they in files."""
-        tables = (self.n_parameters - self.config.n_layers * self._block) * 2
-        return self.config.n_layers * self.layer_bytes + tables + 2 * self.config.hidden_size
+        c = self.config
+        quantized = 0 if self.group_size is None else c.n_layers * self.linear_bytes
+        return quantized + 2 * (self.n_parameters - self.n_quantized)
 
     @property
-    def layer_bytes(self) -> int:
-        """Of one block's tensors, were they in files."""
+    def linear_bytes(self) -> int:
+        """Of one block's linears, were they in files."""
         layer = self.layer(0)
-        norms = [n for name in NORMS if (n := getattr(layer, name)) is not None]
-        linears = [getattr(layer, name) for name in LINEARS]
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        return sum(linear.nbytes for linear in linears) + sum(2 * values.size for values in norms + biases)
+        return sum(getattr(layer, name).nbytes for name in LINEARS)
 
-    @property
-    def _block(self) -> int:
+    def _in_linears(self) -> int:
+        """Weights in one block."""
         return sum(math.prod(s.shape) for name in LINEARS for s in segments(self.config, self.names, name, 0))
+
+    def _in_vectors(self) -> int:
+        """Norms and biases in one block."""
+        layer = self.layer(0)
+        norms = (getattr(layer, name) for name in NORMS)
+        biases = (getattr(layer, name).bias for name in LINEARS)
+        return sum(values.size for values in (*norms, *biases) if values is not None)
 
     def _linear(self, name: str, index: int) -> Linear:
         parts = segments(self.config, self.names, name, index)
@@ -132,4 +142,6 @@ class RandomWeights:
 
     def _table(self) -> np.ndarray:
         c = self.config
-        return np.resize(self._normal(TABLE_POOL), (c.vocab_size, c.hidden_size))
+        table = np.resize(self._normal(TABLE_POOL), (c.vocab_size, c.hidden_size))
+        table.flags.writeable = False  # as of a mapped file: a backend may keep it instead of a copy
+        return table

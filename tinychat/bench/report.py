@@ -39,7 +39,10 @@ def _speeds(r: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("first token", first))
     decode = f"{_rate(r['decode_tokens_per_second'])} tokens/s{_range(r['decode_spread'])}"
     rows.append(("decode", f"{decode}, median of {r['decode_tokens']} tokens after a prompt of {r['decode_prompt']}"))
-    rows.append(("overhead", f"{100 * r['overhead_fraction']:.1f} % of a token passes outside the model's step"))
+    overhead = f"{100 * r['overhead_fraction']:.1f} % of a token passes outside the model's step"
+    if r["outside_kernels_fraction"] is not None:
+        overhead += f", {100 * r['outside_kernels_fraction']:.1f} % outside its kernels"
+    rows.append(("overhead", overhead))
     return rows
 
 
@@ -72,7 +75,10 @@ def _bandwidth(r: dict[str, Any]) -> list[tuple[str, str]]:
         )
     rows += [("", f"no valid probe: {reason}") for reason in r["probe_reasons"]]
     if r["fits_cache"]:
-        rows.append(("", "small enough for the caches: such a fraction says nothing about the memory"))
+        cache = megabytes(r["cache_bytes"])
+        rows.append(
+            ("", f"a cache of {cache} may hold it, or much of it: such a fraction says little about the memory")
+        )
     return rows
 
 

@@ -15,10 +15,9 @@ from tinychat.checkpoint import awq
 from tinychat.checkpoint.safetensors_file import DTYPES
 from tinychat.checkpoint.shards import Shards
 from tinychat.config import ModelConfig
-from tinychat.weights import LINEARS
+from tinychat.engine import KV_ITEMSIZE
 
 HEAD_GROUP = 128  # outputs' inputs that share a scale in a head rounded to 8 bits
-KV_BYTES = {"fp16": 2.0, "fp32": 4.0}  # of one number
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Traffic:
     head: float
     row: float
     table: float
-    kv_itemsize: float
+    kv_itemsize: int
 
     @property
     def weights(self) -> float:
@@ -49,7 +48,7 @@ class Traffic:
         """Keys and values that a token sees which is the `context`-th of its text (itself included)."""
         c = self.config
         seen = sum(min(context, c.window(layer) or context) for layer in range(c.n_layers))
-        return 2 * c.kv_size * seen * self.kv_itemsize
+        return seen * c.kv_bytes(1, self.kv_itemsize) / c.n_layers
 
     def token(self, context: float) -> float:
         """All that this token reads."""
@@ -61,9 +60,9 @@ def of(source: RandomWeights | checkpoint.Checkpoint, *, head_bits: int = 16, kv
     c = source.config
     sizes = _of_random(source) if isinstance(source, RandomWeights) else _of_files(source)
     body, quantized, head, table = sizes
-    if head_bits == 8:
+    if head_bits == 8 and head == c.vocab_size * c.hidden_size * 2:  # not one that the file holds in 4 bits
         head = c.vocab_size * c.hidden_size * (1 + 2 / HEAD_GROUP)
-    return Traffic(c, body, quantized, head, table / c.vocab_size, 0 if c.tied_head else table, KV_BYTES[kv_dtype])
+    return Traffic(c, body, quantized, head, table / c.vocab_size, 0 if c.tied_head else table, KV_ITEMSIZE[kv_dtype])
 
 
 def _of_random(source: RandomWeights) -> tuple[float, float, float, float]:
@@ -71,8 +70,7 @@ def _of_random(source: RandomWeights) -> tuple[float, float, float, float]:
     c = source.config
     table = c.vocab_size * c.hidden_size * 2
     body = source.file_bytes - table * (1 if c.tied_head else 2)
-    linears = sum(getattr(source.layer(0), name).nbytes for name in LINEARS) * c.n_layers
-    return body, linears if source.n_quantized else 0, table, table
+    return body, c.n_layers * source.linear_bytes if source.n_quantized else 0, table, table
 
 
 def _of_files(source: checkpoint.Checkpoint) -> tuple[float, float, float, float]:
