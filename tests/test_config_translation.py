@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoConfig
 
 from tinychat import architectures
-from tinychat.config import ModelConfig, Rope, RopeScaling
+from tinychat.config import Activation, Block, ModelConfig, Norm, Rope, RopeScaling
 from tinychat.errors import ConfigError
 
 COMMON = {
@@ -130,6 +130,70 @@ QWEN3_0_6B = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+MPT_7B = {
+    "architectures": ["MPTForCausalLM"],
+    "attn_config": {
+        "alibi": True,
+        "alibi_bias_max": 8,
+        "attn_impl": "torch",
+        "attn_pdrop": 0,
+        "attn_type": "multihead_attention",
+        "attn_uses_sequence_id": False,
+        "clip_qkv": None,
+        "prefix_lm": False,
+        "qk_ln": False,
+        "softmax_scale": None,
+    },
+    "d_model": 4096,
+    "emb_pdrop": 0,
+    "embedding_fraction": 1.0,
+    "expansion_ratio": 4,
+    "init_config": {"init_gain": 0, "name": "kaiming_normal_", "verbose": 0},
+    "init_device": "cpu",
+    "learned_pos_emb": True,
+    "logit_scale": None,
+    "max_seq_len": 2048,
+    "model_type": "mpt",
+    "n_heads": 32,
+    "n_layers": 32,
+    "no_bias": True,
+    "norm_type": "low_precision_layernorm",
+    "resid_pdrop": 0,
+    "tokenizer_name": "EleutherAI/gpt-neox-20b",
+    "torch_dtype": "bfloat16",
+    "use_cache": False,
+    "verbose": 0,
+    "vocab_size": 50432,
+}
+FALCON_7B = {
+    "alibi": False,
+    "apply_residual_connection_post_layernorm": False,
+    "architectures": ["FalconForCausalLM"],
+    "attention_dropout": 0.0,
+    "bias": False,
+    "hidden_dropout": 0.0,
+    "hidden_size": 4544,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "falcon",
+    "multi_query": True,
+    "new_decoder_architecture": False,
+    "num_attention_heads": 71,
+    "num_hidden_layers": 32,
+    "parallel_attn": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 65024,
+}
+FALCON_40B = {
+    **FALCON_7B,
+    "hidden_size": 8192,
+    "new_decoder_architecture": True,
+    "num_attention_heads": 128,
+    "num_hidden_layers": 60,
+    "num_kv_heads": 8,
+}
+OTHER_KEYS = [MPT_7B, FALCON_7B, FALCON_40B]
 HUB = [LLAMA_2_7B, LLAMA_3_1_8B, SMOLLM2_135M, MISTRAL_7B, QWEN2_5_7B, QWEN3_0_6B]
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
@@ -205,6 +269,64 @@ def test_qwen3():
     assert config.qk_norm and config.head_dim == 128 and config.n_heads * config.head_dim == 2048
     assert translate(QWEN3_0_6B, head_dim=...).head_dim == 128
     assert translate(QWEN3_0_6B, attention_bias=True).biases == {"qkv", "out"}
+
+
+def test_mpt():
+    config = translate(MPT_7B)
+    assert config == ModelConfig(
+        model_type="mpt",
+        vocab_size=50432,
+        hidden_size=4096,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=32,
+        head_dim=128,
+        intermediate_size=16384,
+        max_positions=2048,
+        norm_eps=1e-5,
+        rope=Rope(dim=0),
+        activation=Activation.GELU,
+        norm=Norm.LAYER,
+        slopes=tuple(2.0 ** (-i / 4) for i in range(1, 33)),
+        tied_head=True,
+        dtype="bfloat16",
+    )
+    half = translate(MPT_7B, attn_config={**MPT_7B["attn_config"], "alibi_bias_max": 4})
+    assert half.slopes == tuple(2.0 ** (-i / 8) for i in range(1, 33))
+
+
+def test_falcon():
+    config = translate(FALCON_7B)
+    assert config == ModelConfig(
+        model_type="falcon",
+        vocab_size=65024,
+        hidden_size=4544,
+        n_layers=32,
+        n_heads=71,
+        n_kv_heads=1,
+        head_dim=64,
+        intermediate_size=18176,
+        max_positions=2048,
+        norm_eps=1e-5,
+        rope=Rope(dim=64),
+        activation=Activation.GELU,
+        norm=Norm.LAYER,
+        norm_bias=True,
+        block=Block.PARALLEL_ONE_NORM,
+        tied_head=True,
+        dtype="bfloat16",
+    )
+    older = {"n_embed": 4544, "n_head": 71, "n_layer": 32}
+    absent = dict.fromkeys(("hidden_size", "num_attention_heads", "num_hidden_layers"), ...)
+    assert translate(FALCON_7B, **absent, **older) == config
+    large = translate(FALCON_40B)
+    assert (large.n_kv_heads, large.block) == (8, Block.PARALLEL)
+    assert translate(FALCON_40B, num_ln_in_parallel_attn=1).block is Block.PARALLEL_ONE_NORM
+    small = translate(FALCON_7B, alibi=True, multi_query=False, parallel_attn=False, num_attention_heads=71)
+    assert (small.n_kv_heads, small.block, small.rope.dim) == (71, Block.SEQUENTIAL, 0)
+    # 64 slopes of a power of two, then every second of the next: BLOOM's rule, rounded to bf16, over sqrt(64)
+    expected = [2 ** (-i / 8) / 8 for i in range(1, 65)] + [2 ** (-i / 16) / 8 for i in range(1, 15, 2)]
+    assert small.slopes == pytest.approx(expected, rel=2**-8)
 
 
 @pytest.mark.parametrize("base", HUB, ids=lambda base: base["model_type"])
@@ -324,6 +446,15 @@ def test_a_key_is_harmless_only_at_the_value_that_switches_it_off():
     assert translate(LLAMA_2_7B, partial_rotary_factor=1.0) == translate(LLAMA_2_7B)
 
 
+MPT_REFUSED = {
+    "alibi": False,
+    "attn_type": "multiquery_attention",
+    "clip_qkv": 6.0,
+    "prefix_lm": True,
+    "qk_ln": True,
+    "rope": True,
+    "softmax_scale": 0.1,
+}
 REFUSED = [
     (LLAMA_2_7B, "hidden_act", "gelu"),
     (LLAMA_2_7B, "hidden_size", ...),
@@ -375,6 +506,16 @@ REFUSED = [
     (QWEN2_5_7B, "layer_types", ["sliding_attention"] * 28),  # while use_sliding_window is off
     (QWEN2_5_7B, "max_window_layers", -1),
     (QWEN2_5_7B, "use_sliding_window", "no"),
+    *((MPT_7B, "attn_config", {**MPT_7B["attn_config"], key: value}) for key, value in MPT_REFUSED.items()),
+    (MPT_7B, "no_bias", False),
+    (MPT_7B, "logit_scale", "inv_sqrt_d_model"),
+    (MPT_7B, "norm_type", "rmsnorm"),
+    (MPT_7B, "d_model", 4100),
+    (FALCON_7B, "activation", "relu"),
+    (FALCON_7B, "hidden_size", 4545),
+    (FALCON_7B, "num_ln_in_parallel_attn", 2),
+    (FALCON_7B, "apply_residual_connection_post_layernorm", True),
+    (FALCON_40B, "num_kv_heads", 7),
 ]
 
 
@@ -386,7 +527,7 @@ def test_impossible_values_are_refused_by_name(base, key, value):
     assert "\n" not in message and len(message) < 1500
 
 
-@pytest.mark.parametrize("base", HUB, ids=lambda base: base["model_type"])
+@pytest.mark.parametrize("base", HUB + OTHER_KEYS, ids=lambda base: base["model_type"])
 def test_no_value_of_any_key_ends_in_another_exception(base):
     """Any JSON value in any place: a config or a ConfigError."""
     odd = [None, True, 0, -1, 7, 1.5, float("nan"), float("inf"), 10**30, "", "x", [], [1], {}, {"type": 3}, {"a": {}}]

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tinychat.config import ModelConfig, Rope
+from tinychat.backends import reference
+from tinychat.cache import Rows
+from tinychat.config import Activation, Block, ModelConfig, Norm, Rope
 from tinychat.decoder import Context, block
 from tinychat.errors import CheckpointError, UsageError
 from tinychat.quantize import awq, quantize_in_memory
@@ -15,9 +17,10 @@ from tinychat.quantize.dense import LINEARS, DenseOps, dense_layer
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.groups import scaling_groups
 from tinychat.quantize.report import BLOCK
-from tinychat.weights import Layer, Linear, MemoryWeights
+from tinychat.weights import Layer, Linear, MemoryWeights, norm_sizes
 
 ALL = frozenset({"qkv", "out", "up", "down"})
+PLAIN = {"activation": Activation.GELU, "norm": Norm.LAYER}
 
 
 def tiny_config(n_heads=6, n_kv_heads=2, **changes) -> ModelConfig:
@@ -55,16 +58,16 @@ def random_weights(config: ModelConfig, seed=0, salient=()) -> MemoryWeights:
         return values
 
     def layer():
-        head_norms = (1 + noise(config.head_dim), 1 + noise(config.head_dim)) if config.qk_norm else (None, None)
+        sizes = norm_sizes(config).items()
+        norms = {name: noise(size) if name.endswith("_bias") else norm(size) for name, size in sizes if size != 8}
+        norms |= {name: 1 + noise(size) for name, size in sizes if size == 8}
+        ups = (config.intermediate_size,) * (2 if config.gated else 1)
         return Layer(
-            norm1=norm(config.hidden_size),
+            **{"norm2": None, **norms},
             qkv=linear("qkv", config.q_size, config.kv_size, config.kv_size, k=config.hidden_size),
             out=linear("out", config.hidden_size, k=config.q_size),
-            norm2=norm(config.hidden_size),
-            up=linear("up", config.intermediate_size, config.intermediate_size, k=config.hidden_size),
+            up=linear("up", *ups, k=config.hidden_size),
             down=linear("down", config.hidden_size, k=config.intermediate_size),
-            q_norm=head_norms[0],
-            k_norm=head_norms[1],
         )
 
     return MemoryWeights(
@@ -90,8 +93,12 @@ def dense(weights, index=0):
         tiny_config(biases=ALL),
         tiny_config(qk_norm=True, biases=frozenset({"qkv"})),
         tiny_config(sliding_window=5, windowed_layers=frozenset({0})),
+        tiny_config(n_heads=6, n_kv_heads=6, slopes=(0.5, 0.25, 0.1, 0.05, 0.02, 0.01), rope=Rope(dim=0), **PLAIN),
+        tiny_config(n_heads=6, n_kv_heads=1, block=Block.PARALLEL_ONE_NORM, norm_bias=True, **PLAIN),
+        tiny_config(block=Block.PARALLEL, norm_bias=True, biases=ALL, **PLAIN),
+        tiny_config(block=Block.PARALLEL_ONE_NORM),
     ],
-    ids=["gqa3", "gqa1", "biases", "qk_norm", "window"],
+    ids=["gqa3", "gqa1", "biases", "qk_norm", "window", "mpt", "falcon-7b", "falcon-40b", "parallel, gated"],
 )
 def test_folding_changes_nothing(config):
     layer = dense(random_weights(config))
@@ -101,12 +108,39 @@ def test_folding_changes_nothing(config):
     expected = block(config, DenseOps(), layer, 0, x, context)
     folded = layer
     for group in scaling_groups(config):
-        channels = len(group.pooled(torch.ones(getattr(layer, group.consumer).weight.shape[1])))
+        channels = len(group.pooled(torch.ones(getattr(layer, group.consumers[0]).weight.shape[1])))
         scales = torch.exp(torch.randn(channels, generator=generator))
         folded = group.fold(folded, scales)
-        assert not torch.equal(getattr(folded, group.consumer).weight, getattr(layer, group.consumer).weight)
+        for name in group.consumers:
+            assert not torch.equal(getattr(folded, name).weight, getattr(layer, name).weight)
     found = block(config, DenseOps(), folded, 0, x, context)
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_one_segment_of_q_k_and_v_folds_as_three():
+    config = tiny_config(biases=ALL)
+    layer = dense(random_weights(config))
+    fused = replace(layer, qkv=replace(layer.qkv, rows=(len(layer.qkv.weight),), modules=("qkv",), kept=(None,)))
+    group = scaling_groups(config)[1]
+    scales = torch.exp(torch.randn(config.kv_size, generator=torch.Generator().manual_seed(0)))
+    found, expected = group.fold(fused, scales).qkv, group.fold(layer, scales).qkv
+    assert torch.equal(found.weight, expected.weight) and torch.equal(found.bias, expected.bias)
+
+
+@pytest.mark.parametrize("block_kind", Block)
+def test_plain_mlps_and_parallel_blocks_are_quantized(block_kind):
+    config = tiny_config(block=block_kind, norm_bias=True, **PLAIN)
+    source = random_weights(config, salient=(3, 17))
+    rounded, _ = quantize_in_memory(source, method="rtn", group_size=16)
+    made, report = quantize_in_memory(source, group_size=16, sequences=sequences(config))
+    for result in report.groups:
+        assert result.loss <= result.loss_rtn or result.group == BLOCK
+    shared = block_kind is Block.PARALLEL_ONE_NORM
+    names = {"norm1 -> qkv, up", "v -> out"} if shared else {"norm1 -> qkv", "norm2 -> up", "v -> out"}
+    assert {result.group for result in report.groups} == names | {BLOCK}
+    rows = Rows.of(np.arange(30) * 7 % 64, 0, wanted="all")
+    want, awq, rtn = (reference.build(w, ctx_size=30).step(rows) for w in (source, made, rounded))
+    assert ((awq - want) ** 2).sum() < ((rtn - want) ** 2).sum()
 
 
 def test_a_settled_norm_is_exact_in_fp16():

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "tinychat"
 FLOORS = [
     {"errors"},
     {"config", "qtensor", "cache", "results", "progress"},
-    {"rope", "weights", "sampling", "memory", "prompt"},
+    {"alibi", "rope", "weights", "sampling", "memory", "prompt"},
     {"architectures", "tokenizer", "text_stream", "cpuinfo", "settings"},
     {"checkpoint", "decoder"},
     {"backends"},

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tinychat import architectures
-from tinychat.weights import Layer, Linear, MemoryWeights
+from tinychat.checkpoint import heads
+from tinychat.weights import Layer, Linear, MemoryWeights, norm_sizes
 
 # Awkward on purpose: nothing is a power of two or a multiple of 64 but what a test sets.
 BASE = {
@@ -26,21 +27,39 @@ BASE = {
     "pad_token_id": None,
 }
 
+# Families whose keys are their own.
+IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+BASES = {
+    "mpt": {"vocab_size": 97, "d_model": 60, "n_heads": 6, "n_layers": 2, "max_seq_len": 256, **IDS},
+    "falcon": {
+        "vocab_size": 97,
+        "hidden_size": 60,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "ffn_hidden_size": 107,
+        "max_position_embeddings": 256,
+        **IDS,
+    },
+}
 
-def tiny(model_type: str, *, seed: int = 0, scale: float = 0.1, **overrides) -> tuple[AutoModelForCausalLM, dict]:
-    """(model, its config.json as a dict): fp32, eager attention, every parameter random, norms and biases too.
+
+def tiny(
+    model_type: str, *, seed: int = 0, scale: float = 0.1, attention: str = "eager", **overrides
+) -> tuple[AutoModelForCausalLM, dict]:
+    """(model, its config.json as a dict): fp32, every parameter random, norms and biases too.
 
     `scale` is the standard deviation of matrices; logits then have a standard deviation near 1.
     """
-    config = AutoConfig.for_model(model_type, **{**BASE, **overrides})
-    config._attn_implementation = "eager"
+    config = AutoConfig.for_model(model_type, **{**BASES.get(model_type, BASE), **overrides})
+    config._attn_implementation = attention
     config.dtype = torch.float32
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else scale * noise)
+            norm = parameter.ndim == 1 and name.endswith(".weight")
+            parameter.copy_(1 + 0.2 * noise if norm else scale * noise)
     return model, {**config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"}
 
 
@@ -58,15 +77,14 @@ def memory_weights(model: AutoModelForCausalLM, hf_config: dict) -> MemoryWeight
 
     def layer(index: int) -> Layer:
         at = names.layer.format(index)
+        qkv = linear(*(at + m for m in names.qkv))
+        norms = {name: state.pop(names.vector(name, index)) for name in norm_sizes(config)}
         made = Layer(
-            norm1=state.pop(f"{at}{names.norm1}.weight"),
-            qkv=linear(*(at + m for m in names.qkv)),
+            **{"norm2": None, **norms},
+            qkv=heads.apart(qkv, config) if names.heads_interleaved else qkv,
             out=linear(*(at + m for m in names.out)),
-            norm2=state.pop(f"{at}{names.norm2}.weight"),
             up=linear(*(at + m for m in names.up)),
             down=linear(*(at + m for m in names.down)),
-            q_norm=state.pop(f"{at}{names.q_norm}.weight") if config.qk_norm else None,
-            k_norm=state.pop(f"{at}{names.k_norm}.weight") if config.qk_norm else None,
         )
         present = {n for n in ("qkv", "out", "up", "down") if getattr(made, n).bias is not None}
         assert present == config.biases
@@ -77,6 +95,7 @@ def memory_weights(model: AutoModelForCausalLM, hf_config: dict) -> MemoryWeight
         embedding=state.pop(f"{names.embed}.weight"),
         layers=[layer(index) for index in range(config.n_layers)],
         final_norm=state.pop(f"{names.norm}.weight"),
+        final_norm_bias=state.pop(f"{names.norm}.bias") if config.norm_bias else None,
         output_head=None if config.tied_head else linear(names.head),
     )
     assert not state, f"left over: {sorted(state)}"

@@ -12,9 +12,30 @@ from enum import Enum
 
 
 class Activation(Enum):
-    """The non-linearity of the MLP. `SILU` is gated: down(silu(gate(x)) * up(x))."""
+    """The MLP. `SILU` is gated: down(silu(gate(x)) * up(x)); `GELU` is not: down(gelu(up(x))), gelu by erf."""
 
     SILU = "silu"
+    GELU = "gelu"
+
+
+class Norm(Enum):
+    """What is applied to rows before a linear: x / rms(x), or (x - mean(x)) / std(x); then a weight, perhaps a bias."""
+
+    RMS = "rms"
+    LAYER = "layer"
+
+
+class Block(Enum):
+    """What attention and MLP of a block read.
+
+    SEQUENTIAL         x += attention(norm1(x)), then x += mlp(norm2(x))
+    PARALLEL           x += attention(norm1(x)) + mlp(norm2(x))
+    PARALLEL_ONE_NORM  the same, and norm2 is norm1
+    """
+
+    SEQUENTIAL = "sequential"
+    PARALLEL = "parallel"
+    PARALLEL_ONE_NORM = "parallel, one norm"
 
 
 class RopeScaling(Enum):
@@ -51,7 +72,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer: pre-norm RMSNorm blocks, grouped-query attention, rotary positions, gated MLP."""
+    """A decoder-only transformer of pre-norm blocks: grouped-query attention and an MLP."""
 
     model_type: str  # for messages only
     vocab_size: int
@@ -65,12 +86,28 @@ class ModelConfig:
     norm_eps: float
     rope: Rope
     activation: Activation = Activation.SILU
+    norm: Norm = Norm.RMS
+    norm_bias: bool = False  # norms of rows have a bias
+    block: Block = Block.SEQUENTIAL
+    slopes: tuple[
+        float, ...
+    ] = ()  # [n_heads] of ALiBi (arXiv 2108.12409): slope * distance is taken from q . k / sqrt(d)
     sliding_window: int | None = None  # a token sees itself and the sliding_window - 1 before it
     windowed_layers: frozenset[int] = field(default_factory=frozenset)  # layers to which the window applies
     qk_norm: bool = False  # RMSNorm over head_dim on each head of q and k, before rotary
     biases: frozenset[str] = field(default_factory=frozenset)  # canonical linears that have a bias: qkv, out, up, down
     tied_head: bool = False  # the output head is the embedding table
     dtype: str = "float16"  # of the unquantized weights, as the config states it
+
+    @property
+    def gated(self) -> bool:
+        """Whether `up` is gate | up."""
+        return self.activation is Activation.SILU
+
+    @property
+    def up_size(self) -> int:
+        """Rows of `up`."""
+        return (2 if self.gated else 1) * self.intermediate_size
 
     @property
     def q_size(self) -> int:

@@ -16,8 +16,8 @@ import torch
 
 from tinychat import rope
 from tinychat.cache import KVCache, Rows, dequantize_entries, quantize_entries
-from tinychat.config import Activation, ModelConfig, Rope
-from tinychat.weights import Layer, Linear, WeightSource
+from tinychat.config import Activation, Block, ModelConfig, Norm, Rope
+from tinychat.weights import LINEARS, NORMS, Layer, Linear, WeightSource
 
 Tensor = torch.Tensor
 
@@ -47,20 +47,22 @@ class Ops(Protocol):
         """y = x W^T + b: [T, K] -> [T, N]."""
         ...
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """RMSNorm over the last axis."""
+    def norm(self, x: Tensor, weight: Tensor, eps: float, kind: Norm = Norm.RMS, bias: Tensor | None = None) -> Tensor:
+        """A norm over the last axis."""
         ...
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, index: int, window: int, context: Context) -> Tensor:
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, index: int, window: int, context: Context, slopes: Sequence[float] = ()
+    ) -> Tensor:
         """Causal attention of layer `index`: rotates q and k, stores k and v in the context's cache, attends.
 
         q [T, n_heads, head_dim], k and v [T, n_kv_heads, head_dim], before rotation; a row sees itself and the
-        `window` - 1 positions before it (0: all). Returns [T, n_heads * head_dim].
+        `window` - 1 positions before it (0: all). slopes: of ALiBi, for each head. Returns [T, n_heads * head_dim].
         """
         ...
 
-    def activation(self, gate_up: Tensor, kind: Activation) -> Tensor:
-        """act(gate) * up: [T, 2 * intermediate_size] -> [T, intermediate_size]."""
+    def activation(self, up: Tensor, kind: Activation) -> Tensor:
+        """act(gate) * up, or act(up): [T, up_size] -> [T, intermediate_size]."""
         ...
 
 
@@ -144,25 +146,22 @@ class PackedLayer:
     norm1: Tensor
     qkv: Any
     out: Any
-    norm2: Tensor
+    norm2: Tensor | None
     up: Any
     down: Any
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    norm1_bias: Tensor | None = None
+    norm2_bias: Tensor | None = None
 
 
 def pack_layer(ops: Ops, layer: Layer) -> PackedLayer:
     """Pack every linear of a layer."""
-    return PackedLayer(
-        norm1=ops.vector(layer.norm1),
-        qkv=ops.pack(layer.qkv),
-        out=ops.pack(layer.out),
-        norm2=ops.vector(layer.norm2),
-        up=ops.pack(layer.up),
-        down=ops.pack(layer.down),
-        q_norm=None if layer.q_norm is None else ops.vector(layer.q_norm),
-        k_norm=None if layer.k_norm is None else ops.vector(layer.k_norm),
-    )
+    made: dict[str, Any] = {name: ops.pack(getattr(layer, name)) for name in LINEARS}
+    for name in NORMS:
+        values = getattr(layer, name)
+        made[name] = None if values is None else ops.vector(values)
+    return PackedLayer(**made)
 
 
 def self_attention(
@@ -175,19 +174,25 @@ def self_attention(
     v = v.unflatten(-1, (config.n_kv_heads, config.head_dim))
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = ops.norm(q, layer.q_norm, config.norm_eps), ops.norm(k, layer.k_norm, config.norm_eps)
-    mixed = ops.attention(q, k, v, index, config.window(index), context)
+    mixed = ops.attention(q, k, v, index, config.window(index), context, config.slopes)
     return ops.linear(mixed, layer.out)
 
 
 def mlp(config: ModelConfig, ops: Ops, layer: PackedLayer, x: Tensor) -> Tensor:
-    """The gated MLP on normed rows, residual not included: [T, hidden_size] -> [T, hidden_size]."""
+    """The MLP on normed rows, residual not included: [T, hidden_size] -> [T, hidden_size]."""
     return ops.linear(ops.activation(ops.linear(x, layer.up), config.activation), layer.down)
 
 
 def block(config: ModelConfig, ops: Ops, layer: PackedLayer, index: int, x: Tensor, context: Context) -> Tensor:
     """Decoder block `index`: [T, hidden_size] -> [T, hidden_size]."""
-    x = x + self_attention(config, ops, layer, index, ops.norm(x, layer.norm1, config.norm_eps), context)
-    return x + mlp(config, ops, layer, ops.norm(x, layer.norm2, config.norm_eps))
+    normed = ops.norm(x, layer.norm1, config.norm_eps, config.norm, layer.norm1_bias)
+    attended = self_attention(config, ops, layer, index, normed, context)
+    if config.block is Block.SEQUENTIAL:
+        x = x + attended
+    if layer.norm2 is not None:
+        normed = ops.norm(x, layer.norm2, config.norm_eps, config.norm, layer.norm2_bias)
+    added = mlp(config, ops, layer, normed)
+    return x + added if config.block is Block.SEQUENTIAL else x + attended + added
 
 
 class Decoder:
@@ -208,6 +213,8 @@ class Decoder:
             if progress:
                 progress(index + 1, self.config.n_layers)
         self._norm = ops.vector(source.norm())
+        norm_bias = source.norm_bias()
+        self._norm_bias = None if norm_bias is None else ops.vector(norm_bias)
         head = source.head()
         self._head = ops.pack(head if head is not None else Linear((embedding,)))
         self.weight_bytes = self._embed.nbytes + self._norm.nbytes + sum(map(self._layer_bytes, self._layers))
@@ -215,8 +222,8 @@ class Decoder:
             self.weight_bytes += ops.packed_bytes(self._head)
 
     def _layer_bytes(self, layer: PackedLayer) -> int:
-        norms = (layer.norm1, layer.norm2, layer.q_norm, layer.k_norm)
-        linears = (layer.qkv, layer.out, layer.up, layer.down)
+        norms = [getattr(layer, name) for name in NORMS]
+        linears = [getattr(layer, name) for name in LINEARS]
         return sum(n.nbytes for n in norms if n is not None) + sum(map(self._ops.packed_bytes, linears))
 
     @torch.inference_mode()
@@ -232,7 +239,8 @@ class Decoder:
         np.add.at(self.cache.lengths, rows.slots, 1)
         if not len(rows.wanted):
             return np.zeros((0, self.config.vocab_size), np.float32)
-        x = self._ops.norm(x[torch.from_numpy(rows.wanted).long()], self._norm, self.config.norm_eps)
+        x = x[torch.from_numpy(rows.wanted).long()]
+        x = self._ops.norm(x, self._norm, self.config.norm_eps, self.config.norm, self._norm_bias)
         return self._ops.linear(x, self._head).float().numpy()
 
     def _embedded(self, rows: Rows) -> Tensor:

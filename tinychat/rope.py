@@ -35,7 +35,9 @@ def angles(rope: Rope, positions: np.ndarray, seq_lens: np.ndarray) -> tuple[np.
     seq_lens   int32 [T]: for each row the length of its slot after this step, as `KVCache.check` returns it
     """
     lengths, which = np.unique(seq_lens, return_inverse=True)
-    frequencies = np.array([inv_freq(rope, int(length))[0] for length in lengths], F32).reshape(-1, rope.dim // 2)
+    frequencies = np.array([inv_freq(rope, int(length))[0] for length in lengths], F32).reshape(
+        len(lengths), rope.dim // 2
+    )
     radians = positions.astype(F32)[:, None] * frequencies[which]
     scale = F32(_static(rope)[1])
     return np.cos(radians) * scale, np.sin(radians) * scale

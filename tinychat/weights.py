@@ -12,10 +12,19 @@ from typing import Protocol
 
 import numpy as np
 
-from tinychat.config import ModelConfig
+from tinychat.config import Block, ModelConfig
 from tinychat.qtensor import Weight, round_symmetric
 
 LINEARS = ("qkv", "out", "up", "down")  # of a `Layer`
+NORMS = ("norm1", "norm1_bias", "norm2", "norm2_bias", "q_norm", "k_norm")  # likewise
+
+
+def norm_sizes(config: ModelConfig) -> dict[str, int]:
+    """The vectors of a `Layer` that a model has, of NORMS, and their lengths."""
+    names = ["norm1"] if config.block is Block.PARALLEL_ONE_NORM else ["norm1", "norm2"]
+    names += [f"{name}_bias" for name in names if config.norm_bias]
+    heads = dict.fromkeys(("q_norm", "k_norm") if config.qk_norm else (), config.head_dim)
+    return dict.fromkeys(names, config.hidden_size) | heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +55,13 @@ class Layer:
     norm1: np.ndarray  # fp32 [hidden_size], before attention
     qkv: Linear  # q | k | v
     out: Linear
-    norm2: np.ndarray  # fp32 [hidden_size], before the MLP
-    up: Linear  # gate | up
+    norm2: np.ndarray | None  # fp32 [hidden_size], before the MLP; None: norm1 serves
+    up: Linear  # gate | up, or up alone
     down: Linear
     q_norm: np.ndarray | None = None  # fp32 [head_dim]
     k_norm: np.ndarray | None = None  # fp32 [head_dim]
+    norm1_bias: np.ndarray | None = None  # fp32 [hidden_size]
+    norm2_bias: np.ndarray | None = None  # fp32 [hidden_size]
 
 
 class WeightSource(Protocol):
@@ -68,6 +79,10 @@ class WeightSource(Protocol):
 
     def norm(self) -> np.ndarray:
         """The final norm, fp32 [hidden_size]."""
+        ...
+
+    def norm_bias(self) -> np.ndarray | None:
+        """The final norm's bias, fp32 [hidden_size]."""
         ...
 
     def head(self) -> Linear | None:
@@ -88,6 +103,7 @@ class MemoryWeights:
     layers: Sequence[Layer]
     final_norm: np.ndarray
     output_head: Linear | None = None
+    final_norm_bias: np.ndarray | None = None
 
     def embed(self) -> np.ndarray:
         """See `WeightSource`."""
@@ -100,6 +116,10 @@ class MemoryWeights:
     def norm(self) -> np.ndarray:
         """See `WeightSource`."""
         return self.final_norm
+
+    def norm_bias(self) -> np.ndarray | None:
+        """See `WeightSource`."""
+        return self.final_norm_bias
 
     def head(self) -> Linear | None:
         """See `WeightSource`."""

@@ -1,8 +1,8 @@
 """Architectures: one small data-only file per model family, found by its `model_type`. The directory is the registry.
 
-A family's file has `NAMES` (its checkpoint's tensor names, see `names.py`) and `translate(reader) -> ModelConfig`,
-which reads config.json through a `ConfigReader`: what it does not read and `config_reader.py` does not list as
-harmless is refused.
+A family's file has `NAMES` (its checkpoint's tensor names, see `names.py`), where they depend on the config also
+`names(config)`, and `translate(reader) -> ModelConfig`, which reads config.json through a `ConfigReader`: what it does
+not read and `config_reader.py` does not list as harmless is refused.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def translate(hf_config: dict[str, Any], ignore: Collection[str] = ()) -> tuple[
     family = find(reader.text("model_type"))
     config = family.translate(reader)
     reader.finish()
-    return config, family.NAMES
+    return config, family.names(config) if hasattr(family, "names") else family.NAMES
 
 
 def _files() -> list[str]:

@@ -18,18 +18,19 @@ REQUIRED: Any = object()  # the default of a key that has none
 # Keys that do not change what the network computes: bookkeeping, training, generation (read elsewhere), and code hooks,
 # which are never followed.
 _BOOKKEEPING = """
-    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _flash_attn_2_enabled
-    _from_model_config _name_or_path architectures attention_dropout attn_implementation auto_map bad_words_ids
-    begin_suppress_tokens bos_token_id chunk_size_feed_forward cls_token_id decoder_start_token_id diversity_penalty
-    do_sample early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
+    _flash_attn_2_enabled _from_model_config _name_or_path architectures attention_dropout attn_implementation
+    auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cls_token_id
+    decoder_start_token_id diversity_penalty do_sample early_stopping emb_pdrop embedding_fraction
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing hidden_dropout id2label init_config init_device initializer_range
     is_decoder is_llama_config label2id length_penalty max_length max_new_tokens max_sequence_length min_length
-    model_max_length model_name no_repeat_ngram_size num_beam_groups num_beams num_logits_to_keep num_return_sequences
-    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
-    quantization_config remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    seq_length suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torchscript
-    transformers.js_config transformers_version trust_remote_code typical_p unsloth_fixed unsloth_version use_bfloat16
-    use_cache
+    model_max_length model_name no_repeat_ngram_size num_beam_groups num_beams num_logits_to_keep
+    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+    problem_type quantization_config remove_invalid_values repetition_penalty resid_pdrop return_dict
+    return_dict_in_generate sep_token_id seq_length suppress_tokens task_specific_params temperature tf_legacy_loss
+    tokenizer_class tokenizer_name top_k top_p torchscript transformers.js_config transformers_version
+    trust_remote_code typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache verbose
 """
 HARMLESS = frozenset(_BOOKKEEPING.split())
 # Keys that are harmless at one value only: the one that switches off what is not implemented.
@@ -49,11 +50,15 @@ DTYPES = ("float16", "bfloat16", "float32")
 class ConfigReader:
     """A mapping of config.json that remembers what was read. `path` is what its keys are called in messages."""
 
-    def __init__(self, values: Mapping[str, Any], ignore: Collection[str] = (), path: str = ""):
+    def __init__(
+        self, values: Mapping[str, Any], ignore: Collection[str] = (), path: str = "", bookkeeping: bool = True
+    ):
+        """`bookkeeping`: whether the object may have the keys of a whole config."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"config.json: {path.rstrip('.') or 'the file'} is not an object but {_show(values)}")
         self._ignore = ignore
         self._path = path
+        self._bookkeeping = bookkeeping
         self._values = {key: value for key, value in values.items() if path + key not in ignore}
         self._read: set[str] = set()
 
@@ -121,7 +126,7 @@ class ConfigReader:
 
     def _harmless(self, key: str) -> bool:
         switched_off = key in HARMLESS_AT and self._values[key] == HARMLESS_AT[key]
-        return switched_off or (key in HARMLESS and not self._path)
+        return switched_off or (key in HARMLESS and self._bookkeeping)
 
     def decoder(
         self,
@@ -149,8 +154,6 @@ class ConfigReader:
             raise ConfigError(f"config.json: heads have {head_dim} dimensions; rotary positions need an even number")
         self.text("hidden_act", "silu", choices=("silu", "swish"))
         max_positions = self.integer("max_position_embeddings", high=LARGEST_POSITION)
-        dtype = self.text("dtype", None, choices=DTYPES)
-        spelled_before = self.text("torch_dtype", DTYPES[0], choices=DTYPES)
         return ModelConfig(
             model_type=self.text("model_type"),
             vocab_size=self.integer("vocab_size", high=2**24),
@@ -169,8 +172,18 @@ class ConfigReader:
             qk_norm=qk_norm,
             biases=frozenset(biases),
             tied_head=self.flag("tie_word_embeddings", False),
-            dtype=dtype or spelled_before,
+            dtype=self.dtype(),
         )
+
+    def dtype(self) -> str:
+        """Of the unquantized weights."""
+        dtype = self.text("dtype", None, choices=DTYPES)
+        spelled_before = self.text("torch_dtype", DTYPES[0], choices=DTYPES)
+        return dtype or spelled_before
+
+    def nested(self, key: str) -> ConfigReader:
+        """A reader of the object at `key`, or of an empty one; to be finished like this one."""
+        return ConfigReader(self.get(key, {}), self._ignore, f"{self._path}{key}.")
 
     def n_layers(self) -> int:
         """Decoder blocks."""
@@ -211,7 +224,7 @@ class ConfigReader:
         spellings = [key for key in ("rope_scaling", "rope_parameters") if self.get(key, None)]
         found = []
         for key in spellings or ["rope_parameters"]:
-            inner = ConfigReader(self.get(key, {}), self._ignore, f"{key}.")
+            inner = ConfigReader(self.get(key, {}), self._ignore, f"{key}.", bookkeeping=False)
             found.append(inner._rope(self, theta, dim, max_positions))
             inner.finish()
         if found[0] != found[-1]:

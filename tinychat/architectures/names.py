@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -24,4 +24,14 @@ class TensorNames:
     norm2: str = "post_attention_layernorm"
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: tuple[str, ...] = ("mlp.down_proj",)
+    heads_interleaved: bool = False  # rows of a fused qkv: for each key-value head its queries, its key, its value
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)  # endings of tensors that carry nothing
+
+    def renamed(self, **names: str) -> TensorNames:
+        """With other names for some modules."""
+        return replace(self, **names)  # type: ignore[arg-type]
+
+    def vector(self, name: str, layer: int) -> str:
+        """The tensor of one of `weights.NORMS` in block `layer`."""
+        norm, bias, _ = name.partition("_bias")
+        return f"{self.layer.format(layer)}{getattr(self, norm)}.{'bias' if bias else 'weight'}"

@@ -16,11 +16,12 @@ import numpy as np
 
 from tinychat import rope
 from tinychat.cache import KV_DTYPES, KVCache, Rows
+from tinychat.config import Block
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
 from tinychat.qtensor import HEAD_GROUP, AwqWords, Weight, bfloat16
-from tinychat.weights import Layer, Linear, WeightSource
+from tinychat.weights import NORMS, Layer, Linear, WeightSource, norm_sizes
 
 _cpu: Any = None
 try:
@@ -153,12 +154,12 @@ class CpuRunner:
             intermediate_size=config.intermediate_size,
             rope_dim=config.rope.dim,
             norm_eps=config.norm_eps,
-            norm_type=_cpu.NormType.rms,
-            activation=_cpu.Activation.silu,
-            gated=True,
-            parallel=False,
+            norm_type=getattr(_cpu.NormType, config.norm.value),
+            activation=getattr(_cpu.Activation, config.activation.value),
+            gated=config.gated,
+            parallel=config.block is not Block.SEQUENTIAL,
             windows=[config.window(layer) for layer in range(config.n_layers)],
-            slopes=[],
+            slopes=config.slopes,
         )
         self._rotary = rope.Table(config.rope, cache.capacity)
         for index in range(config.n_layers):
@@ -178,7 +179,8 @@ class CpuRunner:
             raise ValueError(f"the embedding table is {table.shape}, expected {(vocab, hidden)}")
         tied = head is None
         packed = self._linear(Linear((table,)) if head is None else head, vocab, hidden, "head", keep, bits)
-        self._decoder.finish((_vector(source.norm(), hidden, "norm", keep), 0), packed)
+        norm = _vector(source.norm(), hidden, "norm", keep), _vector(source.norm_bias(), hidden, "norm's bias", keep)
+        self._decoder.finish(norm, packed)
         if tied:
             return
         # What can be written to is the caller's own; a mapped file is not, and its pages hold the table already.
@@ -189,17 +191,21 @@ class CpuRunner:
     def _add_layer(self, layer: Layer) -> None:
         config = self.config
         keep: list[np.ndarray] = []
-        if (layer.q_norm is not None, layer.k_norm is not None) != (config.qk_norm, config.qk_norm):
-            raise ValueError("a layer has q and k norms and the config does not, or the other way round")
+        sizes = norm_sizes(config)
+        found = {name: getattr(layer, name) for name in NORMS}
+        given = {name for name, values in found.items() if values is not None}
+        if given != set(sizes):
+            raise ValueError(f"a layer has the norms {sorted(given)}, and the config has {sorted(sizes)}")
+        norms = {name: _vector(values, sizes.get(name, 0), name, keep) for name, values in found.items()}
         hidden, inter, q_size = config.hidden_size, config.intermediate_size, config.q_size
         self._decoder.add_layer(
-            norm1=(_vector(layer.norm1, hidden, "norm1", keep), 0),
-            norm2=(_vector(layer.norm2, hidden, "norm2", keep), 0),
-            q_norm=_vector(layer.q_norm, config.head_dim, "q_norm", keep),
-            k_norm=_vector(layer.k_norm, config.head_dim, "k_norm", keep),
+            norm1=(norms["norm1"], norms["norm1_bias"]),
+            norm2=(norms["norm2"], norms["norm2_bias"]),
+            q_norm=norms["q_norm"],
+            k_norm=norms["k_norm"],
             qkv=self._linear(layer.qkv, q_size + 2 * config.kv_size, hidden, "qkv", keep),
             out=self._linear(layer.out, hidden, q_size, "out", keep),
-            up=self._linear(layer.up, 2 * inter, hidden, "up", keep),
+            up=self._linear(layer.up, config.up_size, hidden, "up", keep),
             down=self._linear(layer.down, hidden, inter, "down", keep),
         )
 

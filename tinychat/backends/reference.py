@@ -5,13 +5,13 @@ Codes, scales and zeros stay as they are and are dequantized at each call: slow,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tinychat.cache import KV_DTYPES, KVCache
-from tinychat.config import Activation
+from tinychat.config import Activation, Norm
 from tinychat.errors import UsageError
 from tinychat.memory import Footprint
 from tinychat.qtensor import QTensor, Weight, bfloat16, canonical
@@ -131,28 +131,52 @@ class TorchOps:
         y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         return y if weight.bias is None else y + weight.bias
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    def norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        kind: Norm = Norm.RMS,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight + bias over the last axis; LayerNorm takes the mean from x first."""
+        if kind is Norm.LAYER:
+            x = x - x.mean(-1, keepdim=True)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+        return y if bias is None else y + bias
 
-    def activation(self, gate_up: torch.Tensor, kind: Activation) -> torch.Tensor:
-        """silu(gate) * up: [T, 2 * intermediate_size] -> [T, intermediate_size]."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return {Activation.SILU: torch.nn.functional.silu}[kind](gate) * up
+    def activation(self, up: torch.Tensor, kind: Activation) -> torch.Tensor:
+        """silu(gate) * up of gate | up, or gelu(up): [T, up_size] -> [T, intermediate_size]."""
+        if kind is Activation.GELU:
+            return torch.nn.functional.gelu(up)
+        gate, up = up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
 
     def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: int, window: int, context: Context
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        index: int,
+        window: int,
+        context: Context,
+        slopes: Sequence[float] = (),
     ) -> torch.Tensor:
         """See `decoder.Ops.attention`. Spans one by one; the heads of a group are one batch entry, stacked as rows."""
         cos, sin = context.cos.to(q.dtype), context.sin.to(q.dtype)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cos.shape[-1]:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         n_heads, n_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
         mixed = torch.empty(len(q), n_heads * head_dim, dtype=q.dtype)
         for span in context.spans:
             keys, values = context.extend(span, index, k[span.rows], v[span.rows])  # [n_kv_heads, L, head_dim]
             n = len(span.rows)
             grouped = q[span.rows].view(n, n_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [n_kv_heads, group, n, dim]
-            mask = visible(span.start, n, keys.shape[1], window).repeat(grouped.shape[1], 1)  # [group * n, L]
+            mask = visible(span.start, n, keys.shape[1], window)  # [n, L]
+            if slopes:
+                mask = biased(mask, span.start, slopes, q.dtype).view(n_kv_heads, -1, mask.shape[1])
+            else:
+                mask = mask.repeat(grouped.shape[1], 1)  # [group * n, L]
             out = torch.nn.functional.scaled_dot_product_attention(grouped.flatten(1, 2), keys, values, attn_mask=mask)
             mixed[span.rows] = out.view(n_kv_heads, -1, n, head_dim).permute(2, 0, 1, 3).reshape(n, -1)
         return mixed
@@ -163,6 +187,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def biased(seen: torch.Tensor, start: int, slopes: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """What ALiBi adds to the scores, [heads, n, L]: -slope * distance where a row sees a key, else -infinity."""
+    n, length = seen.shape
+    distance = torch.arange(start, start + n, dtype=dtype)[:, None] - torch.arange(length, dtype=dtype)
+    bias = -torch.tensor(slopes, dtype=dtype)[:, None, None] * distance
+    return torch.where(seen, bias, -torch.inf)
 
 
 def visible(start: int, n: int, length: int, window: int) -> torch.Tensor:

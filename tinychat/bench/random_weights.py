@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from tinychat.checkpoint.inventory import segments
 from tinychat.config import ModelConfig
 from tinychat.errors import UsageError
 from tinychat.qtensor import AwqWords, Weight
-from tinychat.weights import LINEARS, Layer, Linear
+from tinychat.weights import LINEARS, NORMS, Layer, Linear, norm_sizes
 
 PLACES = 1 << 20  # at which a window may begin
 TABLE_POOL = PLACES + 7  # numbers that a table repeats: odd, so that its rows differ
@@ -65,14 +66,18 @@ class RandomWeights:
     def layer(self, index: int) -> Layer:
         """See `WeightSource`."""
         c = self.config
-        ones = np.ones(c.hidden_size, np.float32)
-        head_ones = np.ones(c.head_dim, np.float32) if c.qk_norm else None
-        made = {name: self._linear(name, index) for name in LINEARS}
-        return Layer(norm1=ones, norm2=ones, q_norm=head_ones, k_norm=head_ones, **made)
+        made: dict[str, Any] = {name: self._linear(name, index) for name in LINEARS}
+        for name, size in norm_sizes(c).items():
+            made[name] = (np.zeros if name.endswith("_bias") else np.ones)(size, np.float32)
+        return Layer(**{"norm2": None, **made})
 
     def norm(self) -> np.ndarray:
         """See `WeightSource`."""
         return np.ones(self.config.hidden_size, np.float32)
+
+    def norm_bias(self) -> np.ndarray | None:
+        """See `WeightSource`."""
+        return np.zeros(self.config.hidden_size, np.float32) if self.config.norm_bias else None
 
     def head(self) -> Linear | None:
         """See `WeightSource`, and `embed`."""
@@ -91,7 +96,8 @@ class RandomWeights:
         """Of the model; a tied head is not counted again."""
         c = self.config
         tables = c.vocab_size * c.hidden_size * (1 if c.tied_head else 2)
-        return c.n_layers * (self._in_linears() + self._in_vectors()) + tables + self.norm().size
+        ends = (2 if c.norm_bias else 1) * c.hidden_size
+        return c.n_layers * (self._in_linears() + self._in_vectors()) + tables + ends
 
     @property
     def file_bytes(self) -> int:
@@ -113,7 +119,7 @@ class RandomWeights:
     def _in_vectors(self) -> int:
         """Norms and biases in one block."""
         layer = self.layer(0)
-        norms = (layer.norm1, layer.norm2, layer.q_norm, layer.k_norm)
+        norms = (getattr(layer, name) for name in NORMS)
         biases = (getattr(layer, name).bias for name in LINEARS)
         return sum(values.size for values in (*norms, *biases) if values is not None)
 

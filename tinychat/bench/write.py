@@ -12,7 +12,7 @@ from tinychat.bench.random_weights import RandomWeights
 from tinychat.bench.shapes import Shape
 from tinychat.checkpoint import AwqFormat, CheckpointWriter, awq
 from tinychat.qtensor import AwqWords
-from tinychat.weights import LINEARS, Layer, Linear
+from tinychat.weights import LINEARS, NORMS, Layer, Linear
 
 
 def write(
@@ -41,6 +41,8 @@ def _groups(weights: RandomWeights) -> Iterator[Iterator[tuple[str, np.ndarray]]
     for index in range(weights.config.n_layers):
         yield _layer(weights.layer(index), names, index)
     end = [(f"{names.norm}.weight", weights.norm().astype(np.float16))]
+    if (norm_bias := weights.norm_bias()) is not None:
+        end.append((f"{names.norm}.bias", norm_bias.astype(np.float16)))
     if head := weights.head():
         end.append((f"{names.head}.weight", np.asarray(head.segments[0])))
     yield iter(end)
@@ -48,9 +50,9 @@ def _groups(weights: RandomWeights) -> Iterator[Iterator[tuple[str, np.ndarray]]
 
 def _layer(layer: Layer, names: TensorNames, index: int) -> Iterator[tuple[str, np.ndarray]]:
     prefix = names.layer.format(index)
-    for norm in ("norm1", "norm2", "q_norm", "k_norm"):
+    for norm in NORMS:
         if (values := getattr(layer, norm)) is not None:
-            yield f"{prefix}{getattr(names, norm)}.weight", values.astype(np.float16)
+            yield names.vector(norm, index), values.astype(np.float16)
     for name in LINEARS:
         linear: Linear = getattr(layer, name)
         first = 0

@@ -16,7 +16,7 @@ from tinychat.checkpoint.quoting import listing, quote
 from tinychat.checkpoint.shards import Shards
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError
-from tinychat.weights import LINEARS
+from tinychat.weights import LINEARS, norm_sizes
 
 MAX_FAULTS = 12  # reported at once: where config.json is wrong, every tensor is
 _FLOATS = ("F16", "BF16", "F32")
@@ -39,7 +39,7 @@ def segments(config: ModelConfig, names: TensorNames, linear: str, layer: int) -
     rows, k = {
         "qkv": ((c.q_size, c.kv_size, c.kv_size), c.hidden_size),
         "out": ((c.hidden_size,), c.q_size),
-        "up": ((c.intermediate_size, c.intermediate_size), c.hidden_size),
+        "up": ((c.intermediate_size,) * (2 if c.gated else 1), c.hidden_size),
         "down": ((c.hidden_size,), c.intermediate_size),
     }[linear]
     modules: tuple[str, ...] = getattr(names, linear)
@@ -84,15 +84,12 @@ class Inventory:
         c, names = self._config, self._names
         yield from self._tensor(f"{names.embed}.weight", (c.vocab_size, c.hidden_size))
         for layer in range(c.n_layers):
-            prefix = names.layer.format(layer)
-            for norm in (names.norm1, names.norm2):
-                yield from self._tensor(f"{prefix}{norm}.weight", (c.hidden_size,))
-            if c.qk_norm:
-                for norm in (names.q_norm, names.k_norm):
-                    yield from self._tensor(f"{prefix}{norm}.weight", (c.head_dim,))
+            for vector, size in norm_sizes(c).items():
+                yield from self._tensor(names.vector(vector, layer), (size,))
             for linear in LINEARS:
                 yield from self._linear(linear, layer)
-        yield from self._tensor(f"{names.norm}.weight", (c.hidden_size,))
+        for part in ("weight", "bias") if c.norm_bias else ("weight",):
+            yield from self._tensor(f"{names.norm}.{part}", (c.hidden_size,))
         if not c.tied_head:
             yield from self._linear("head", 0)
         elif f"{names.head}.weight" in self._unseen:  # a copy of the embedding table, which some publishers keep
@@ -126,6 +123,8 @@ class Inventory:
             return
         group_size = k if self._quantization.group_size == -1 else self._quantization.group_size
         reason = awq.fits((n, k), group_size)
+        if module.endswith(self._names.qkv) and self._names.heads_interleaved and self._config.head_dim % awq.PER_WORD:
+            reason = f"heads of {self._config.head_dim} rows do not end at whole words of {awq.PER_WORD}"
         if reason:
             self._unseen -= {f"{module}.{part}" for part in awq.PARTS}
             yield f"{quote(module)} cannot be quantized as config.json says: {reason}"

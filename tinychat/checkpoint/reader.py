@@ -18,7 +18,7 @@ import numpy as np
 
 from tinychat.architectures import translate
 from tinychat.architectures.names import TensorNames
-from tinychat.checkpoint import awq
+from tinychat.checkpoint import awq, heads
 from tinychat.checkpoint.awq import AwqFormat
 from tinychat.checkpoint.inventory import Inventory, segments
 from tinychat.checkpoint.json_file import read_object
@@ -27,7 +27,7 @@ from tinychat.checkpoint.shards import Shards
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError, ConfigError
 from tinychat.qtensor import AwqWords, Weight
-from tinychat.weights import Layer, Linear
+from tinychat.weights import LINEARS, Layer, Linear, norm_sizes
 
 MAX_CONFIG_BYTES = 4 << 20
 _OLD_QUANT_CONFIGS = ("quant_config.json", "quantize_config.json")  # AutoAWQ before it wrote into config.json
@@ -81,22 +81,17 @@ class Checkpoint:
         if not 0 <= index < self.config.n_layers:
             raise IndexError(f"layer {index} of {self.config.n_layers}")
         self._shards.release()
-        names, prefix = self.names, self.names.layer.format(index)
-        qk_norm = self.config.qk_norm
-        return Layer(
-            norm1=self._vector(f"{prefix}{names.norm1}.weight"),
-            qkv=self._linear("qkv", index),
-            out=self._linear("out", index),
-            norm2=self._vector(f"{prefix}{names.norm2}.weight"),
-            up=self._linear("up", index),
-            down=self._linear("down", index),
-            q_norm=self._vector(f"{prefix}{names.q_norm}.weight") if qk_norm else None,
-            k_norm=self._vector(f"{prefix}{names.k_norm}.weight") if qk_norm else None,
-        )
+        made: dict[str, Any] = {name: self._linear(name, index) for name in LINEARS}
+        made |= {name: self._vector(self.names.vector(name, index)) for name in norm_sizes(self.config)}
+        return Layer(**{"norm2": None, **made})
 
     def norm(self) -> np.ndarray:
         """The final norm, fp32 [hidden_size]."""
         return self._vector(f"{self.names.norm}.weight")
+
+    def norm_bias(self) -> np.ndarray | None:
+        """The final norm's bias, fp32 [hidden_size]."""
+        return self._vector(f"{self.names.norm}.bias") if self.config.norm_bias else None
 
     def head(self) -> Linear | None:
         """The output head; None where the embedding table serves, `CheckpointError` where a stored copy differs."""
@@ -120,7 +115,8 @@ class Checkpoint:
         bias = None
         if linear in self.config.biases:
             bias = np.concatenate([self._vector(f"{part.module}.bias") for part in parts])
-        return Linear(tuple(self._weight(part.module) for part in parts), bias)
+        made = Linear(tuple(self._weight(part.module) for part in parts), bias)
+        return heads.apart(made, self.config) if linear == "qkv" and self.names.heads_interleaved else made
 
     def _weight(self, module: str) -> Weight:
         if module in self._quantized:

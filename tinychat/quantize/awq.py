@@ -24,7 +24,7 @@ NEEDS_CALIBRATION = True
 STEPS = 20
 LARGEST = 2.0**10  # no channel is scaled by more, or by less than its inverse: fp16 must hold the folded weights
 
-Loss = Callable[[Dense], float]
+Loss = Callable[[dict[str, Dense]], float]  # of the linears in place of those of a group
 
 
 @torch.inference_mode()
@@ -35,16 +35,20 @@ def transform(
     results = []
     folded = layer
     for group in scaling_groups(config):
-        consumer: Dense = getattr(layer, group.consumer)
-        if not consumer.quantized:
+        consumers: dict[str, Dense] = {name: getattr(layer, name) for name in group.consumers}
+        if not any(linear.quantized for linear in consumers.values()):
             continue
+
+        def rounded(columns: torch.Tensor | None = None, consumers: dict[str, Dense] = consumers) -> dict[str, Dense]:
+            return {name: linear.rounded(grid, columns) for name, linear in consumers.items()}
+
         loss = _loss(config, layer, index, group, observed)
-        magnitude = group.pooled(observed.magnitude[group.consumer])
-        identity = loss(consumer.rounded(grid))
+        magnitude = group.pooled(observed.magnitude[group.consumers[0]])  # all read the same
+        identity = loss(rounded())
         best, alpha, scales = identity, 0.0, None
         for step in range(1, STEPS + 1):
             tried = group.settled(layer, candidate(magnitude, step / STEPS))
-            found = loss(consumer.rounded(grid, group.spread(tried)))
+            found = loss(rounded(group.spread(tried)))
             if found < best:  # false for NaN
                 best, alpha, scales = found, step / STEPS, tried
         if scales is not None:
@@ -68,28 +72,33 @@ def candidate(magnitude: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, observed: Observed) -> Loss:
-    """How far the block's output moves when the group's consumer is replaced by another linear."""
+    """How far the output of attention, MLP or both moves when the group's consumers are replaced."""
     if group.ends_block:
-        return _quadratic_loss(getattr(layer, group.consumer), observed.rows(group.consumer))
+        (name,) = group.consumers
+        quadratic = _quadratic_loss(getattr(layer, name), observed.rows(name))
+        return lambda consumers: quadratic(consumers[name])
     ops = DenseOps()
 
-    def run(consumer: Dense) -> list[torch.Tensor]:
-        candidate_layer = changed(layer, **{group.consumer: consumer})
-        return [
-            self_attention(config, ops, candidate_layer, index, sample.inputs[group.consumer], sample.context)
-            if group.block == "attention"
-            else mlp(config, ops, candidate_layer, sample.inputs[group.consumer])
-            for sample in observed.samples
-        ]
+    def run(consumers: dict[str, Dense]) -> list[torch.Tensor]:
+        replaced = changed(layer, **consumers)
+        outputs = []
+        for sample in observed.samples:
+            parts = []
+            if "qkv" in consumers:
+                parts.append(self_attention(config, ops, replaced, index, sample.inputs["qkv"], sample.context))
+            if "up" in consumers:
+                parts.append(mlp(config, ops, replaced, sample.inputs["up"]))
+            outputs.append(sum(parts[1:], start=parts[0]))
+        return outputs
 
-    expected = run(getattr(layer, group.consumer))
+    expected = run({name: getattr(layer, name) for name in group.consumers})
     power = _power(expected)
-    return lambda consumer: (
-        sum(float((a - b).square().sum()) for a, b in zip(run(consumer), expected, strict=True)) / power
+    return lambda consumers: (
+        sum(float((a - b).square().sum()) for a, b in zip(run(consumers), expected, strict=True)) / power
     )
 
 
-def _quadratic_loss(consumer: Dense, x: torch.Tensor) -> Loss:
+def _quadratic_loss(consumer: Dense, x: torch.Tensor) -> Callable[[Dense], float]:
     """The same where y = x W^T: |x E^T|^2 of the weight's error E, by the Gram matrix x^T x where that is smaller."""
     power = _power([torch.nn.functional.linear(x, consumer.weight, consumer.bias)])
     if len(x) <= x.shape[1]:

@@ -18,9 +18,7 @@ from tinychat.decoder import PackedLayer
 from tinychat.errors import CheckpointError, UsageError
 from tinychat.qtensor import Weight
 from tinychat.quantize.grid import FP16_MAX, Grid, as_float
-from tinychat.weights import LINEARS, Layer, Linear
-
-NORMS = ("norm1", "norm2", "q_norm", "k_norm")
+from tinychat.weights import LINEARS, NORMS, Layer, Linear
 
 # For segment i of a canonical linear, of shape (N, K): its name for the user, and why it stays in 16 bits (None: it
 # is quantized).

@@ -10,40 +10,35 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tinychat.config import Activation, ModelConfig
+from tinychat.config import Block, ModelConfig
 from tinychat.decoder import PackedLayer
 from tinychat.quantize.dense import Dense, changed
-
-# down(act(gate) * up) is linear in up; what passes through the non-linearity itself could not be scaled exactly.
-GATED = frozenset({Activation.SILU})
 
 
 @dataclass(frozen=True)
 class Group:
     """One scale per channel between a producer and its consumer.
 
-    producer  a norm (its weight is divided), or a linear: the rows, and the bias, of its last segment (v; up)
-    consumer  the linear whose columns are multiplied
-    block     whose output gives the loss: attention or mlp
-    repeat    consumer channels that read one producer channel: query heads per key-value head
-    head_dim  channels that are repeated as a whole; 0 where repeat is 1
+    producer   a norm (its weight and bias are divided), or a linear: its last rows, and their bias (v; up)
+    consumers  the linears whose columns are multiplied: two where attention and MLP read one norm
+    repeat     consumer channels that read one producer channel: query heads per key-value head
+    head_dim   channels that are repeated as a whole; 0 where repeat is 1
     """
 
     producer: str
-    consumer: str
-    block: str
+    consumers: tuple[str, ...]
     repeat: int = 1
     head_dim: int = 0
 
     @property
     def name(self) -> str:
         """For reports."""
-        return f"{ {'qkv': 'v'}.get(self.producer, self.producer) } -> {self.consumer}"
+        return f"{ {'qkv': 'v'}.get(self.producer, self.producer) } -> {', '.join(self.consumers)}"
 
     @property
     def ends_block(self) -> bool:
         """Whether the block's output is the consumer's: the loss then is quadratic in the weight's error."""
-        return self.consumer in ("out", "down")
+        return self.consumers[0] in ("out", "down")
 
     def pooled(self, statistic: torch.Tensor) -> torch.Tensor:
         """A statistic of the consumer's channels [K], averaged over those that share a producer channel: [C]."""
@@ -75,7 +70,7 @@ class Group:
         producer = getattr(layer, self.producer)
         made: torch.Tensor | Dense
         if isinstance(producer, Dense):
-            first = sum(producer.rows[:-1])
+            first = len(producer.weight) - len(scales)
             weight = producer.weight.clone()
             weight[first:] /= scales[:, None]
             bias = producer.bias
@@ -85,20 +80,26 @@ class Group:
             made = replace(producer, weight=weight, bias=bias)
         else:
             made = producer / scales
+            bias = getattr(layer, f"{self.producer}_bias")
+            if bias is not None:
+                layer = changed(layer, **{f"{self.producer}_bias": bias / scales})
         layer = changed(layer, **{self.producer: made})
-        consumer: Dense = getattr(layer, self.consumer)
-        scaled = replace(consumer, weight=consumer.weight * self.spread(scales))
-        return changed(layer, **{self.consumer: scaled})
+        consumers: dict[str, Dense] = {name: getattr(layer, name) for name in self.consumers}
+        scaled = {
+            name: replace(linear, weight=linear.weight * self.spread(scales)) for name, linear in consumers.items()
+        }
+        return changed(layer, **scaled)
 
 
 def scaling_groups(config: ModelConfig) -> tuple[Group, ...]:
     """The groups of one block, in the order of the forward pass."""
     repeat = config.n_heads // config.n_kv_heads
-    groups = [
-        Group("norm1", "qkv", "attention"),
-        Group("qkv", "out", "attention", repeat, config.head_dim),
-        Group("norm2", "up", "mlp"),
-    ]
-    if config.activation in GATED:
-        groups.append(Group("up", "down", "mlp"))
+    mixed = Group("qkv", ("out",), repeat, config.head_dim)
+    if config.block is Block.PARALLEL_ONE_NORM:
+        groups = [Group("norm1", ("qkv", "up")), mixed]
+    else:
+        groups = [Group("norm1", ("qkv",)), mixed, Group("norm2", ("up",))]
+    # down(act(gate) * up) is linear in up; what passes through the non-linearity itself could not be scaled exactly.
+    if config.gated:
+        groups.append(Group("up", ("down",)))
     return tuple(groups)

@@ -20,14 +20,16 @@ from tqdm import tqdm
 from tinychat import checkpoint
 from tinychat.architectures.names import TensorNames
 from tinychat.checkpoint import awq as awq_layout
+from tinychat.checkpoint import heads
+from tinychat.config import ModelConfig
 from tinychat.errors import UsageError
 from tinychat.qtensor import QTensor, canonical
 from tinychat.quantize import calibration as calibrating
 from tinychat.quantize.activations import Activations
-from tinychat.quantize.dense import NORMS, dense_layer, half, quantized_layer
+from tinychat.quantize.dense import dense_layer, half, quantized_layer
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.report import Report
-from tinychat.weights import LINEARS, Layer, Linear, MemoryWeights, WeightSource
+from tinychat.weights import LINEARS, NORMS, Layer, Linear, MemoryWeights, WeightSource
 
 FILE_BITS = 4
 SAMPLED, FROM_FILE = 128, 512  # tokens of a calibration sequence
@@ -102,8 +104,10 @@ def quantize(
 
         writer.add(f"{names.embed}.weight", half(opened.embed(), names.embed))
         for index, layer in enumerate(_layers(opened, chosen, grid, sequences, plan, report, progress)):
-            _write(writer, names, index, layer)
+            _write(writer, opened.config, names, index, layer)
         writer.add(f"{names.norm}.weight", half(opened.norm(), names.norm))
+        if (norm_bias := opened.norm_bias()) is not None:
+            writer.add(f"{names.norm}.bias", half(norm_bias, names.norm))
         if head := _half_head(opened):
             writer.add(f"{names.head}.weight", np.asarray(head.segments[0]))
         if not report.quantized_weights:
@@ -147,12 +151,14 @@ def quantize_in_memory(
         return f"layers.{index}.{linear}[{i}]", None
 
     layers = list(_layers(source, chosen, grid, sequences, plan, report, progress))
+    norm_bias = source.norm_bias()
     weights = MemoryWeights(
         config=source.config,
         embedding=half(source.embed(), "embed"),
         layers=layers,
         final_norm=half(source.norm(), "norm").astype(np.float32),
         output_head=_half_head(source),
+        final_norm_bias=None if norm_bias is None else half(norm_bias, "norm").astype(np.float32),
     )
     report.seconds = time.monotonic() - began
     return weights, report
@@ -198,13 +204,17 @@ def _layers(
         yield done
 
 
-def _write(writer: checkpoint.CheckpointWriter, names: TensorNames, index: int, layer: Layer) -> None:
+def _write(
+    writer: checkpoint.CheckpointWriter, config: ModelConfig, names: TensorNames, index: int, layer: Layer
+) -> None:
     prefix = names.layer.format(index)
     for norm in NORMS:
         if (values := getattr(layer, norm)) is not None:
-            writer.add(f"{prefix}{getattr(names, norm)}.weight", half(values, norm))
+            writer.add(names.vector(norm, index), half(values, norm))
     for name in LINEARS:
         linear: Linear = getattr(layer, name)
+        if name == "qkv" and names.heads_interleaved:
+            linear = heads.together(linear, config)
         first = 0
         for part, segment in zip(getattr(names, name), linear.segments, strict=True):
             module = prefix + part
