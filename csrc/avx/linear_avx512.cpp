@@ -67,7 +67,8 @@ struct Codes<8> {
     }
     static __m512i one(const char* at, uint32_t k) {
         const __m512i lanes = _mm512_load_si512(at + k / 4 * 64);
-        return _mm512_and_si512(_mm512_srl_epi32(lanes, _mm_cvtsi32_si128(static_cast<int>(k % 4 * 8))), _mm512_set1_epi32(255));
+        const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(k % 4 * 8));
+        return _mm512_and_si512(_mm512_srl_epi32(lanes, shift), _mm512_set1_epi32(255));
     }
 };
 
@@ -214,7 +215,8 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, in
                     sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), factor, sums[t]);
                     const auto* list = reinterpret_cast<const Outlier*>(outliers + t * stride);
                     for (int32_t o = 0; __builtin_expect(o < block->outliers, 0); o++) {
-                        const __m512i difference = _mm512_sub_epi32(Codes<bits>::one(at, static_cast<uint32_t>(list[o].index)), z);
+                        const __m512i code = Codes<bits>::one(at, static_cast<uint32_t>(list[o].index));
+                        const __m512i difference = _mm512_sub_epi32(code, z);
                         const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(difference), scale);
                         sums[t] = _mm512_fmadd_ps(weight, _mm512_set1_ps(list[o].value), sums[t]);
                     }
