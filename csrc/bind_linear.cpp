@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "levels.h"
 
 namespace py = pybind11;
 using namespace tinychat;
@@ -30,6 +31,15 @@ uint64_t read_probe(uintptr_t address, int64_t bytes) {
     uint64_t total = 0;
     for (uint64_t sum : sums) total += sum;
     return total;
+}
+
+// Products of bytes that vector instructions added in `rounds` rounds of nothing else; 0 where there is no such probe.
+int64_t dot_peak(int64_t rounds) {
+#if defined(__x86_64__)
+    if (std::strstr(supported_isas(), "avx512vnni")) return dot_peak_avx512vnni(rounds);
+#endif
+    static_cast<void>(rounds);
+    return 0;
 }
 
 }  // namespace
@@ -84,15 +94,18 @@ void bind_linear(py::module_& m) {
         release());
     m.def(
         "prepare",
-        [](const char* isa, const LinearShape& shape, uintptr_t x, uintptr_t activations, int64_t rows) {
+        [](const char* isa, const LinearShape& shape, uintptr_t x, uintptr_t activations, int64_t rows, int64_t begin,
+           int64_t end) {
             const LinearKernels& linear = kernels(isa).linear;
             const int64_t bytes = linear.activation_bytes(shape);
             for (int64_t t = 0; t < rows; t++) {
-                linear.prepare(shape, pointer<const float>(x) + t * shape.k, pointer<char>(activations) + t * bytes, 0,
-                               shape.k);
+                linear.prepare(shape, pointer<const float>(x) + t * shape.k + begin, pointer<char>(activations) + t * bytes,
+                               begin, end < 0 ? shape.k : end);
             }
         },
-        release());
+        release(), py::arg("isa"), py::arg("shape"), py::arg("x"), py::arg("activations"), py::arg("rows"),
+        py::arg("begin") = 0, py::arg("end") = -1, "Columns begin .. end (k, where negative) of x fp32 [rows, k].");
+    m.def("prepare_step", [](const char* isa, const LinearShape& shape) { return kernels(isa).linear.prepare_step(shape); });
     m.def(
         "linear",
         [](const char* isa, const LinearShape& shape, uintptr_t packed, uintptr_t activations, int64_t rows,
@@ -103,4 +116,6 @@ void bind_linear(py::module_& m) {
         release());
     m.def("read_probe", &read_probe, release(), py::arg("address"), py::arg("bytes"),
           "Reads a 64-byte aligned buffer and returns the sum of its words.");
+    m.def("dot_peak", &dot_peak, release(), py::arg("rounds"),
+          "Multiplies bytes in registers (AVX-512 VNNI) and returns how many products it added; 0 without it.");
 }

@@ -52,8 +52,8 @@ class Segment:
 def pack_weight(weight: Weight, isa: str, activation_bits: int = 16) -> Segment:
     """A QTensor or an fp32, fp16 or bf16 array [N, K] in the layout of level `isa`.
 
-    Codes of up to 4 bits are kept in 4, wider ones in 8. Activations meet them as integers of `activation_bits`, 16 or 8;
-    other weights take them as they are.
+    Codes of up to 4 bits are kept in 4, wider ones in 8. Activations meet them as integers of `activation_bits` (16 or
+    8); other weights take them as they are.
     """
     cpu = extension()
     n, k = weight.shape
