@@ -102,11 +102,17 @@ __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead,
             }
         }
     };
-    int64_t i = 0;
-#pragma GCC unroll 2
-    for (; i + 2 <= steps; i += 2) {
+    const auto two_steps = [&](int64_t i) __attribute__((always_inline)) {
         step(i, 0);
         step(i + 1, 1);
+    };
+    int64_t i = 0;
+    if constexpr (kSums <= 2) {  // a whole block without a branch or a copy
+#pragma GCC unroll 8
+        for (; i + 2 <= steps; i += 2) two_steps(i);
+    } else {
+#pragma GCC unroll 2
+        for (; i + 2 <= steps; i += 2) two_steps(i);
     }
     if (i < steps) step(i, 0);
     for (int p = 0; p < planes; p++) {
