@@ -86,9 +86,13 @@ __m256i add_pairs(__m256i sum, __m256i a, __m256i b) { return _mm256_dpwssd_avx_
 template <int bits, int planes, int R, int H>
 __attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t steps,
                                                __m256i (&sums)[planes][R][H]) {
-    constexpr bool kChains = R == 1 && H == 1;  // a single sum would wait for itself
-    __m256i more[planes];
-    for (int p = 0; p < planes; p++) more[p] = _mm256_setzero_si256();
+    constexpr bool kSplit = planes * R * H <= 4;  // few sums would wait for themselves: the halves of a step have their own
+    __m256i second[planes][R][H];
+    for (int p = 0; p < planes; p++) {
+        for (int t = 0; t < R; t++) {
+            for (int j = 0; j < H; j++) second[p][t][j] = _mm256_setzero_si256();
+        }
+    }
 #pragma GCC unroll 4
     for (int64_t i = 0; i < steps; i++) {
         __m256i q[H][2];
@@ -97,16 +101,21 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
         for (int t = 0; t < R; t++) {
             for (int p = 0; p < planes; p++) {
                 const char* at = x + t * stride + (p * steps + i) * kStep;
-                const __m256i first = broadcast(at), second = broadcast(at + 4);
-                for (int j = 0; j < H; j++) {
-                    __m256i& other = kChains ? more[p] : sums[p][t][j];
-                    sums[p][t][j] = _mm256_dpbusd_avx_epi32(sums[p][t][j], q[j][0], first);
-                    other = _mm256_dpbusd_avx_epi32(other, q[j][1], second);
+                for (int half = 0; half < 2; half++) {
+                    const __m256i factor = broadcast(at + half * 4);
+                    for (int j = 0; j < H; j++) {
+                        __m256i& sum = kSplit && half == 1 ? second[p][t][j] : sums[p][t][j];
+                        sum = _mm256_dpbusd_avx_epi32(sum, q[j][half], factor);
+                    }
                 }
             }
         }
     }
-    for (int p = 0; kChains && p < planes; p++) sums[p][0][0] = _mm256_add_epi32(sums[p][0][0], more[p]);
+    for (int p = 0; kSplit && p < planes; p++) {
+        for (int t = 0; t < R; t++) {
+            for (int j = 0; j < H; j++) sums[p][t][j] = _mm256_add_epi32(sums[p][t][j], second[p][t][j]);
+        }
+    }
 }
 
 #else
