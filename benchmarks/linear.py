@@ -1,14 +1,19 @@
 """Speed of one linear on one thread, level by level, beside the speed at which the same thread reads memory.
 
     python benchmarks/linear.py [--k 4096] [--n 11008] [--group-size 128] [--rows 1 4 32 512] [--isa avx2 ...]
+                                [--bits 4 8] [--activations 16 8] [--megabytes 1]
 
-The matrix lies in memory many times over and the copies are used in turn, so that no cache holds it. Reading and
-multiplying alternate in slices of the same buffer, and the ratio is the median over slices: the bandwidth of a shared
-machine changes from minute to minute. GB/s counts packed bytes once per pass, whatever the number of rows; GMAC/s
-counts multiplications of one code and one activation. The last line is one JSON object.
+The matrix lies in memory many times over and the copies are used in turn, so that no cache holds it (with --megabytes 1
+and a small --n, one copy that the cache holds). Reading and multiplying alternate in slices of the same buffer, and the
+ratio is the median over slices: the bandwidth of a shared machine changes from minute to minute. GB/s counts packed
+bytes once per pass, whatever the number of rows; GMAC/s counts multiplications of one code and one activation. "of
+peak" is the share of what AVX-512 VNNI, measured beside it, can multiply in bytes (16-bit activations: two products);
+"limit" the time over the larger of one row's time and that of the products at 0.75 of the peak. The last line is one
+JSON object.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -37,6 +42,11 @@ def seconds(run, *arguments) -> float:
     return time.perf_counter() - begin
 
 
+def dot_peak(cpu) -> float:
+    """Products of bytes per second in this thread, the best of a few; 0 without AVX-512 VNNI."""
+    return max(cpu.dot_peak(20_000) / seconds(cpu.dot_peak, 20_000) for _ in range(10))
+
+
 def measure(cpu, isa: str, shape, buffer: np.ndarray, size: int, rows: int, budget: float) -> dict[str, float]:
     """Figures for `rows` activations and a buffer of copies of one packed weight, `size` bytes each."""
     x = np.random.default_rng(2).standard_normal((rows, shape.k)).astype(np.float32)
@@ -45,6 +55,7 @@ def measure(cpu, isa: str, shape, buffer: np.ndarray, size: int, rows: int, budg
     prepare = seconds(cpu.prepare, isa, shape, x.ctypes.data, prepared.ctypes.data, rows)
     prepare = min(prepare, seconds(cpu.prepare, isa, shape, x.ctypes.data, prepared.ctypes.data, rows))
     copies, tiles = len(buffer) // size, -(-shape.n // cpu.tile(isa))
+    peak = dot_peak(cpu)
 
     def multiply(copy: int, end: int) -> None:
         address = buffer.ctypes.data + copy % copies * size
@@ -63,7 +74,11 @@ def measure(cpu, isa: str, shape, buffer: np.ndarray, size: int, rows: int, budg
         times.append(spent)
         ratios.append(multiplied / spent / (2 * size / (before + after)))
     spent = statistics.median(times)
+    products = rows * part * cpu.tile(isa) * shape.k * shape.activation_bits // 8
     return {
+        "seconds": spent * tiles / part,
+        "of_peak": round(products / spent / peak, 3) if peak else None,
+        "seconds_at_peak": products / peak * tiles / part if peak else 0.0,
         "gb_per_s": round(multiplied / spent / 1e9, 2),
         "ratio_to_read": round(statistics.median(ratios), 3),
         "gmac_per_s": round(rows * part * cpu.tile(isa) * shape.k / spent / 1e9, 1),
@@ -72,44 +87,56 @@ def measure(cpu, isa: str, shape, buffer: np.ndarray, size: int, rows: int, budg
     }
 
 
+def random_weight(n: int, k: int, group_size: int, bits: int) -> QTensor:
+    """Codes, scales and zeros that a seed decides."""
+    rng = np.random.default_rng(1)
+    groups = (n, -(-k // group_size))
+    codes = rng.integers(0, 2**bits, (n, k), dtype=np.uint8)
+    scales = rng.uniform(0.001, 0.02, groups).astype(np.float16)
+    return QTensor(codes, scales, rng.integers(0, 2**bits, groups, dtype=np.uint8), bits, group_size)
+
+
 def main() -> None:
     """Measures what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--k", type=int, default=4096)
     parser.add_argument("--n", type=int, default=11008)
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 32, 512])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 512])
+    parser.add_argument("--bits", type=int, nargs="+", choices=(4, 8), default=[4])
+    parser.add_argument("--activations", type=int, nargs="+", choices=(16, 8), default=[16])
     parser.add_argument("--isa", nargs="+", default=supported_isas())
     parser.add_argument("--megabytes", type=int, default=768, help="all copies of the matrix together")
     parser.add_argument("--seconds", type=float, default=1.5, help="for each figure")
     args = parser.parse_args()
 
-    cpu, rng = extension(), np.random.default_rng(1)
-    groups = (args.n, -(-args.k // args.group_size))
-    weight = QTensor(
-        rng.integers(0, 16, (args.n, args.k), dtype=np.uint8),
-        rng.uniform(0.001, 0.02, groups).astype(np.float16),
-        rng.integers(0, 16, groups, dtype=np.uint8),
-        4,
-        args.group_size,
-    )
-    results = []
-    for isa in args.isa:
-        begin = time.perf_counter()
-        (segment,) = PackedLinear.pack(weight, isa).segments
-        pack = len(segment.data) / (time.perf_counter() - begin) / 1e9
-        copies = max(4, (args.megabytes << 20) // len(segment.data))
-        buffer = aligned(copies * len(segment.data))
-        buffer.reshape(copies, -1)[:] = segment.data
-        for rows in args.rows:
-            figures = measure(cpu, isa, segment.shape, buffer, len(segment.data), rows, args.seconds)
-            results.append({"isa": isa, "rows": rows, **figures})
-            print(
-                f"{isa:>11} {rows:4} rows: {figures['gb_per_s']:7.2f} GB/s, {figures['ratio_to_read']:.3f} of reading, "
-                f"{figures['gmac_per_s']:7.1f} GMAC/s, {figures['prepare_us_per_row']:.1f} us to prepare a row",
-                flush=True,
-            )
-        print(f"{isa:>11} packing: {pack:.2f} GB/s")
+    cpu, results = extension(), []
+    for bits in args.bits:
+        weight = random_weight(args.n, args.k, args.group_size, bits)
+        for isa, activation_bits in itertools.product(args.isa, args.activations):
+            begin = time.perf_counter()
+            (segment,) = PackedLinear.pack(weight, isa, activation_bits).segments
+            pack = len(segment.data) / (time.perf_counter() - begin) / 1e9
+            copies = max(1 if args.megabytes < 16 else 4, (args.megabytes << 20) // len(segment.data))
+            buffer = aligned(copies * len(segment.data))
+            buffer.reshape(copies, -1)[:] = segment.data
+            one_row = 0.0
+            for rows in args.rows:
+                figures = measure(cpu, isa, segment.shape, buffer, len(segment.data), rows, args.seconds)
+                one_row = figures["seconds"] if rows == 1 else one_row
+                floor = max(one_row, figures.pop("seconds_at_peak") / 0.75)
+                if one_row:
+                    figures["limit"] = round(figures["seconds"] / floor, 3)
+                kind = {"isa": isa, "bits": bits, "activations": activation_bits, "rows": rows}
+                results.append({**kind, "bytes": len(segment.data), **figures})
+                print(
+                    f"{isa:>11} {bits}x{activation_bits:<2} {rows:4} rows: {figures['gb_per_s']:6.2f} GB/s, "
+                    f"{figures['ratio_to_read']:.3f} of reading, {figures['gmac_per_s']:6.1f} GMAC/s, "
+                    f"{figures['of_peak']} of peak, {figures.get('limit', '-')} limit, "
+                    f"{figures['prepare_us_per_row']:.1f} us to prepare a row",
+                    flush=True,
+                )
+            print(f"{isa:>11} {bits}x{activation_bits:<2} packing: {pack:.2f} GB/s")
     report = {
         "benchmark": "linear",
         "machine": machine(),
@@ -118,7 +145,6 @@ def main() -> None:
         "n": args.n,
         "k": args.k,
         "group_size": args.group_size,
-        "bits_per_weight": round(len(segment.data) * 8 / args.n / args.k, 4),
         "results": results,
     }
     print(json.dumps(report))

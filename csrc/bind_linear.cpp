@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "kernels.h"
+#include "levels.h"
 #include "read_probe.h"
 
 namespace py = pybind11;
@@ -14,6 +16,15 @@ namespace {
 template <class T = void>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+// Products of bytes that vector instructions added in `rounds` rounds of nothing else; 0 where there is no such probe.
+int64_t dot_peak(int64_t rounds) {
+#if defined(__x86_64__)
+    if (std::strstr(supported_isas(), "avx512vnni")) return dot_peak_avx512vnni(rounds);
+#endif
+    static_cast<void>(rounds);
+    return 0;
 }
 
 }  // namespace
@@ -69,15 +80,18 @@ void bind_linear(py::module_& m) {
         release());
     m.def(
         "prepare",
-        [](const char* isa, const LinearShape& shape, uintptr_t x, uintptr_t activations, int64_t rows) {
+        [](const char* isa, const LinearShape& shape, uintptr_t x, uintptr_t activations, int64_t rows, int64_t begin,
+           int64_t end) {
             const LinearKernels& linear = kernels(isa).linear;
             const int64_t bytes = linear.activation_bytes(shape);
             for (int64_t t = 0; t < rows; t++) {
-                linear.prepare(shape, pointer<const float>(x) + t * shape.k, pointer<char>(activations) + t * bytes, 0,
-                               shape.k);
+                linear.prepare(shape, pointer<const float>(x) + t * shape.k + begin, pointer<char>(activations) + t * bytes,
+                               begin, end < 0 ? shape.k : end);
             }
         },
-        release());
+        release(), py::arg("isa"), py::arg("shape"), py::arg("x"), py::arg("activations"), py::arg("rows"),
+        py::arg("begin") = 0, py::arg("end") = -1, "Columns begin .. end (k, where negative) of x fp32 [rows, k].");
+    m.def("prepare_step", [](const char* isa, const LinearShape& shape) { return kernels(isa).linear.prepare_step(shape); });
     m.def(
         "linear",
         [](const char* isa, const LinearShape& shape, uintptr_t packed, uintptr_t activations, int64_t rows,
@@ -91,4 +105,6 @@ void bind_linear(py::module_& m) {
         [](uintptr_t address, int64_t bytes, int threads) { return read_probe(pointer(address), bytes, threads); }, release(),
         py::arg("address"), py::arg("bytes"), py::arg("threads") = 1,
         "Seconds in which `threads` threads read a 64-byte aligned buffer, each its part; see csrc/read_probe.h.");
+    m.def("dot_peak", &dot_peak, release(), py::arg("rounds"),
+          "Multiplies bytes in registers (AVX-512 VNNI) and returns how many products it added; 0 without it.");
 }

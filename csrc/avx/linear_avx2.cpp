@@ -39,23 +39,27 @@ int32_t word(const char* at) {
 
 __m256i broadcast(const char* at) { return _mm256_set1_epi32(word(at)); }
 
-// Codes of `bits`: load() gives a step of half a tile as two registers of bytes, and asks for what lies kAhead; one() gives a
-// single k of its 8 rows.
+// Codes of `bits`: load() gives a step of half a tile as two registers of bytes, one() a single k of its 8 rows.
 template <int bits>
 struct Codes;
+
+// Asks for what lies kAhead of a step.
+template <int bits>
+__attribute__((always_inline)) inline void fetch(const char* at) {
+    for (int64_t line = 0; line < kStep * kTile * bits / 8; line += 64) _mm_prefetch(at + kAhead + line, _MM_HINT_T0);
+}
 
 template <>
 struct Codes<4> {
     static constexpr int64_t kBytes = kStep * kTile / 2;  // of a step
     __attribute__((always_inline)) static void load(const char* at, __m256i (&q)[2]) {
         const __m256i mask = _mm256_set1_epi8(15), both = load_bytes(at);
-        _mm_prefetch(at + kAhead, _MM_HINT_T0);
         q[0] = _mm256_and_si256(both, mask);
         q[1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
     }
-    static __m256i one(const char* at, int32_t k) {
+    static __m256i one(const char* at, uint32_t k) {
         const __m256i lanes = load_bytes(at + k / 8 * kBytes);
-        const __m128i shift = _mm_cvtsi32_si128(k % 4 * 8 + k % 8 / 4 * 4);
+        const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(k % 4 * 8 + k % 8 / 4 * 4));
         return _mm256_and_si256(_mm256_srl_epi32(lanes, shift), _mm256_set1_epi32(15));
     }
 };
@@ -64,14 +68,13 @@ template <>
 struct Codes<8> {
     static constexpr int64_t kBytes = kStep * kTile;
     __attribute__((always_inline)) static void load(const char* at, __m256i (&q)[2]) {
-        _mm_prefetch(at + kAhead, _MM_HINT_T0);
-        _mm_prefetch(at + kAhead + 64, _MM_HINT_T0);
         q[0] = load_bytes(at);
         q[1] = load_bytes(at + 64);
     }
-    static __m256i one(const char* at, int32_t k) {
+    static __m256i one(const char* at, uint32_t k) {
         const __m256i lanes = load_bytes(at + k / 4 * 64);
-        return _mm256_and_si256(_mm256_srl_epi32(lanes, _mm_cvtsi32_si128(k % 4 * 8)), _mm256_set1_epi32(255));
+        const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(k % 4 * 8));
+        return _mm256_and_si256(_mm256_srl_epi32(lanes, shift), _mm256_set1_epi32(255));
     }
 };
 
@@ -83,26 +86,36 @@ __m256i add_pairs(__m256i sum, __m256i a, __m256i b) { return _mm256_dpwssd_avx_
 template <int bits, int planes, int R, int H>
 __attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t steps,
                                                __m256i (&sums)[planes][R][H]) {
-    constexpr bool kChains = R == 1 && H == 1;  // a single sum would wait for itself
-    __m256i more[planes];
-    for (int p = 0; p < planes; p++) more[p] = _mm256_setzero_si256();
+    constexpr bool kSplit = planes * R * H <= 4;  // few sums would wait for themselves: the halves of a step have their own
+    __m256i second[planes][R][H];
+    for (int p = 0; p < planes; p++) {
+        for (int t = 0; t < R; t++) {
+            for (int j = 0; j < H; j++) second[p][t][j] = _mm256_setzero_si256();
+        }
+    }
 #pragma GCC unroll 4
     for (int64_t i = 0; i < steps; i++) {
         __m256i q[H][2];
+        fetch<bits>(codes + i * Codes<bits>::kBytes);
         for (int j = 0; j < H; j++) Codes<bits>::load(codes + j * kHalfBytes + i * Codes<bits>::kBytes, q[j]);
         for (int t = 0; t < R; t++) {
             for (int p = 0; p < planes; p++) {
                 const char* at = x + t * stride + (p * steps + i) * kStep;
-                const __m256i first = broadcast(at), second = broadcast(at + 4);
-                for (int j = 0; j < H; j++) {
-                    __m256i& other = kChains ? more[p] : sums[p][t][j];
-                    sums[p][t][j] = _mm256_dpbusd_avx_epi32(sums[p][t][j], q[j][0], first);
-                    other = _mm256_dpbusd_avx_epi32(other, q[j][1], second);
+                for (int half = 0; half < 2; half++) {
+                    const __m256i factor = broadcast(at + half * 4);
+                    for (int j = 0; j < H; j++) {
+                        __m256i& sum = kSplit && half == 1 ? second[p][t][j] : sums[p][t][j];
+                        sum = _mm256_dpbusd_avx_epi32(sum, q[j][half], factor);
+                    }
                 }
             }
         }
     }
-    for (int p = 0; kChains && p < planes; p++) sums[p][0][0] = _mm256_add_epi32(sums[p][0][0], more[p]);
+    for (int p = 0; kSplit && p < planes; p++) {
+        for (int t = 0; t < R; t++) {
+            for (int j = 0; j < H; j++) sums[p][t][j] = _mm256_add_epi32(sums[p][t][j], second[p][t][j]);
+        }
+    }
 }
 
 #else
@@ -127,6 +140,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
         }
         for (int64_t i = begin; i < end; i++) {
             __m256i q[kParts][H][2];
+            fetch<bits>(codes + i * Codes<bits>::kBytes);
             for (int j = 0; j < H; j++) {
                 Codes<bits>::load(codes + j * kHalfBytes + i * Codes<bits>::kBytes, q[0][j]);
                 for (int h = 0; kParts == 2 && h < 2; h++) {
@@ -196,6 +210,7 @@ __attribute__((always_inline)) inline void block_of_tile(const Call& call, const
     } else {
         dot<bits, planes, R, H>(codes, x, stride, steps, products);
     }
+#pragma GCC unroll 2
     for (int j = 0; j < H; j++) {
         const __m256 scale = load_scales(scales + j * call.layout.scale_bytes / 2, call.wide_scales);
         for (int t = 0; t < R; t++) {
@@ -206,7 +221,8 @@ __attribute__((always_inline)) inline void block_of_tile(const Call& call, const
             const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(block.scale));
             __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), factor, sums[t * 2 + j]);
             for (int32_t o = 0; __builtin_expect(o < block.outliers, 0); o++) {
-                const __m256i code = Codes<bits>::one(codes + j * kHalfBytes, list[o].index);
+                const auto index = static_cast<uint32_t>(list[o].index);
+                const __m256i code = Codes<bits>::one(codes + j * kHalfBytes, index);
                 const __m256i z = _mm256_and_si256(zero[j], _mm256_set1_epi32(255));
                 const __m256 weight = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(code, z)), scale);
                 sum = _mm256_fmadd_ps(weight, _mm256_set1_ps(list[o].value), sum);
@@ -218,7 +234,8 @@ __attribute__((always_inline)) inline void block_of_tile(const Call& call, const
 
 // R rows of one tile, of which the first `outputs` rows of weights exist.
 template <int bits, int planes, int R>
-void rows_of_tile(const Call& call, const char* at, const char* x, int64_t outputs, float* y) {
+__attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, const char* x, int64_t outputs,
+                                            float* y) {
     constexpr int H = R * planes <= 4 ? 2 : 1;  // both halves where the registers hold the sums: they share the broadcasts
     const QuantizedLayout& layout = call.layout;
     const char *blocks = x + layout.blocks_at, *outliers = x + layout.outliers_at;

@@ -11,10 +11,10 @@
 //            have 4 bits: 8 * 2 * 15 * 128 = 30720. Then vpmaddwd with ones widens them. Codes of 8 bits are taken as two
 //            of 4, the upper widened with 16 in place of ones.
 //
-// All sums of a block are exact, so a row's result does not depend on the rows and tiles that are computed with it.
+// All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
 // Speed: one row runs at 0.95 or more of the speed at which a thread reads memory (benchmarks/linear.py), as codes are
-// fetched 4 KiB ahead; several rows share the unpacking, two tiles the broadcasts, and many rows go in panels whose
-// activations stay in the cache.
+// fetched 4 KiB ahead; several rows share the unpacking, and many go in panels whose activations stay in the cache, with
+// VNNI at 0.65 or more of what its multipliers can do. (Two tiles at once share the broadcasts, and were no faster.)
 #include <immintrin.h>
 
 #include "levels.h"
@@ -35,7 +35,7 @@ int32_t word(const char* at) {
 
 __m512i broadcast(const char* at) { return _mm512_set1_epi32(word(at)); }
 
-// Codes of `bits`: load() gives a step as two registers of bytes, and asks for what lies kAhead; one() gives a single k of
+// Codes of `bits`: load() gives a step as two registers of bytes, and asks for what lies `ahead`; one() gives a single k of
 // the 16 rows.
 template <int bits>
 struct Codes;
@@ -43,15 +43,15 @@ struct Codes;
 template <>
 struct Codes<4> {
     static constexpr int64_t kBytes = kStep * kTile / 2;  // of a step
-    __attribute__((always_inline)) static void load(const char* at, __m512i (&q)[2]) {
+    __attribute__((always_inline)) static void load(const char* at, int64_t ahead, __m512i (&q)[2]) {
         const __m512i mask = _mm512_set1_epi8(15), both = _mm512_load_si512(at);
-        _mm_prefetch(at + kAhead, _MM_HINT_T0);
+        _mm_prefetch(at + ahead, _MM_HINT_T0);
         q[0] = _mm512_and_si512(both, mask);
         q[1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
     }
-    static __m512i one(const char* at, int32_t k) {
+    static __m512i one(const char* at, uint32_t k) {
         const __m512i lanes = _mm512_load_si512(at + k / 8 * kBytes);
-        const __m128i shift = _mm_cvtsi32_si128(k % 4 * 8 + k % 8 / 4 * 4);
+        const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(k % 4 * 8 + k % 8 / 4 * 4));
         return _mm512_and_si512(_mm512_srl_epi32(lanes, shift), _mm512_set1_epi32(15));
     }
 };
@@ -59,15 +59,16 @@ struct Codes<4> {
 template <>
 struct Codes<8> {
     static constexpr int64_t kBytes = kStep * kTile;
-    __attribute__((always_inline)) static void load(const char* at, __m512i (&q)[2]) {
-        _mm_prefetch(at + kAhead, _MM_HINT_T0);
-        _mm_prefetch(at + kAhead + 64, _MM_HINT_T0);
+    __attribute__((always_inline)) static void load(const char* at, int64_t ahead, __m512i (&q)[2]) {
+        _mm_prefetch(at + ahead, _MM_HINT_T0);
+        _mm_prefetch(at + ahead + 64, _MM_HINT_T0);
         q[0] = _mm512_load_si512(at);
         q[1] = _mm512_load_si512(at + 64);
     }
-    static __m512i one(const char* at, int32_t k) {
+    static __m512i one(const char* at, uint32_t k) {
         const __m512i lanes = _mm512_load_si512(at + k / 4 * 64);
-        return _mm512_and_si512(_mm512_srl_epi32(lanes, _mm_cvtsi32_si128(k % 4 * 8)), _mm512_set1_epi32(255));
+        const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(k % 4 * 8));
+        return _mm512_and_si512(_mm512_srl_epi32(lanes, shift), _mm512_set1_epi32(255));
     }
 };
 
@@ -75,54 +76,49 @@ struct Codes<8> {
 
 __m512i add_pairs(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
-// sums[p][t][j] += sum over k of q x for plane p, row t and tile j, in `steps` steps of 8 k.
-template <int bits, int planes, int R, int T>
-__attribute__((always_inline)) inline void dot(const char* codes, int64_t tile_bytes, const char* x, int64_t stride,
-                                               int64_t steps, __m512i (&sums)[planes][R][T]) {
+// sums[p][t] += sum over k of q x for plane p and row t, in `steps` steps of 8 k.
+template <int bits, int planes, int R>
+__attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead, const char* x, int64_t stride,
+                                               int64_t steps, __m512i (&sums)[planes][R]) {
     // Few sums would wait for themselves: they are split in chains.
-    constexpr int kSums = planes * R * T, kChains = kSums <= 2 ? 4 : kSums <= 8 ? 2 : 1;
-    __m512i chains[kChains][planes][R][T];
-    for (int c = 1; c < kChains; c++) {
+    constexpr int kSums = planes * R, kChains = kSums <= 2 ? 4 : kSums <= 8 ? 2 : 1;
+    __m512i chains[kChains][planes][R];
+    for (int p = 0; p < planes; p++) {
         for (int t = 0; t < R; t++) {
-            for (int p = 0; p < planes; p++) {
-                for (int j = 0; j < T; j++) chains[c][p][t][j] = _mm512_setzero_si512();
-            }
-        }
-    }
-    for (int t = 0; t < R; t++) {
-        for (int p = 0; p < planes; p++) {
-            for (int j = 0; j < T; j++) chains[0][p][t][j] = sums[p][t][j];
+            chains[0][p][t] = sums[p][t];
+            for (int c = 1; c < kChains; c++) chains[c][p][t] = _mm512_setzero_si512();
         }
     }
     const auto step = [&](int64_t i, int odd) __attribute__((always_inline)) {
-        __m512i q[T][2];
-        for (int j = 0; j < T; j++) Codes<bits>::load(codes + j * tile_bytes + i * Codes<bits>::kBytes, q[j]);
+        __m512i q[2];
+        Codes<bits>::load(codes + i * Codes<bits>::kBytes, ahead, q);
         for (int t = 0; t < R; t++) {
             for (int p = 0; p < planes; p++) {
                 const char* at = x + t * stride + (p * steps + i) * kStep;
                 for (int half = 0; half < 2; half++) {
-                    const __m512i factor = broadcast(at + half * 4);
-                    for (int j = 0; j < T; j++) {
-                        __m512i& sum = chains[(odd * 2 + half) % kChains][p][t][j];
-                        sum = _mm512_dpbusd_epi32(sum, q[j][half], factor);
-                    }
+                    __m512i& sum = chains[(odd * 2 + half) % kChains][p][t];
+                    sum = _mm512_dpbusd_epi32(sum, q[half], broadcast(at + half * 4));
                 }
             }
         }
     };
-    int64_t i = 0;
-#pragma GCC unroll 2
-    for (; i + 2 <= steps; i += 2) {
+    const auto two_steps = [&](int64_t i) __attribute__((always_inline)) {
         step(i, 0);
         step(i + 1, 1);
+    };
+    int64_t i = 0;
+    if constexpr (kSums <= 2) {  // a whole block without a branch or a copy
+#pragma GCC unroll 8
+        for (; i + 2 <= steps; i += 2) two_steps(i);
+    } else {
+#pragma GCC unroll 2
+        for (; i + 2 <= steps; i += 2) two_steps(i);
     }
     if (i < steps) step(i, 0);
-    for (int t = 0; t < R; t++) {
-        for (int p = 0; p < planes; p++) {
-            for (int j = 0; j < T; j++) {
-                sums[p][t][j] = chains[0][p][t][j];
-                for (int c = 1; c < kChains; c++) sums[p][t][j] = _mm512_add_epi32(sums[p][t][j], chains[c][p][t][j]);
-            }
+    for (int p = 0; p < planes; p++) {
+        for (int t = 0; t < R; t++) {
+            sums[p][t] = chains[0][p][t];
+            for (int c = 1; c < kChains; c++) sums[p][t] = _mm512_add_epi32(sums[p][t], chains[c][p][t]);
         }
     }
 }
@@ -131,40 +127,35 @@ __attribute__((always_inline)) inline void dot(const char* codes, int64_t tile_b
 
 __m512i add_pairs(__m512i sum, __m512i a, __m512i b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
 
-// sums[p][t][j] += sum over k of q x for plane p, row t and tile j, in `steps` steps of 8 k.
-template <int bits, int planes, int R, int T>
-__attribute__((always_inline)) inline void dot(const char* codes, int64_t tile_bytes, const char* x, int64_t stride,
-                                               int64_t steps, __m512i (&sums)[planes][R][T]) {
+// sums[p][t] += sum over k of q x for plane p and row t, in `steps` steps of 8 k.
+template <int bits, int planes, int R>
+__attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead, const char* x, int64_t stride,
+                                               int64_t steps, __m512i (&sums)[planes][R]) {
     constexpr int kParts = bits > 4 ? 2 : 1;  // of a code
     const __m512i mask = _mm512_set1_epi8(15);
     for (int64_t begin = 0; begin < steps; begin += 4) {
         const int64_t end = smaller(begin + 4, steps);
-        __m512i narrow[kParts][planes][R][T];
+        __m512i narrow[kParts][planes][R];
         for (int part = 0; part < kParts; part++) {
             for (int p = 0; p < planes; p++) {
-                for (int t = 0; t < R; t++) {
-                    for (int j = 0; j < T; j++) narrow[part][p][t][j] = _mm512_setzero_si512();
-                }
+                for (int t = 0; t < R; t++) narrow[part][p][t] = _mm512_setzero_si512();
             }
         }
         for (int64_t i = begin; i < end; i++) {
-            __m512i q[kParts][T][2];
-            for (int j = 0; j < T; j++) {
-                Codes<bits>::load(codes + j * tile_bytes + i * Codes<bits>::kBytes, q[0][j]);
-                for (int h = 0; kParts == 2 && h < 2; h++) {
-                    q[kParts - 1][j][h] = _mm512_and_si512(_mm512_srli_epi16(q[0][j][h], 4), mask);
-                    q[0][j][h] = _mm512_and_si512(q[0][j][h], mask);
-                }
+            __m512i q[2][2];  // parts, halves of the step
+            Codes<bits>::load(codes + i * Codes<bits>::kBytes, ahead, q[0]);
+            for (int half = 0; kParts == 2 && half < 2; half++) {
+                q[1][half] = _mm512_and_si512(_mm512_srli_epi16(q[0][half], 4), mask);
+                q[0][half] = _mm512_and_si512(q[0][half], mask);
             }
             for (int t = 0; t < R; t++) {
                 for (int p = 0; p < planes; p++) {
                     const char* at = x + t * stride + (p * steps + i) * kStep;
-                    const __m512i first = broadcast(at), second = broadcast(at + 4);
-                    for (int j = 0; j < T; j++) {
+                    for (int half = 0; half < 2; half++) {
+                        const __m512i factor = broadcast(at + half * 4);
                         for (int part = 0; part < kParts; part++) {
-                            __m512i& sum = narrow[part][p][t][j];
-                            sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(q[part][j][0], first));
-                            sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(q[part][j][1], second));
+                            __m512i& sum = narrow[part][p][t];
+                            sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(q[part][half], factor));
                         }
                     }
                 }
@@ -173,9 +164,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, int64_t tile_b
         for (int part = 0; part < kParts; part++) {
             const __m512i weight = _mm512_set1_epi16(part == 0 ? 1 : 16);
             for (int p = 0; p < planes; p++) {
-                for (int t = 0; t < R; t++) {
-                    for (int j = 0; j < T; j++) sums[p][t][j] = add_pairs(sums[p][t][j], narrow[part][p][t][j], weight);
-                }
+                for (int t = 0; t < R; t++) sums[p][t] = add_pairs(sums[p][t], narrow[part][p][t], weight);
             }
         }
     }
@@ -190,63 +179,52 @@ struct Call {
     int64_t n, y_stride;
 };
 
-// R rows of T tiles: sums[t][j].
-template <int bits, int planes, int R, int T>
-__attribute__((always_inline)) inline void tiles(const Call& call, const char* at, const char* activation,
-                                                 __m512 (&sums)[R][T]) {
+// R rows of a tile, of which the first `outputs` rows of weights exist. Codes are asked for `ahead` bytes before their turn.
+template <int bits, int planes, int R>
+__attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, int64_t ahead, const char* x,
+                                            int64_t outputs, float* y) {
     const QuantizedLayout& layout = call.layout;
-    const int64_t stride = layout.activation_bytes, tile_bytes = layout.tile_bytes;
-    const char *x = activation, *blocks = activation + layout.blocks_at, *outliers = activation + layout.outliers_at;
-    for (int t = 0; t < R; t++) {
-        for (int j = 0; j < T; j++) sums[t][j] = _mm512_setzero_ps();
-    }
+    const int64_t stride = layout.activation_bytes;
+    const char *blocks = x + layout.blocks_at, *outliers = x + layout.outliers_at;
+    __m512 sums[R];
+    for (int t = 0; t < R; t++) sums[t] = _mm512_setzero_ps();
     for (int64_t first = 0; first < layout.groups; first += kChunk) {
         const int64_t m = smaller(kChunk, layout.groups - first);
         const char *scales = at, *zeros = at + m * layout.scale_bytes;
         at += layout.header_bytes(m);
         for (int64_t g = first; g < first + m; g++, scales += layout.scale_bytes, zeros += kTile) {
-            __m512 scale[T];
-            __m512i zero[T];  // z and 128 z, as Block::halves wants them
-            for (int j = 0; j < T; j++) {
-                const char* own = scales + j * tile_bytes;
-                scale[j] = call.wide_scales ? _mm512_load_ps(own)
-                                            : _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(own)));
-                const __m128i z = _mm_load_si128(reinterpret_cast<const __m128i*>(zeros + j * tile_bytes));
-                zero[j] = _mm512_cvtepu8_epi32(z);
-                zero[j] = _mm512_or_si512(zero[j], _mm512_slli_epi32(zero[j], 16 + 7));
-            }
+            const __m512 scale = call.wide_scales
+                                     ? _mm512_load_ps(scales)
+                                     : _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(scales)));
+            const __m512i z = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(zeros)));
+            const __m512i zero = _mm512_or_si512(z, _mm512_slli_epi32(z, 16 + 7));  // z and 128 z, for Block::halves
             const int64_t all = layout.padded(g) / kStep;
             for (int64_t begin = 0; begin < all; begin += kBlockSteps) {
                 const int64_t steps = smaller(kBlockSteps, all - begin);
-                __m512i products[planes][R][T];
+                __m512i products[planes][R];
                 for (int t = 0; t < R; t++) {
-                    const __m512i halves = _mm512_set1_epi32(reinterpret_cast<const Block*>(blocks + t * stride)->halves);
-                    for (int j = 0; j < T; j++) {
-                        for (int p = 0; p < planes - 1; p++) products[p][t][j] = _mm512_setzero_si512();
-                        products[planes - 1][t][j] = add_pairs(_mm512_setzero_si512(), zero[j], halves);
-                    }
+                    const auto* block = reinterpret_cast<const Block*>(blocks + t * stride);
+                    products[0][t] = _mm512_setzero_si512();
+                    products[planes - 1][t] =
+                        add_pairs(_mm512_setzero_si512(), zero, _mm512_set1_epi32(block->halves));
                 }
                 if (steps == kBlockSteps) {
-                    dot<bits, planes, R, T>(at, tile_bytes, x, stride, kBlockSteps, products);
+                    dot<bits, planes, R>(at, ahead, x, stride, kBlockSteps, products);
                 } else {
-                    dot<bits, planes, R, T>(at, tile_bytes, x, stride, steps, products);
+                    dot<bits, planes, R>(at, ahead, x, stride, steps, products);
                 }
                 for (int t = 0; t < R; t++) {
-                    const Block& block = *reinterpret_cast<const Block*>(blocks + t * stride);
-                    for (int j = 0; j < T; j++) {
-                        __m512i product = products[planes - 1][t][j];
-                        if (planes == 2) product = _mm512_add_epi32(product, _mm512_slli_epi32(products[0][t][j], 8));
-                        const __m512 factor = _mm512_mul_ps(scale[j], _mm512_set1_ps(block.scale));
-                        sums[t][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), factor, sums[t][j]);
-                    }
+                    const auto* block = reinterpret_cast<const Block*>(blocks + t * stride);
+                    __m512i product = products[planes - 1][t];
+                    if (planes == 2) product = _mm512_add_epi32(product, _mm512_slli_epi32(products[0][t], 8));
+                    const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(block->scale));
+                    sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), factor, sums[t]);
                     const auto* list = reinterpret_cast<const Outlier*>(outliers + t * stride);
-                    for (int32_t o = 0; __builtin_expect(o < block.outliers, 0); o++) {
-                        for (int j = 0; j < T; j++) {
-                            const __m512i code = Codes<bits>::one(at + j * tile_bytes, list[o].index);
-                            const __m512i z = _mm512_and_si512(zero[j], _mm512_set1_epi32(255));
-                            const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(code, z)), scale[j]);
-                            sums[t][j] = _mm512_fmadd_ps(weight, _mm512_set1_ps(list[o].value), sums[t][j]);
-                        }
+                    for (int32_t o = 0; __builtin_expect(o < block->outliers, 0); o++) {
+                        const __m512i code = Codes<bits>::one(at, static_cast<uint32_t>(list[o].index));
+                        const __m512i difference = _mm512_sub_epi32(code, z);
+                        const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(difference), scale);
+                        sums[t] = _mm512_fmadd_ps(weight, _mm512_set1_ps(list[o].value), sums[t]);
                     }
                 }
                 at += steps * Codes<bits>::kBytes;
@@ -256,62 +234,43 @@ __attribute__((always_inline)) inline void tiles(const Call& call, const char* a
             }
         }
     }
-}
-
-// R rows of T tiles, of which the first `outputs` rows of weights exist.
-template <int bits, int planes, int R, int T>
-__attribute__((noinline)) void store_tiles(const Call& call, const char* at, const char* activation, int64_t outputs, float* y) {
-    __m512 sums[R][T];
-    tiles<bits, planes, R, T>(call, at, activation, sums);
-    for (int j = 0; j < T; j++) {
-        const auto mask = static_cast<__mmask16>((1u << smaller(kTile, outputs - j * kTile)) - 1);
-        for (int t = 0; t < R; t++) _mm512_mask_storeu_ps(y + t * call.y_stride + j * kTile, mask, sums[t][j]);
-    }
-}
-
-// `rows` rows of T tiles, so many at a time as the registers hold.
-template <int bits, int planes, int T>
-void rows_of_tiles(const Call& call, const char* at, const char* x, int64_t rows, int64_t outputs, float* y) {
-    constexpr int kMost = T == 2 ? 12 / planes : 8;
-    while (rows > 0) {
-        int64_t count = 1;
-        if (rows >= kMost) {
-            count = kMost;
-            store_tiles<bits, planes, kMost, T>(call, at, x, outputs, y);
-        } else if (rows >= 4) {
-            count = 4;
-            store_tiles<bits, planes, 4, T>(call, at, x, outputs, y);
-        } else if (rows >= 2) {
-            count = 2;
-            store_tiles<bits, planes, 2, T>(call, at, x, outputs, y);
-        } else {
-            store_tiles<bits, planes, 1, T>(call, at, x, outputs, y);
-        }
-        rows -= count;
-        x += count * call.layout.activation_bytes;
-        y += count * call.y_stride;
-    }
+    const auto mask = static_cast<__mmask16>((1u << outputs) - 1);
+    for (int t = 0; t < R; t++) _mm512_mask_storeu_ps(y + t * call.y_stride, mask, sums[t]);
 }
 
 template <int bits, int planes>
 void run(const Call& call, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
          int64_t tile_end, float* y) {
-    constexpr int64_t kRows = 12;
-    const int64_t row_bytes = call.layout.activation_bytes, fit = kPanelBytes / row_bytes / kRows * kRows;
-    const int64_t panel = fit > kRows ? fit : kRows;
+    constexpr int kMost = 16 / planes;  // rows at a time: what the registers hold
+    const int64_t row_bytes = call.layout.activation_bytes, fit = kPanelBytes / row_bytes / kMost * kMost;
+    const int64_t panel = fit > kMost ? fit : kMost;
     for (int64_t begin = 0; begin < rows; begin += panel) {
-        const int64_t count = smaller(panel, rows - begin), together = count >= 12 / planes ? 2 : 1;
-        const char* x = activations + begin * row_bytes;
-        for (int64_t tile = tile_begin; tile < tile_end;) {
+        const int64_t end = smaller(begin + panel, rows);
+        for (int64_t tile = tile_begin; tile < tile_end; tile++) {
             const char* at = packed + tile * call.layout.tile_bytes;
-            const int64_t outputs = call.n - tile * kTile;
-            float* out = y + begin * call.y_stride + tile * kTile;
-            if (tile + together > tile_end || together == 1) {
-                rows_of_tiles<bits, planes, 1>(call, at, x, count, outputs, out);
-                tile++;
-            } else {
-                rows_of_tiles<bits, planes, 2>(call, at, x, count, outputs, out);
-                tile += 2;
+            const int64_t outputs = smaller(kTile, call.n - tile * kTile);
+            for (int64_t t = begin; t < end;) {
+                const char* x = activations + t * row_bytes;
+                float* out = y + t * call.y_stride + tile * kTile;
+                const int64_t left = end - t;
+                // The only pass over a tile asks for what follows soon; the last of several, for the next tile.
+                const int64_t ahead = end - begin <= kMost || left > kMost ? kAhead : call.layout.tile_bytes;
+                if (left >= kMost) {
+                    rows_of_tile<bits, planes, kMost>(call, at, ahead, x, outputs, out);
+                    t += kMost;
+                } else if (left >= 8) {
+                    rows_of_tile<bits, planes, 8>(call, at, ahead, x, outputs, out);
+                    t += 8;
+                } else if (left >= 4) {
+                    rows_of_tile<bits, planes, 4>(call, at, ahead, x, outputs, out);
+                    t += 4;
+                } else if (left >= 2) {
+                    rows_of_tile<bits, planes, 2>(call, at, ahead, x, outputs, out);
+                    t += 2;
+                } else {
+                    rows_of_tile<bits, planes, 1>(call, at, ahead, x, outputs, out);
+                    t += 1;
+                }
             }
         }
     }
