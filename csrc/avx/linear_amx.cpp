@@ -58,7 +58,7 @@ struct alignas(64) Scratch {
     float scales[kPanelBlocks][kLines];  // of the blocks of x: [tile of rows][block]
     uint16_t outliers[kPanelBlocks];     // a bit for each row that has some
 };
-thread_local Scratch scratch;
+thread_local Scratch scratch_of_thread;
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -78,6 +78,7 @@ struct Call {
     int64_t rows, tile_rows;  // tile_rows: of activations in a tile, at most 16
     float* y;
     int64_t y_stride;
+    Scratch& scratch;  // found once: finding it is a call
 };
 
 // ---- weights ---------------------------------------------------------------------------------------------------------
@@ -124,9 +125,8 @@ struct Walk {
     int64_t header = 0;
 };
 
-// One block of a tile of packed weights to lines of B; prefetches the same block of the tile `ahead` bytes further.
-void unpack_block(const LinearShape& shape, const char* tile, const Place& place, int64_t ahead, int8_t* lines,
-                  Factors* factors) {
+// One block of a tile of packed weights to lines of B.
+void unpack_block(const LinearShape& shape, const char* tile, const Place& place, int8_t* lines, Factors* factors) {
     const char* scales = tile + place.scales;
     const __m512 scale = shape.wide_scales ? _mm512_load_ps(scales)
                                            : _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(scales)));
@@ -139,14 +139,12 @@ void unpack_block(const LinearShape& shape, const char* tile, const Place& place
         _mm512_store_si512(factors->shift, shift);
         factors->shifted = _mm512_test_epi32_mask(shift, shift);
         for (int64_t i = 0; i < place.length; i += 4, codes += kRegisterBytes, lines += kRegisterBytes) {
-            _mm_prefetch(codes + ahead, _MM_HINT_T1);
             _mm512_store_si512(lines, _mm512_xor_si512(_mm512_load_si512(codes), _mm512_set1_epi8(-128)));
         }
     } else {
         factors->shifted = 0;
         const __m512i mask = _mm512_set1_epi8(15), zeros = _mm512_mullo_epi32(zero, _mm512_set1_epi32(0x01010101));
         for (int64_t i = 0; i < place.length; i += 8, codes += kRegisterBytes, lines += 2 * kRegisterBytes) {
-            _mm_prefetch(codes + ahead, _MM_HINT_T1);
             const __m512i q = _mm512_load_si512(codes);
             const __m512i first = _mm512_and_si512(q, mask), second = _mm512_and_si512(_mm512_srli_epi16(q, 4), mask);
             _mm512_store_si512(lines, _mm512_sub_epi8(first, zeros));
@@ -168,8 +166,8 @@ void gather(const Call& call, int64_t begin, int64_t end) {
     const int64_t blocks = call.layout.blocks, stride = call.layout.activation_bytes;
     for (int64_t tile = begin; tile < end; tile++) {
         const char* row = call.activations + first_row(call, tile) * stride + call.layout.blocks_at;
-        float(*scales)[kLines] = scratch.scales + (tile - begin) * blocks;
-        uint16_t* outliers = scratch.outliers + (tile - begin) * blocks;
+        float(*scales)[kLines] = call.scratch.scales + (tile - begin) * blocks;
+        uint16_t* outliers = call.scratch.outliers + (tile - begin) * blocks;
         for (int64_t b = 0; b < blocks; b++) {
             outliers[b] = 0;
             for (int64_t t = 0; t < kLines; t++) scales[b][t] = 0;
@@ -227,7 +225,7 @@ __attribute__((noinline)) void add_outliers(const Call& call, const Item& item) 
         const char* row = item.row + t * layout.activation_bytes;
         const int64_t count = (reinterpret_cast<const Block*>(row + layout.blocks_at) + item.block)->outliers;
         const auto* outliers = reinterpret_cast<const Outlier*>(row + layout.outliers_at) + item.block * layout.block_outliers;
-        __m512 sum = _mm512_load_ps(scratch.spilled[t]);
+        __m512 sum = _mm512_load_ps(call.scratch.spilled[t]);
         for (int64_t o = 0; o < count; o++) {
             const int64_t index = outliers[o].index;
             const __m512i lanes = _mm512_load_si512(item.lines + index / 4 * kRegisterBytes);
@@ -237,24 +235,30 @@ __attribute__((noinline)) void add_outliers(const Call& call, const Item& item) 
             const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(code), scale);
             sum = _mm512_fmadd_ps(weight, _mm512_set1_ps(outliers[o].value), sum);
         }
-        _mm512_store_ps(scratch.spilled[t], sum);
+        _mm512_store_ps(call.scratch.spilled[t], sum);
     }
 }
 
 // Products of a block: C of its planes = A B. The tile numbers are part of the instructions.
-#define TINYCHAT_MULTIPLY(high, low)                            \
-    do {                                                        \
-        _tile_zero(high);                                       \
-        if constexpr (planes == 2) _tile_zero(low);             \
-        for (int64_t d = 0; d < depth; d++) {                   \
-            _tile_loadd(6, b + d * kTileBytes, kRegisterBytes); \
-            _tile_loadd(4, a + d * kDepth, stride);             \
-            _tile_dpbssd(high, 4, 6);                           \
-            if constexpr (planes == 2) {                        \
-                _tile_loadd(5, a + plane + d * kDepth, stride); \
-                _tile_dpbssd(low, 5, 6);                        \
-            }                                                   \
-        }                                                       \
+#define TINYCHAT_MULTIPLY(high, low)                       \
+    do {                                                   \
+        _tile_zero(high);                                  \
+        if constexpr (planes == 2) _tile_zero(low);        \
+        _tile_loadd(6, b, kRegisterBytes);                 \
+        _tile_loadd(4, a, stride);                         \
+        _tile_dpbssd(high, 4, 6);                          \
+        if constexpr (planes == 2) {                       \
+            _tile_loadd(5, a + plane, stride);             \
+            _tile_dpbssd(low, 5, 6);                       \
+        }                                                  \
+        if (depth == 1) break;                             \
+        _tile_loadd(7, b + kTileBytes, kRegisterBytes);    \
+        _tile_loadd(4, a + kDepth, stride);                \
+        _tile_dpbssd(high, 4, 7);                          \
+        if constexpr (planes == 2) {                       \
+            _tile_loadd(5, a + plane + kDepth, stride);    \
+            _tile_dpbssd(low, 5, 7);                       \
+        }                                                  \
     } while (false)
 
 template <int planes>
@@ -269,7 +273,7 @@ void multiply(const char* a, int64_t stride, int64_t plane, const int8_t* b, int
 #undef TINYCHAT_MULTIPLY
 
 template <int planes>
-void store_products(bool odd) {
+void store_products(Scratch& scratch, bool odd) {
     if (odd) {
         _tile_stored(2, scratch.products[1][0], kRegisterBytes);
         if constexpr (planes == 2) _tile_stored(3, scratch.products[1][1], kRegisterBytes);
@@ -282,10 +286,10 @@ void store_products(bool odd) {
 // Adds the stored products of a block to the sums of R rows.
 template <int planes, int R>
 __attribute__((always_inline)) inline void add_products(const Call& call, const Item& item, bool odd, __m512 (&sums)[R]) {
-    int32_t(*products)[kLines][kTile] = scratch.products[odd];
+    int32_t(*products)[kLines][kTile] = call.scratch.products[odd];
     if (__builtin_expect(item.factors->shifted != 0, 0)) shift_products(call, item, products[planes - 1]);
     if (item.first) each<R>([&](auto t) { sums[t.value] = _mm512_load_ps(item.sums + t.value * kTile); });
-    const float* scales = scratch.scales[item.entry];
+    const float* scales = call.scratch.scales[item.entry];
     const __m512 scale = _mm512_load_ps(item.factors->scale);
     each<R>([&](auto t) {
         __m512i exact = _mm512_load_si512(products[0][t.value]);
@@ -295,19 +299,38 @@ __attribute__((always_inline)) inline void add_products(const Call& call, const 
         const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(scales[t.value]));
         sums[t.value] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), factor, sums[t.value]);
     });
-    if (__builtin_expect(scratch.outliers[item.entry] != 0, 0)) {
-        each<R>([&](auto t) { _mm512_store_ps(scratch.spilled[t.value], sums[t.value]); });
+    if (__builtin_expect(call.scratch.outliers[item.entry] != 0, 0)) {
+        each<R>([&](auto t) { _mm512_store_ps(call.scratch.spilled[t.value], sums[t.value]); });
         add_outliers(call, item);
-        each<R>([&](auto t) { sums[t.value] = _mm512_load_ps(scratch.spilled[t.value]); });
+        each<R>([&](auto t) { sums[t.value] = _mm512_load_ps(call.scratch.spilled[t.value]); });
     }
     if (item.last) each<R>([&](auto t) { _mm512_store_ps(item.sums + t.value * kTile, sums[t.value]); });
 }
+
+// What the next piece will read: so many lines of each of some tiles. Fetched a few at a time while this one is multiplied.
+struct Ahead {
+    const char* tile;
+    int64_t tile_bytes, tiles, lines;
+    int64_t line = 0;
+
+    void fetch(int64_t count) {
+        for (int64_t i = 0; i < count && tiles > 0; i++) {
+            _mm_prefetch(tile + line * kRegisterBytes, _MM_HINT_T1);
+            if (++line == lines) {
+                line = 0;
+                tile += tile_bytes;
+                tiles--;
+            }
+        }
+    }
+};
 
 // All rows of a panel, tiles [begin, end) of them, times a piece of `outputs` tiles. R rows of a tile of C are added up.
 // A pipeline of three: one block is multiplied while that before is stored and that before it is added.
 template <int planes, int R>
 __attribute__((noinline)) void multiply_piece(const Call& call, int64_t begin, int64_t end, int64_t outputs,
-                                              int64_t count) {
+                                              int64_t count, Ahead ahead) {
+    const int64_t fetches = divide_up(ahead.lines * outputs, (end - begin) * outputs * count);
     const int64_t stride = call.layout.activation_bytes;
     __m512 sums[R];
     each<R>([&](auto t) { sums[t.value] = _mm512_setzero_ps(); });
@@ -316,20 +339,21 @@ __attribute__((noinline)) void multiply_piece(const Call& call, int64_t begin, i
     for (int64_t rows = 0; rows < end - begin; rows++) {
         const char* row = call.activations + first_row(call, begin + rows) * stride;
         for (int64_t output = 0; output < outputs; output++) {
-            const int8_t* lines = scratch.weights[output][0];
+            const int8_t* lines = call.scratch.weights[output][0];
             for (int64_t b = 0; b < count; b++, at++) {
-                const Place& place = scratch.places[b];
+                const Place& place = call.scratch.places[b];
                 multiply<planes>(row + place.x, stride, place.length, lines, place.depth, at & 1);
-                items[at & 3] = {&scratch.factors[output][b], lines, row, place.index,
-                                 rows * call.layout.blocks + place.index, scratch.sums[rows][output][0], b == 0,
+                items[at & 3] = {&call.scratch.factors[output][b], lines, row, place.index,
+                                 rows * call.layout.blocks + place.index, call.scratch.sums[rows][output][0], b == 0,
                                  b == count - 1};
-                if (at > 0) store_products<planes>(~at & 1);
+                ahead.fetch(fetches);
+                if (at > 0) store_products<planes>(call.scratch, ~at & 1);
                 if (at > 1) add_products<planes, R>(call, items[(at - 2) & 3], at & 1, sums);
                 lines += place.depth * kTileBytes;
             }
         }
     }
-    store_products<planes>(~at & 1);
+    store_products<planes>(call.scratch, ~at & 1);
     if (at > 1) add_products<planes, R>(call, items[(at - 2) & 3], at & 1, sums);
     add_products<planes, R>(call, items[(at - 1) & 3], ~at & 1, sums);
 }
@@ -342,7 +366,7 @@ void write(const Call& call, int64_t begin, int64_t end, int64_t tile_begin, int
             const auto mask = static_cast<__mmask16>((1u << width) - 1);
             float* y = call.y + first_row(call, begin + rows) * call.y_stride + tile * kTile;
             for (int64_t t = 0; t < call.tile_rows; t++) {
-                _mm512_mask_storeu_ps(y + t * call.y_stride, mask, _mm512_load_ps(scratch.sums[rows][output][t]));
+                _mm512_mask_storeu_ps(y + t * call.y_stride, mask, _mm512_load_ps(call.scratch.sums[rows][output][t]));
             }
         }
     }
@@ -352,23 +376,26 @@ void write(const Call& call, int64_t begin, int64_t end, int64_t tile_begin, int
 template <int planes>
 void multiply_tiles(const Call& call, int64_t begin, int64_t end, int64_t tile_begin, int64_t outputs) {
     const int64_t tile_bytes = call.layout.tile_bytes;
-    std::memset(scratch.sums, 0, static_cast<size_t>(end - begin) * sizeof scratch.sums[0]);
+    std::memset(call.scratch.sums, 0, static_cast<size_t>(end - begin) * sizeof call.scratch.sums[0]);
     for (Walk walk{call.layout}; !walk.done();) {
-        const int64_t count = walk.next(scratch.places);
+        const int64_t piece_begin = walk.at, count = walk.next(call.scratch.places);
+        const int64_t next = walk.done() ? outputs * tile_bytes : walk.at;
+        const Ahead ahead{call.packed + tile_begin * tile_bytes + next, tile_bytes, outputs,
+                          divide_up(walk.at - piece_begin, kRegisterBytes)};
         for (int64_t output = 0; output < outputs; output++) {
             const char* tile = call.packed + (tile_begin + output) * tile_bytes;
-            int8_t* lines = scratch.weights[output][0];
+            int8_t* lines = call.scratch.weights[output][0];
             for (int64_t b = 0; b < count; b++) {
-                const Place& place = scratch.places[b];
-                unpack_block(call.shape, tile, place, outputs * tile_bytes, lines, &scratch.factors[output][b]);
+                const Place& place = call.scratch.places[b];
+                unpack_block(call.shape, tile, place, lines, &call.scratch.factors[output][b]);
                 lines += place.depth * kTileBytes;
             }
         }
         barrier();
         if (call.tile_rows > 8) {
-            multiply_piece<planes, 16>(call, begin, end, outputs, count);
+            multiply_piece<planes, 16>(call, begin, end, outputs, count, ahead);
         } else {
-            multiply_piece<planes, 8>(call, begin, end, outputs, count);
+            multiply_piece<planes, 8>(call, begin, end, outputs, count, ahead);
         }
     }
     write(call, begin, end, tile_begin, outputs);
@@ -388,7 +415,7 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
     }
     const int64_t row_tiles = divide_up(rows, kLines), tile_rows = divide_up(rows, row_tiles);
     const Call call{shape, QuantizedLayout(shape), static_cast<const char*>(packed), static_cast<const char*>(activations),
-                    rows, tile_rows, y, y_stride};
+                    rows, tile_rows, y, y_stride, scratch_of_thread};
     int64_t panel = kPanelBytes / (call.layout.padded_k * call.layout.integer_bytes * tile_rows);
     panel = smaller(smaller(panel > 1 ? panel : 1, kPanelTiles), kPanelBlocks / call.layout.blocks);
     configure(tile_rows);
