@@ -48,15 +48,15 @@ struct alignas(64) Factors {
     int64_t shifted;
 };
 
-struct alignas(64) Scratch {
-    int8_t weights[kTogether][kPieceTiles][kTileBytes];
-    int32_t products[2][2][kLines][kTile];  // of even and odd blocks; of each plane
-    Factors factors[kTogether][kPieceTiles];
-    Place places[kPieceTiles];
-    float sums[kPanelTiles][kTogether][kLines][kTile];
-    float spilled[kLines][kTile];
-    float scales[kPanelBlocks][kLines];  // of the blocks of x: [tile of rows][block]
-    uint16_t outliers[kPanelBlocks];     // a bit for each row that has some
+struct Scratch {
+    alignas(64) int8_t weights[kTogether][kPieceTiles][kTileBytes];
+    alignas(64) int32_t products[2][2][kLines][kTile];  // of even and odd blocks; of each plane
+    alignas(64) Factors factors[kTogether][kPieceTiles];
+    alignas(64) Place places[kPieceTiles];
+    alignas(64) float sums[kPanelTiles][kTogether][kLines][kTile];
+    alignas(64) float spilled[kLines][kTile];
+    alignas(64) float scales[kPanelBlocks][kLines];  // of the blocks of x: [tile of rows][block]
+    alignas(64) uint16_t outliers[kPanelBlocks];     // a bit for each row that has some
 };
 thread_local Scratch scratch_of_thread;
 
