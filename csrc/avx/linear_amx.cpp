@@ -436,12 +436,11 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
 
 }  // namespace
 
+// Filled when the levels are listed, which is once: a table that is filled before it is used would need code to guard it.
 const LinearKernels& linear_amx() {
-    static const LinearKernels table = [] {
-        LinearKernels level = linear_avx512vnni();
-        level.linear = linear;
-        return level;
-    }();
+    static LinearKernels table;
+    table = linear_avx512vnni();
+    table.linear = linear;
     return table;
 }
 
