@@ -29,7 +29,7 @@ constexpr int64_t kLines = 16;           // of a tile
 constexpr int64_t kDepth = 64;           // k of a tile
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kPieceTiles = 4;       // of B
-constexpr int64_t kTogether = 3;         // tiles of outputs
+constexpr int64_t kTogether = 4;         // tiles of outputs
 constexpr int64_t kPanelTiles = 32;      // of rows, at most
 constexpr int64_t kPanelBlocks = 2048;   // tiles of rows times blocks of k, at most
 constexpr int64_t kPanelBytes = 5 << 18;  // of integers
@@ -213,6 +213,7 @@ struct Rows {
     const float (*scales)[kLines];  // of their blocks
     const uint16_t* outliers;
     float (*sums)[kLines][kTile];   // of their outputs
+    const char* next;               // the x of the rows after them
 };
 
 // products += shift * sum of x; any plane will do that is not shifted up.
@@ -321,6 +322,16 @@ __attribute__((always_inline)) inline void add_products(const Call& call, const 
     if (item.last) each<R>([&](auto t) { _mm512_store_ps(kept + t.value * kTile, sums[t.value]); });
 }
 
+// Fetches an item's share of its block of the next rows: each of kTogether outputs takes some of the 16.
+template <int planes>
+__attribute__((always_inline)) inline void fetch_rows(const Item& item, const char* next, int64_t stride) {
+    constexpr int64_t kShare = kLines / kTogether;
+    const char* row = next + item.x + item.output * kShare * stride;
+    for (int64_t t = 0; t < kShare; t++, row += stride) {
+        for (int64_t i = 0; i < kBlock * planes; i += 64) _mm_prefetch(row + i, _MM_HINT_T0);
+    }
+}
+
 // One tile of rows times the `count` blocks of a piece. R rows of a tile of C are added up.
 // A pipeline of three: one block is multiplied while that before is stored and that before it is added.
 template <int planes, int R>
@@ -335,9 +346,11 @@ __attribute__((noinline)) void multiply_piece(const Call& call, const Rows& rows
     int64_t i = 2;
     for (; i + 1 < count; i += 2) {
         multiply<planes, false>(items[i], rows.x, stride);
+        fetch_rows<planes>(items[i], rows.next, stride);
         store_products<planes, true>(call.scratch);
         add_products<planes, R, false>(call, rows, items[i - 2], sums);
         multiply<planes, true>(items[i + 1], rows.x, stride);
+        fetch_rows<planes>(items[i + 1], rows.next, stride);
         store_products<planes, false>(call.scratch);
         add_products<planes, R, true>(call, rows, items[i - 1], sums);
     }
@@ -410,7 +423,8 @@ void multiply_tiles(const Call& call, int64_t begin, int64_t end, int64_t tile_b
         for (int64_t t = begin; t < end; t++) {
             const int64_t entry = (t - begin) * call.layout.blocks;
             const Rows rows{call.activations + first_row(call, t) * call.layout.activation_bytes, scratch.scales + entry,
-                            scratch.outliers + entry, scratch.sums[t - begin]};
+                            scratch.outliers + entry, scratch.sums[t - begin],
+                            call.activations + first_row(call, t + 1) * call.layout.activation_bytes};
             ahead.fetch(divide_up(lines * outputs, end - begin));
             if (call.tile_rows > 8) {
                 multiply_piece<planes, 16>(call, rows, outputs * count);
