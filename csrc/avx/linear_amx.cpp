@@ -24,7 +24,7 @@
 namespace tinychat {
 namespace {
 
-constexpr int64_t kLeastRows = 8;        // below, dot products are faster
+constexpr int64_t kLeastRows16 = 12, kLeastRows8 = 14;  // below, by activation bits, dot products are faster
 constexpr int64_t kLines = 16;           // of a tile
 constexpr int64_t kDepth = 64;           // k of a tile
 constexpr int64_t kTileBytes = 1024;
@@ -445,7 +445,7 @@ void configure(int64_t rows) {
 void linear(const LinearShape& shape, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
             int64_t tile_end, float* y, int64_t y_stride) {
     const bool quantized = shape.type == WeightType::quantized && (shape.bits == 4 || shape.bits == 8);
-    if (rows < kLeastRows || !quantized || QuantizedLayout(shape).blocks > kPanelBlocks) {
+    if (rows < (shape.activation_bits == 8 ? kLeastRows8 : kLeastRows16) || !quantized || QuantizedLayout(shape).blocks > kPanelBlocks) {
         return linear_avx512vnni().linear(shape, packed, activations, rows, tile_begin, tile_end, y, y_stride);
     }
     const int64_t row_tiles = divide_up(rows, kLines), tile_rows = divide_up(rows, row_tiles);
