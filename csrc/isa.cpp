@@ -1,7 +1,7 @@
 // Which instruction-set levels run here, and which one is used.
 //
 // A level runs where the CPU has its instructions (CPUID) and the operating system saves its registers (XGETBV): a
-// hypervisor or kernel may leave AVX-512 off on a CPU that has it.
+// hypervisor or kernel may leave AVX-512 off on a CPU that has it, and a sandbox may refuse the tiles of AMX.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -12,6 +12,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace tinychat {
@@ -19,8 +23,18 @@ namespace {
 
 #if defined(__x86_64__)
 struct Features {
-    bool avx2 = false, avxvnni = false, avx512 = false, vnni = false;
+    bool avx2 = false, avxvnni = false, avx512 = false, vnni = false, amx = false;
 };
+
+// Linux keeps no room for a thread's tiles until the process asks once for all of its threads (arch_prctl(2)).
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
 
 Features features() {
     Features found;
@@ -37,6 +51,9 @@ Features features() {
     found.avx2 = saves_ymm && (b & avx2);
     found.avx512 = found.avx2 && saves_zmm && (b & (f | dq | bw | vl)) == (f | dq | bw | vl);
     found.vnni = found.avx512 && (c & 1u << 11);
+    const unsigned amx_tile = 1u << 24, amx_int8 = 1u << 25;
+    const bool saves_tiles = (saved & 0x60000) == 0x60000;
+    found.amx = found.vnni && saves_tiles && (d & (amx_tile | amx_int8)) == (amx_tile | amx_int8) && may_use_tiles();
     found.avxvnni = found.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
     return found;
 }
@@ -48,6 +65,7 @@ const std::vector<Kernels>& levels() {
         std::vector<Kernels> list;
 #if defined(__x86_64__)
         const Features has = features();
+        if (has.amx) list.push_back({"amx", linear_amx(), block_avx512(), attention_avx512()});
         if (has.vnni) list.push_back({"avx512vnni", linear_avx512vnni(), block_avx512(), attention_avx512()});
         if (has.avx512) list.push_back({"avx512", linear_avx512(), block_avx512(), attention_avx512()});
         if (has.avxvnni) list.push_back({"avxvnni", linear_avxvnni(), block_avx2(), attention_avx2()});

@@ -21,6 +21,7 @@ const LinearKernels& linear_avx2();
 const LinearKernels& linear_avxvnni();
 const LinearKernels& linear_avx512();
 const LinearKernels& linear_avx512vnni();
+const LinearKernels& linear_amx();
 const BlockKernels& block_avx2();
 const BlockKernels& block_avx512();
 const AttentionKernels& attention_avx2();

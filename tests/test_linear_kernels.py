@@ -436,6 +436,7 @@ def test_levels_are_those_of_the_cpu(isa):
     needs["avxvnni"] = needs["avx2"] | {"avx_vnni"}
     needs["avx512"] = needs["avx2"] | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
     needs["avx512vnni"] = needs["avx512"] | {"avx512_vnni"}
+    needs["amx"] = needs["avx512vnni"] | {"amx_tile", "amx_int8"}
     if platform.machine() not in ("x86_64", "AMD64"):
         needs = {"scalar": set()}
     assert set(ISAS) == {name for name, needed in needs.items() if needed <= flags}

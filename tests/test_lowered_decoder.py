@@ -65,7 +65,10 @@ def model(
     table=np.float32,
     **extra,
 ):
-    """A random model; `extra` are fields of ModelConfig. `weight`: f32, f16, bf16, q4, or mixed (segments of one linear differ)."""
+    """A random model; `extra` are fields of ModelConfig.
+
+    `weight`: f32, f16, bf16, q4, or mixed (segments of one linear differ).
+    """
     config = ModelConfig(
         model_type="test",
         vocab_size=vocab,

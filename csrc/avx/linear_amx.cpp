@@ -24,12 +24,12 @@
 namespace tinychat {
 namespace {
 
-constexpr int64_t kLeastRows = 8;        // below, dot products are faster
+constexpr int64_t kLeastRows16 = 12, kLeastRows8 = 14;  // below, by activation bits, dot products are faster
 constexpr int64_t kLines = 16;           // of a tile
 constexpr int64_t kDepth = 64;           // k of a tile
 constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kPieceTiles = 8;       // of B
-constexpr int64_t kTogether = 3;         // tiles of outputs
+constexpr int64_t kPieceTiles = 4;       // of B
+constexpr int64_t kTogether = 4;         // tiles of outputs
 constexpr int64_t kPanelTiles = 32;      // of rows, at most
 constexpr int64_t kPanelBlocks = 2048;   // tiles of rows times blocks of k, at most
 constexpr int64_t kPanelBytes = 5 << 18;  // of integers
@@ -48,17 +48,28 @@ struct alignas(64) Factors {
     int64_t shifted;
 };
 
-struct alignas(64) Scratch {
-    int8_t weights[kTogether][kPieceTiles][kTileBytes];
-    int32_t products[2][2][kLines][kTile];  // of even and odd blocks; of each plane
-    Factors factors[kTogether][kPieceTiles];
-    Place places[kPieceTiles];
-    float sums[kPanelTiles][kTogether][kLines][kTile];
-    float spilled[kLines][kTile];
-    float scales[kPanelBlocks][kLines];  // of the blocks of x: [tile of rows][block]
-    uint16_t outliers[kPanelBlocks];     // a bit for each row that has some
+// A block of a tile of outputs, for any 16 rows.
+struct Item {
+    const int8_t* lines;  // of B
+    const Factors* factors;
+    int64_t x, plane, depth;  // bytes in an activation; of a plane; tiles
+    int64_t block;            // in the row
+    int64_t output;
+    bool first, last;  // block of the piece
 };
-thread_local Scratch scratch;
+
+struct Scratch {
+    alignas(64) int8_t weights[kTogether][kPieceTiles][kTileBytes];
+    alignas(64) int32_t products[2][2][kLines][kTile];  // of even and odd blocks; of each plane
+    alignas(64) Factors factors[kTogether][kPieceTiles];
+    alignas(64) Place places[kPieceTiles];
+    alignas(64) Item items[kTogether * kPieceTiles];
+    alignas(64) float sums[kPanelTiles][kTogether][kLines][kTile];
+    alignas(64) float spilled[kLines][kTile];
+    alignas(64) float scales[kPanelBlocks][kLines];  // of the blocks of x: [tile of rows][block]
+    alignas(64) uint16_t outliers[kPanelBlocks];     // a bit for each row that has some
+};
+thread_local Scratch scratch_of_thread;
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -78,6 +89,7 @@ struct Call {
     int64_t rows, tile_rows;  // tile_rows: of activations in a tile, at most 16
     float* y;
     int64_t y_stride;
+    Scratch& scratch;  // found once: finding it is a call
 };
 
 // ---- weights ---------------------------------------------------------------------------------------------------------
@@ -124,9 +136,8 @@ struct Walk {
     int64_t header = 0;
 };
 
-// One block of a tile of packed weights to lines of B; prefetches the same block of the tile `ahead` bytes further.
-void unpack_block(const LinearShape& shape, const char* tile, const Place& place, int64_t ahead, int8_t* lines,
-                  Factors* factors) {
+// One block of a tile of packed weights to lines of B.
+void unpack_block(const LinearShape& shape, const char* tile, const Place& place, int8_t* lines, Factors* factors) {
     const char* scales = tile + place.scales;
     const __m512 scale = shape.wide_scales ? _mm512_load_ps(scales)
                                            : _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(scales)));
@@ -139,14 +150,12 @@ void unpack_block(const LinearShape& shape, const char* tile, const Place& place
         _mm512_store_si512(factors->shift, shift);
         factors->shifted = _mm512_test_epi32_mask(shift, shift);
         for (int64_t i = 0; i < place.length; i += 4, codes += kRegisterBytes, lines += kRegisterBytes) {
-            _mm_prefetch(codes + ahead, _MM_HINT_T1);
             _mm512_store_si512(lines, _mm512_xor_si512(_mm512_load_si512(codes), _mm512_set1_epi8(-128)));
         }
     } else {
         factors->shifted = 0;
         const __m512i mask = _mm512_set1_epi8(15), zeros = _mm512_mullo_epi32(zero, _mm512_set1_epi32(0x01010101));
         for (int64_t i = 0; i < place.length; i += 8, codes += kRegisterBytes, lines += 2 * kRegisterBytes) {
-            _mm_prefetch(codes + ahead, _MM_HINT_T1);
             const __m512i q = _mm512_load_si512(codes);
             const __m512i first = _mm512_and_si512(q, mask), second = _mm512_and_si512(_mm512_srli_epi16(q, 4), mask);
             _mm512_store_si512(lines, _mm512_sub_epi8(first, zeros));
@@ -168,8 +177,8 @@ void gather(const Call& call, int64_t begin, int64_t end) {
     const int64_t blocks = call.layout.blocks, stride = call.layout.activation_bytes;
     for (int64_t tile = begin; tile < end; tile++) {
         const char* row = call.activations + first_row(call, tile) * stride + call.layout.blocks_at;
-        float(*scales)[kLines] = scratch.scales + (tile - begin) * blocks;
-        uint16_t* outliers = scratch.outliers + (tile - begin) * blocks;
+        float(*scales)[kLines] = call.scratch.scales + (tile - begin) * blocks;
+        uint16_t* outliers = call.scratch.outliers + (tile - begin) * blocks;
         for (int64_t b = 0; b < blocks; b++) {
             outliers[b] = 0;
             for (int64_t t = 0; t < kLines; t++) scales[b][t] = 0;
@@ -183,17 +192,6 @@ void gather(const Call& call, int64_t begin, int64_t end) {
         }
     }
 }
-
-// A block of 16 x 16 results on its way through the pipeline.
-struct Item {
-    const Factors* factors;
-    const int8_t* lines;  // of B
-    const char* row;      // the first activation
-    int64_t block;        // in the row
-    int64_t entry;        // of scratch.scales
-    float* sums;          // where the sums lie between pieces
-    bool first, last;     // block of the piece
-};
 
 template <int i>
 struct Index {
@@ -209,10 +207,20 @@ __attribute__((always_inline)) inline void each(const Work& work) {
     }
 }
 
+// 16 rows of activations, or fewer: where what belongs to them begins.
+struct Rows {
+    const char* x;
+    const float (*scales)[kLines];  // of their blocks
+    const uint16_t* outliers;
+    float (*sums)[kLines][kTile];   // of their outputs
+    const char* next;               // the x of the rows after them
+};
+
 // products += shift * sum of x; any plane will do that is not shifted up.
-__attribute__((noinline)) void shift_products(const Call& call, const Item& item, int32_t (*products)[kTile]) {
+__attribute__((noinline)) void shift_products(const Call& call, const Item& item, const char* x,
+                                              int32_t (*products)[kTile]) {
     const __m512i shift = _mm512_load_si512(item.factors->shift);
-    const char* row = item.row + call.layout.blocks_at + item.block * int64_t{sizeof(Block)};
+    const char* row = x + call.layout.blocks_at + item.block * int64_t{sizeof(Block)};
     for (int64_t t = 0; t < call.tile_rows; t++, row += call.layout.activation_bytes) {
         const __m512i product = _mm512_mullo_epi32(shift, _mm512_set1_epi32(reinterpret_cast<const Block*>(row)->sum));
         _mm512_store_si512(products[t], _mm512_add_epi32(_mm512_load_si512(products[t]), product));
@@ -220,14 +228,14 @@ __attribute__((noinline)) void shift_products(const Call& call, const Item& item
 }
 
 // The outliers of one block of the rows that have some: sum + (q - z) s x for each.
-__attribute__((noinline)) void add_outliers(const Call& call, const Item& item) {
+__attribute__((noinline)) void add_outliers(const Call& call, const Item& item, const char* x) {
     const QuantizedLayout& layout = call.layout;
     const __m512 scale = _mm512_load_ps(item.factors->scale);
     for (int64_t t = 0; t < call.tile_rows; t++) {
-        const char* row = item.row + t * layout.activation_bytes;
+        const char* row = x + t * layout.activation_bytes;
         const int64_t count = (reinterpret_cast<const Block*>(row + layout.blocks_at) + item.block)->outliers;
         const auto* outliers = reinterpret_cast<const Outlier*>(row + layout.outliers_at) + item.block * layout.block_outliers;
-        __m512 sum = _mm512_load_ps(scratch.spilled[t]);
+        __m512 sum = _mm512_load_ps(call.scratch.spilled[t]);
         for (int64_t o = 0; o < count; o++) {
             const int64_t index = outliers[o].index;
             const __m512i lanes = _mm512_load_si512(item.lines + index / 4 * kRegisterBytes);
@@ -237,29 +245,38 @@ __attribute__((noinline)) void add_outliers(const Call& call, const Item& item) 
             const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(code), scale);
             sum = _mm512_fmadd_ps(weight, _mm512_set1_ps(outliers[o].value), sum);
         }
-        _mm512_store_ps(scratch.spilled[t], sum);
+        _mm512_store_ps(call.scratch.spilled[t], sum);
     }
 }
 
 // Products of a block: C of its planes = A B. The tile numbers are part of the instructions.
-#define TINYCHAT_MULTIPLY(high, low)                            \
-    do {                                                        \
-        _tile_zero(high);                                       \
-        if constexpr (planes == 2) _tile_zero(low);             \
-        for (int64_t d = 0; d < depth; d++) {                   \
-            _tile_loadd(6, b + d * kTileBytes, kRegisterBytes); \
-            _tile_loadd(4, a + d * kDepth, stride);             \
-            _tile_dpbssd(high, 4, 6);                           \
-            if constexpr (planes == 2) {                        \
-                _tile_loadd(5, a + plane + d * kDepth, stride); \
-                _tile_dpbssd(low, 5, 6);                        \
-            }                                                   \
-        }                                                       \
+#define TINYCHAT_MULTIPLY(high, low)                    \
+    do {                                                \
+        _tile_zero(high);                               \
+        if constexpr (planes == 2) _tile_zero(low);     \
+        _tile_loadd(6, b, kRegisterBytes);              \
+        _tile_loadd(4, a, stride);                      \
+        _tile_dpbssd(high, 4, 6);                       \
+        if constexpr (planes == 2) {                    \
+            _tile_loadd(5, a + plane, stride);          \
+            _tile_dpbssd(low, 5, 6);                    \
+        }                                               \
+        if (item.depth == 1) break;                     \
+        _tile_loadd(7, b + kTileBytes, kRegisterBytes); \
+        _tile_loadd(4, a + kDepth, stride);             \
+        _tile_dpbssd(high, 4, 7);                       \
+        if constexpr (planes == 2) {                    \
+            _tile_loadd(5, a + plane + kDepth, stride); \
+            _tile_dpbssd(low, 5, 7);                    \
+        }                                               \
     } while (false)
 
-template <int planes>
-void multiply(const char* a, int64_t stride, int64_t plane, const int8_t* b, int64_t depth, bool odd) {
-    if (odd) {
+template <int planes, bool odd>
+__attribute__((always_inline)) inline void multiply(const Item& item, const char* x, int64_t stride) {
+    const char* a = x + item.x;
+    const int8_t* b = item.lines;
+    const int64_t plane = item.plane;
+    if constexpr (odd) {
         TINYCHAT_MULTIPLY(2, 3);
     } else {
         TINYCHAT_MULTIPLY(0, 1);
@@ -268,9 +285,9 @@ void multiply(const char* a, int64_t stride, int64_t plane, const int8_t* b, int
 
 #undef TINYCHAT_MULTIPLY
 
-template <int planes>
-void store_products(bool odd) {
-    if (odd) {
+template <int planes, bool odd>
+__attribute__((always_inline)) inline void store_products(Scratch& scratch) {
+    if constexpr (odd) {
         _tile_stored(2, scratch.products[1][0], kRegisterBytes);
         if constexpr (planes == 2) _tile_stored(3, scratch.products[1][1], kRegisterBytes);
     } else {
@@ -280,12 +297,14 @@ void store_products(bool odd) {
 }
 
 // Adds the stored products of a block to the sums of R rows.
-template <int planes, int R>
-__attribute__((always_inline)) inline void add_products(const Call& call, const Item& item, bool odd, __m512 (&sums)[R]) {
-    int32_t(*products)[kLines][kTile] = scratch.products[odd];
-    if (__builtin_expect(item.factors->shifted != 0, 0)) shift_products(call, item, products[planes - 1]);
-    if (item.first) each<R>([&](auto t) { sums[t.value] = _mm512_load_ps(item.sums + t.value * kTile); });
-    const float* scales = scratch.scales[item.entry];
+template <int planes, int R, bool odd>
+__attribute__((always_inline)) inline void add_products(const Call& call, const Rows& rows, const Item& item,
+                                                        __m512 (&sums)[R]) {
+    int32_t(*products)[kLines][kTile] = call.scratch.products[odd];
+    if (__builtin_expect(item.factors->shifted != 0, 0)) shift_products(call, item, rows.x, products[planes - 1]);
+    float* kept = rows.sums[item.output][0];
+    if (item.first) each<R>([&](auto t) { sums[t.value] = _mm512_load_ps(kept + t.value * kTile); });
+    const float* scales = rows.scales[item.block];
     const __m512 scale = _mm512_load_ps(item.factors->scale);
     each<R>([&](auto t) {
         __m512i exact = _mm512_load_si512(products[0][t.value]);
@@ -295,44 +314,73 @@ __attribute__((always_inline)) inline void add_products(const Call& call, const 
         const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(scales[t.value]));
         sums[t.value] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), factor, sums[t.value]);
     });
-    if (__builtin_expect(scratch.outliers[item.entry] != 0, 0)) {
-        each<R>([&](auto t) { _mm512_store_ps(scratch.spilled[t.value], sums[t.value]); });
-        add_outliers(call, item);
-        each<R>([&](auto t) { sums[t.value] = _mm512_load_ps(scratch.spilled[t.value]); });
+    if (__builtin_expect(rows.outliers[item.block] != 0, 0)) {
+        each<R>([&](auto t) { _mm512_store_ps(call.scratch.spilled[t.value], sums[t.value]); });
+        add_outliers(call, item, rows.x);
+        each<R>([&](auto t) { sums[t.value] = _mm512_load_ps(call.scratch.spilled[t.value]); });
     }
-    if (item.last) each<R>([&](auto t) { _mm512_store_ps(item.sums + t.value * kTile, sums[t.value]); });
+    if (item.last) each<R>([&](auto t) { _mm512_store_ps(kept + t.value * kTile, sums[t.value]); });
 }
 
-// All rows of a panel, tiles [begin, end) of them, times a piece of `outputs` tiles. R rows of a tile of C are added up.
+// Fetches an item's share of its block of the next rows: each of kTogether outputs takes some of the 16.
+template <int planes>
+__attribute__((always_inline)) inline void fetch_rows(const Item& item, const char* next, int64_t stride) {
+    constexpr int64_t kShare = kLines / kTogether;
+    const char* row = next + item.x + item.output * kShare * stride;
+    for (int64_t t = 0; t < kShare; t++, row += stride) {
+        for (int64_t i = 0; i < kBlock * planes; i += 64) _mm_prefetch(row + i, _MM_HINT_T0);
+    }
+}
+
+// One tile of rows times the `count` blocks of a piece. R rows of a tile of C are added up.
 // A pipeline of three: one block is multiplied while that before is stored and that before it is added.
 template <int planes, int R>
-__attribute__((noinline)) void multiply_piece(const Call& call, int64_t begin, int64_t end, int64_t outputs,
-                                              int64_t count) {
+__attribute__((noinline)) void multiply_piece(const Call& call, const Rows& rows, int64_t count) {
     const int64_t stride = call.layout.activation_bytes;
+    const Item* items = call.scratch.items;
     __m512 sums[R];
     each<R>([&](auto t) { sums[t.value] = _mm512_setzero_ps(); });
-    Item items[4];
-    int64_t at = 0;
-    for (int64_t rows = 0; rows < end - begin; rows++) {
-        const char* row = call.activations + first_row(call, begin + rows) * stride;
-        for (int64_t output = 0; output < outputs; output++) {
-            const int8_t* lines = scratch.weights[output][0];
-            for (int64_t b = 0; b < count; b++, at++) {
-                const Place& place = scratch.places[b];
-                multiply<planes>(row + place.x, stride, place.length, lines, place.depth, at & 1);
-                items[at & 3] = {&scratch.factors[output][b], lines, row, place.index,
-                                 rows * call.layout.blocks + place.index, scratch.sums[rows][output][0], b == 0,
-                                 b == count - 1};
-                if (at > 0) store_products<planes>(~at & 1);
-                if (at > 1) add_products<planes, R>(call, items[(at - 2) & 3], at & 1, sums);
-                lines += place.depth * kTileBytes;
+    multiply<planes, false>(items[0], rows.x, stride);
+    if (count > 1) multiply<planes, true>(items[1], rows.x, stride);
+    store_products<planes, false>(call.scratch);
+    int64_t i = 2;
+    for (; i + 1 < count; i += 2) {
+        multiply<planes, false>(items[i], rows.x, stride);
+        fetch_rows<planes>(items[i], rows.next, stride);
+        store_products<planes, true>(call.scratch);
+        add_products<planes, R, false>(call, rows, items[i - 2], sums);
+        multiply<planes, true>(items[i + 1], rows.x, stride);
+        fetch_rows<planes>(items[i + 1], rows.next, stride);
+        store_products<planes, false>(call.scratch);
+        add_products<planes, R, true>(call, rows, items[i - 1], sums);
+    }
+    if (count > 1) store_products<planes, true>(call.scratch);
+    add_products<planes, R, false>(call, rows, items[i - 2], sums);
+    if (count > 1) add_products<planes, R, true>(call, rows, items[i - 1], sums);
+    if (i < count) {
+        multiply<planes, false>(items[i], rows.x, stride);
+        store_products<planes, false>(call.scratch);
+        add_products<planes, R, false>(call, rows, items[i], sums);
+    }
+}
+
+// Lines that will be read soon: so many of each of some streams. Fetched a few at a time while others are multiplied.
+struct Ahead {
+    const char* stream;
+    int64_t stride, streams, lines;
+    int64_t line = 0;
+
+    void fetch(int64_t count) {
+        for (int64_t i = 0; i < count && streams > 0; i++) {
+            _mm_prefetch(stream + line * kRegisterBytes, _MM_HINT_T1);
+            if (++line == lines) {
+                line = 0;
+                stream += stride;
+                streams--;
             }
         }
     }
-    store_products<planes>(~at & 1);
-    if (at > 1) add_products<planes, R>(call, items[(at - 2) & 3], at & 1, sums);
-    add_products<planes, R>(call, items[(at - 1) & 3], ~at & 1, sums);
-}
+};
 
 // Sums of a panel to y.
 void write(const Call& call, int64_t begin, int64_t end, int64_t tile_begin, int64_t outputs) {
@@ -342,7 +390,7 @@ void write(const Call& call, int64_t begin, int64_t end, int64_t tile_begin, int
             const auto mask = static_cast<__mmask16>((1u << width) - 1);
             float* y = call.y + first_row(call, begin + rows) * call.y_stride + tile * kTile;
             for (int64_t t = 0; t < call.tile_rows; t++) {
-                _mm512_mask_storeu_ps(y + t * call.y_stride, mask, _mm512_load_ps(scratch.sums[rows][output][t]));
+                _mm512_mask_storeu_ps(y + t * call.y_stride, mask, _mm512_load_ps(call.scratch.sums[rows][output][t]));
             }
         }
     }
@@ -352,23 +400,37 @@ void write(const Call& call, int64_t begin, int64_t end, int64_t tile_begin, int
 template <int planes>
 void multiply_tiles(const Call& call, int64_t begin, int64_t end, int64_t tile_begin, int64_t outputs) {
     const int64_t tile_bytes = call.layout.tile_bytes;
+    Scratch& scratch = call.scratch;
     std::memset(scratch.sums, 0, static_cast<size_t>(end - begin) * sizeof scratch.sums[0]);
     for (Walk walk{call.layout}; !walk.done();) {
-        const int64_t count = walk.next(scratch.places);
+        const int64_t piece_begin = walk.at, count = walk.next(scratch.places);
+        Item* item = scratch.items;
         for (int64_t output = 0; output < outputs; output++) {
             const char* tile = call.packed + (tile_begin + output) * tile_bytes;
             int8_t* lines = scratch.weights[output][0];
             for (int64_t b = 0; b < count; b++) {
                 const Place& place = scratch.places[b];
-                unpack_block(call.shape, tile, place, outputs * tile_bytes, lines, &scratch.factors[output][b]);
+                unpack_block(call.shape, tile, place, lines, &scratch.factors[output][b]);
+                *item++ = {lines, &scratch.factors[output][b], place.x, place.length, place.depth, place.index, output,
+                           b == 0, b == count - 1};
                 lines += place.depth * kTileBytes;
             }
         }
         barrier();
-        if (call.tile_rows > 8) {
-            multiply_piece<planes, 16>(call, begin, end, outputs, count);
-        } else {
-            multiply_piece<planes, 8>(call, begin, end, outputs, count);
+        const int64_t lines = divide_up(walk.at - piece_begin, kRegisterBytes);
+        const int64_t next = walk.done() ? outputs * tile_bytes : walk.at;
+        Ahead ahead{call.packed + tile_begin * tile_bytes + next, tile_bytes, outputs, lines};
+        for (int64_t t = begin; t < end; t++) {
+            const int64_t entry = (t - begin) * call.layout.blocks;
+            const Rows rows{call.activations + first_row(call, t) * call.layout.activation_bytes, scratch.scales + entry,
+                            scratch.outliers + entry, scratch.sums[t - begin],
+                            call.activations + first_row(call, t + 1) * call.layout.activation_bytes};
+            ahead.fetch(divide_up(lines * outputs, end - begin));
+            if (call.tile_rows > 8) {
+                multiply_piece<planes, 16>(call, rows, outputs * count);
+            } else {
+                multiply_piece<planes, 8>(call, rows, outputs * count);
+            }
         }
     }
     write(call, begin, end, tile_begin, outputs);
@@ -383,12 +445,12 @@ void configure(int64_t rows) {
 void linear(const LinearShape& shape, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
             int64_t tile_end, float* y, int64_t y_stride) {
     const bool quantized = shape.type == WeightType::quantized && (shape.bits == 4 || shape.bits == 8);
-    if (rows < kLeastRows || !quantized || QuantizedLayout(shape).blocks > kPanelBlocks) {
+    if (rows < (shape.activation_bits == 8 ? kLeastRows8 : kLeastRows16) || !quantized || QuantizedLayout(shape).blocks > kPanelBlocks) {
         return linear_avx512vnni().linear(shape, packed, activations, rows, tile_begin, tile_end, y, y_stride);
     }
     const int64_t row_tiles = divide_up(rows, kLines), tile_rows = divide_up(rows, row_tiles);
     const Call call{shape, QuantizedLayout(shape), static_cast<const char*>(packed), static_cast<const char*>(activations),
-                    rows, tile_rows, y, y_stride};
+                    rows, tile_rows, y, y_stride, scratch_of_thread};
     int64_t panel = kPanelBytes / (call.layout.padded_k * call.layout.integer_bytes * tile_rows);
     panel = smaller(smaller(panel > 1 ? panel : 1, kPanelTiles), kPanelBlocks / call.layout.blocks);
     configure(tile_rows);
@@ -409,12 +471,11 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
 
 }  // namespace
 
+// Filled when the levels are listed, which is once: a table that is filled before it is used would need code to guard it.
 const LinearKernels& linear_amx() {
-    static const LinearKernels table = [] {
-        LinearKernels level = linear_avx512vnni();
-        level.linear = linear;
-        return level;
-    }();
+    static LinearKernels table;
+    table = linear_avx512vnni();
+    table.linear = linear;
     return table;
 }
 

@@ -66,7 +66,9 @@ def build(
     cache = KVCache(config.n_layers, n_slots, config.n_kv_heads, ctx_size, config.head_dim, kv_dtype)
     if threads is not None:
         torch.set_num_threads(threads)
-    return Decoder(RoundedHead(source) if head == 8 else source, TorchOps(dtype), cache, progress)
+    if head == 8:
+        source = RoundedHead(source)
+    return Decoder(source, TorchOps(dtype), cache, progress)
 
 
 @dataclass(frozen=True, eq=False)
