@@ -13,7 +13,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 WARM_UP = {"do": "decode", "prompt": [1, 2, 3, 4], "tokens": 4, "seconds": 5.0}
-# oneDNN takes the sizes of AMX tiles from CPUID. Some hypervisors show AMX and hide those: it then dies at its first tile.
+# oneDNN takes the sizes of AMX tiles from CPUID. Some hypervisors show AMX and hide those: it dies at its first tile.
 WITHOUT_AMX = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
 
 

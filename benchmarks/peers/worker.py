@@ -1,8 +1,8 @@
 """The worker's side: one peer with its model in memory, answering requests for timings.
 
-Runs in the environment of whichever peer it serves, so it needs nothing but Python's own library. A request is a line of
-JSON on standard input, its answer a line of JSON on what was standard output; whatever libraries print goes to standard
-error. All peers are timed by this code: they differ only in `generate`.
+Runs in the environment of whichever peer it serves, so it needs nothing but Python's own library. A request is a line
+of JSON on standard input, its answer a line of JSON on what was standard output; whatever libraries print goes to
+standard error. All peers are timed by this code: they differ only in `generate`.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ def run(load: Callable[[argparse.Namespace], Peer]) -> None:
     _answer(answers, hello)
     for line in [] if args.first_token else sys.stdin:
         request = json.loads(line)
-        _answer(
-            answers, {"decode": _decode, "prefill": _prefill, "memory": _memory_of}[request.pop("do")](peer, **request)
-        )
+        _answer(answers, REQUESTS[request.pop("do")](peer, **request))
 
 
 def _decode(peer: Peer, prompt: list[int], tokens: int, seconds: float) -> dict[str, Any]:
@@ -84,6 +82,9 @@ def _prefill(peer: Peer, prompt: list[int]) -> dict[str, Any]:
 
 def _memory_of(_: Peer) -> dict[str, Any]:
     return _memory()
+
+
+REQUESTS = {"decode": _decode, "prefill": _prefill, "memory": _memory_of}
 
 
 def _memory() -> dict[str, int]:
