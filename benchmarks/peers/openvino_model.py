@@ -36,6 +36,8 @@ def write(config: Path, folder: Path) -> int:
         converted = OVModelForCausalLM.from_pretrained(plain, export=True, compile=False, quantization_config=scheme)
         converted.save_pretrained(folder)
         read = _read_per_token(converted.model)
+    if (folder / "openvino_model.bin").stat().st_size < read:
+        raise SystemExit("the file holds less than a token would read: equal constants were merged")
     vocab = {str(i): i for i in range(json.loads(config.read_text())["vocab_size"])}
     words = Tokenizer(models.BPE(vocab, [], unk_token="0"))
     words.decoder = decoders.ByteLevel()

@@ -66,6 +66,8 @@ class Worker:
             raise self._death() from None
         finally:
             self._process.send_signal(signal.SIGSTOP)
+            if self._process.returncode is None:  # until it has stopped: a signal takes its time
+                os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def _start(self) -> dict[str, Any]:
         with self._log.open("ab") as log:

@@ -16,7 +16,7 @@ from typing import Any
 from worker import run
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-FILL = 1 << 24  # random numbers made; longer tensors repeat them
+FILL = 1 << 24  # random numbers made, of which each weight takes stretches of half as many
 
 
 class Transformers:
@@ -78,9 +78,11 @@ def random_model(torch: Any, transformers: Any, folder: Path, dtype: Any) -> Any
             continue
         scale = 1 if weight.data_ptr() == embedding else weight.shape[1] ** -0.5
         flat = weight.view(-1)
-        for start in range(0, flat.numel(), FILL):
-            part = flat[start : start + FILL]
-            torch.mul(numbers[: part.numel()], scale, out=part)
+        # Each begins elsewhere among the numbers: OpenVINO would keep one copy of equal matrices, and read less.
+        first = int(torch.randint(FILL // 2, ()))
+        for start in range(0, flat.numel(), FILL // 2):
+            part = flat[start : start + FILL // 2]
+            torch.mul(numbers[first : first + part.numel()], scale, out=part)
     return model
 
 
