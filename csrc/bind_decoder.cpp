@@ -1,12 +1,16 @@
 // The lowered decoder for Python: raw addresses in, checked by tinychat/backends/cpu.py.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
-#include <optional>
+#include <initializer_list>
+#include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "decoder.h"
@@ -17,18 +21,22 @@ using namespace tinychat;
 namespace {
 
 using Address = uintptr_t;
-using SegmentArgs = std::tuple<WeightShape, Address, Address, Address>;  // shape, values, scales, zeros
-using LinearArgs = std::pair<std::vector<SegmentArgs>, Address>;         // segments, bias or 0
+using SegmentArgs = std::tuple<LinearShape, Source, Address, Address, Address>;  // shape, source, values, scales, zeros
+using LinearArgs = std::pair<std::vector<SegmentArgs>, Address>;                 // segments, bias or 0
+
+using NormArgs = std::pair<Address, Address>;  // weight, bias or 0
 
 template <class T = void>
 T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+NormData norm_data(const NormArgs& args) { return {pointer<const float>(args.first), pointer<const float>(args.second)}; }
+
 LinearData linear_data(const LinearArgs& args) {
     LinearData data{{}, pointer<const float>(args.second)};
-    for (const auto& [shape, values, scales, zeros] : args.first) {
-        data.segments.push_back({shape, {pointer(values), pointer(scales), pointer(zeros)}});
+    for (const auto& [shape, source, values, scales, zeros] : args.first) {
+        data.segments.push_back({shape, {pointer(values), pointer(scales), pointer(zeros), source}});
     }
     return data;
 }
@@ -48,74 +56,176 @@ void without_interpreter(const Work& work) {
     if (error) std::rethrow_exception(error);
 }
 
+struct Half {
+    uint16_t bits;
+};
+
+template <class T>
+bool holds(const py::array& array) {
+    if constexpr (std::is_same_v<T, Half>) {
+        return array.itemsize() == 2 && array.dtype().kind() == 'f';
+    } else {
+        return py::isinstance<py::array_t<T>>(array);
+    }
+}
+
+// The numbers of a contiguous array of the given shape; ValueError where it is anything else.
+template <class T>
+T* numbers(const py::array& array, std::initializer_list<int64_t> shape, const char* name) {
+    const bool fits = holds<T>(array) && (array.flags() & py::array::c_style) &&
+                      std::equal(array.shape(), array.shape() + array.ndim(), shape.begin(), shape.end());
+    if (!fits) {
+        std::string expected;
+        for (int64_t n : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(n);
+        throw std::invalid_argument(std::string(name) + ": " + py::str(array.dtype()).cast<std::string>() + " " +
+                                    py::str(array.attr("shape")).cast<std::string>() +
+                                    " do not fit the step; expected contiguous numbers of " + std::to_string(sizeof(T)) +
+                                    " bytes [" + expected + "]");
+    }
+    return static_cast<T*>(const_cast<void*>(array.data()));
+}
+
+// One step; its arrays as tinychat/cache.py has them.
+void step(Decoder& decoder, const std::optional<py::array>& tokens, const std::optional<py::array>& embeddings,
+          const py::array& positions, const py::array& slots, const py::array& wanted, const py::array& cos,
+          const py::array& sin, const py::array& keys, const py::array& values,
+          const std::optional<py::array>& key_scales, const std::optional<py::array>& value_scales, const py::array& logits) {
+    const DecoderShape& shape = decoder.shape();
+    const int64_t n = positions.size(), n_wanted = wanted.size(), half = shape.rope_dim / 2;
+    if (keys.ndim() != 5) throw std::invalid_argument("the cache has " + std::to_string(keys.ndim()) + " axes, not 5");
+    const int64_t n_slots = keys.shape(1), capacity = keys.shape(3);
+    const int64_t n_layers = static_cast<int64_t>(shape.windows.size());
+    const CacheType type = keys.itemsize() == 4 ? CacheType::f32 : keys.itemsize() == 2 ? CacheType::f16 : CacheType::q8;
+    const auto entries = [&](const py::array& array, const char* name) -> void* {
+        const std::initializer_list<int64_t> sizes{n_layers, n_slots, shape.n_kv_heads, capacity, shape.head_dim};
+        if (type == CacheType::f32) return numbers<float>(array, sizes, name);
+        if (type == CacheType::q8) return numbers<int8_t>(array, sizes, name);
+        return numbers<Half>(array, sizes, name);
+    };
+    const auto scales = [&](const std::optional<py::array>& array, const char* name) -> float* {
+        if (type != CacheType::q8) return nullptr;
+        if (!array) throw std::invalid_argument(std::string(name) + " of an int8 cache are missing");
+        return numbers<float>(*array, {n_layers, n_slots, shape.n_kv_heads, capacity}, name);
+    };
+    const Step step{n,
+                    tokens && !embeddings ? numbers<int32_t>(*tokens, {n}, "tokens") : nullptr,
+                    embeddings ? numbers<float>(*embeddings, {n, shape.hidden_size}, "embeddings") : nullptr,
+                    numbers<int32_t>(positions, {n}, "positions"),
+                    numbers<int32_t>(slots, {n}, "slots"),
+                    numbers<float>(cos, {n, half}, "cos"),
+                    numbers<float>(sin, {n, half}, "sin"),
+                    n_wanted,
+                    numbers<int32_t>(wanted, {n_wanted}, "wanted"),
+                    type,
+                    n_slots,
+                    capacity,
+                    entries(keys, "keys"),
+                    entries(values, "values"),
+                    scales(key_scales, "key scales"),
+                    scales(value_scales, "value scales"),
+                    numbers<float>(logits, {n_wanted, shape.vocab_size}, "logits")};
+    without_interpreter([&] { decoder.step(step); });
+}
+
 }  // namespace
 
 void bind_decoder(py::module_& m) {
     using release = py::call_guard<py::gil_scoped_release>;
-    py::enum_<CacheType>(m, "CacheType").value("f16", CacheType::f16).value("f32", CacheType::f32);
+    py::enum_<NormType>(m, "NormType").value("rms", NormType::rms).value("layer", NormType::layer);
+    py::enum_<Activation>(m, "Activation").value("silu", Activation::silu).value("gelu", Activation::gelu);
+    py::enum_<CacheType>(m, "CacheType").value("f16", CacheType::f16).value("f32", CacheType::f32).value(
+        "q8", CacheType::q8);
 
     py::class_<Decoder>(m, "Decoder", "A packed model and its step; see csrc/decoder.h. Not checked: the addresses.")
         .def(py::init([](const std::string& isa, int n_threads, int64_t vocab_size, int64_t hidden_size, int64_t n_heads,
                          int64_t n_kv_heads, int64_t head_dim, int64_t intermediate_size, int64_t rope_dim, float norm_eps,
-                         std::vector<int64_t> windows) {
-                 const DecoderShape shape{vocab_size,        hidden_size, n_heads,  n_kv_heads,        head_dim,
-                                          intermediate_size, rope_dim,    norm_eps, std::move(windows)};
+                         NormType norm_type, Activation activation, bool gated, bool parallel,
+                         std::vector<int64_t> windows, std::vector<float> slopes) {
+                 const DecoderShape shape{vocab_size,        hidden_size, n_heads,   n_kv_heads, head_dim,
+                                          intermediate_size, rope_dim,    norm_eps,  norm_type,  activation,
+                                          gated,             parallel,    std::move(windows), std::move(slopes)};
                  return std::make_unique<Decoder>(shape, kernels(isa.c_str()), n_threads);
              }),
              py::kw_only(), py::arg("isa"), py::arg("n_threads"), py::arg("vocab_size"), py::arg("hidden_size"),
              py::arg("n_heads"), py::arg("n_kv_heads"), py::arg("head_dim"), py::arg("intermediate_size"),
-             py::arg("rope_dim"), py::arg("norm_eps"), py::arg("windows"))
+             py::arg("rope_dim"), py::arg("norm_eps"), py::arg("norm_type"), py::arg("activation"), py::arg("gated"),
+             py::arg("parallel"), py::arg("windows"), py::arg("slopes"))
         .def(
             "set_embed", [](Decoder& decoder, WeightType type, Address table) { decoder.set_embed(type, pointer(table)); },
             release())
         .def(
             "add_layer",
-            [](Decoder& decoder, Address norm1, Address norm2, Address q_norm, Address k_norm, const LinearArgs& qkv,
+            [](Decoder& decoder, const NormArgs& norm1, const NormArgs& norm2, Address q_norm, Address k_norm, const LinearArgs& qkv,
                const LinearArgs& out, const LinearArgs& up, const LinearArgs& down) {
-                decoder.add_layer({pointer<const float>(norm1), pointer<const float>(norm2), pointer<const float>(q_norm),
-                                   pointer<const float>(k_norm), linear_data(qkv), linear_data(out), linear_data(up),
+                decoder.add_layer({norm_data(norm1), norm_data(norm2), pointer<const float>(q_norm), pointer<const float>(k_norm), linear_data(qkv), linear_data(out), linear_data(up),
                                    linear_data(down)});
             },
             py::kw_only(), py::arg("norm1"), py::arg("norm2"), py::arg("q_norm"), py::arg("k_norm"), py::arg("qkv"),
             py::arg("out"), py::arg("up"), py::arg("down"), release())
         .def(
             "finish",
-            [](Decoder& decoder, Address norm, const std::optional<LinearArgs>& head) {
-                const LinearData data = head ? linear_data(*head) : LinearData{};
-                decoder.finish(pointer<const float>(norm), head ? &data : nullptr);
+            [](Decoder& decoder, const NormArgs& norm, const LinearArgs& head) {
+                decoder.finish(norm_data(norm), linear_data(head));
             },
             release())
         .def_property_readonly("weight_bytes", &Decoder::weight_bytes)
-        .def(
-            "step",
-            [](Decoder& decoder, int64_t rows, Address tokens, Address embeddings, Address positions, Address slots,
-               Address cos, Address sin, int64_t n_wanted, Address wanted, CacheType cache_type, int64_t n_slots,
-               int64_t capacity, Address keys, Address values, Address logits) {
-                const Step step{rows, pointer<const int32_t>(tokens), pointer<const float>(embeddings),
-                                pointer<const int32_t>(positions), pointer<const int32_t>(slots), pointer<const float>(cos),
-                                pointer<const float>(sin), n_wanted, pointer<const int32_t>(wanted), cache_type, n_slots,
-                                capacity, pointer(keys), pointer(values), pointer<float>(logits)};
-                without_interpreter([&] { decoder.step(step); });
-            },
-            py::kw_only(), py::arg("rows"), py::arg("tokens"), py::arg("embeddings"), py::arg("positions"),
-            py::arg("slots"), py::arg("cos"), py::arg("sin"), py::arg("n_wanted"), py::arg("wanted"),
-            py::arg("cache_type"), py::arg("n_slots"), py::arg("capacity"), py::arg("keys"), py::arg("values"),
-            py::arg("logits"));
+        .def("profile", [](Decoder& decoder, bool on) { decoder.profile(on); }, "Begin anew, or stop.")
+        .def("profiled",
+             [](const Decoder& decoder) {
+                 const Decoder::Profile p = decoder.profile();
+                 return std::make_tuple(p.steps, p.steps_ns, p.busy_ns, p.n_threads);
+             },
+             "(steps, nanoseconds inside them, nanoseconds of all threads inside their work, threads)")
+        .def("step", &step, py::arg("tokens"), py::arg("embeddings"), py::arg("positions"), py::arg("slots"),
+             py::arg("wanted"), py::arg("cos"), py::arg("sin"), py::arg("keys"), py::arg("values"),
+             py::arg("key_scales"), py::arg("value_scales"), py::arg("logits"));
 
     // The block kernels one by one, for tests.
     m.def("rms_norm", [](const char* isa, Address x, Address weight, float eps, int64_t n, Address y) {
         kernels(isa).block.rms_norm(pointer<const float>(x), pointer<const float>(weight), eps, n, pointer<float>(y));
     });
-    m.def("silu_multiply", [](const char* isa, Address gate, Address up, int64_t n, Address y) {
-        kernels(isa).block.silu_multiply(pointer<const float>(gate), pointer<const float>(up), n, pointer<float>(y));
+    m.def("add", [](const char* isa, Address x, Address y, int64_t n) {
+        kernels(isa).block.add(pointer<float>(x), pointer<const float>(y), n);
     });
-    m.def("store", [](const char* isa, CacheType type, Address x, int64_t n, Address entry) {
-        kernels(isa).block.store(type, pointer<const float>(x), n, pointer(entry));
+    m.def("moments", [](const char* isa, NormType type, Address x, int64_t n) {
+        const Moments moments = kernels(isa).block.moments(type, pointer<const float>(x), n);
+        return std::make_pair(moments.mean, moments.variance);
     });
-    m.def("attend", [](const char* isa, CacheType type, Address q, int64_t q_stride, Address keys, Address values,
-                       int64_t begin, int64_t end, int64_t heads, int64_t dim, float scale, Address scores, Address out,
-                       int64_t out_stride) {
-        kernels(isa).block.attend(type, pointer<const float>(q), q_stride, pointer(keys), pointer(values), begin, end, heads,
-                                  dim, scale, pointer<float>(scores), pointer<float>(out), out_stride);
+    m.def("normalize", [](const char* isa, Address x, float mean, float factor, Address weight, Address bias, int64_t n,
+                          Address y) {
+        kernels(isa).block.normalize(pointer<const float>(x), mean, factor, pointer<const float>(weight),
+                                     pointer<const float>(bias), n, pointer<float>(y));
     });
+    m.def("activate", [](const char* isa, Activation activation, Address gate, Address up, int64_t n, Address y) {
+        kernels(isa).block.activate(activation, pointer<const float>(gate), pointer<const float>(up), n, pointer<float>(y));
+    });
+    // The attention kernels. An address of 0 is a null pointer.
+    py::class_<CacheView>(m, "CacheView")
+        .def(py::init([](CacheType type, Address keys, Address values, Address key_scales, Address value_scales) {
+                 return CacheView{type, pointer(keys), pointer(values), pointer<float>(key_scales),
+                                  pointer<float>(value_scales)};
+             }),
+             py::arg("type"), py::arg("keys"), py::arg("values"), py::arg("key_scales") = 0, py::arg("value_scales") = 0);
+    m.def("rotate", [](const char* isa, Address head, Address cos, Address sin, int64_t half) {
+        kernels(isa).attention.rotate(pointer<float>(head), pointer<const float>(cos), pointer<const float>(sin), half);
+    });
+    m.def("store", [](const char* isa, const CacheView& cache, Address key, Address value, int64_t dim, int64_t position) {
+        kernels(isa).attention.store(cache, pointer<const float>(key), pointer<const float>(value), dim, position);
+    });
+    m.def(
+        "attend",
+        [](const char* isa, const CacheView& cache, int64_t dim, int64_t heads, float scale, Address slopes, Address q,
+           int64_t q_stride, int64_t rows, int64_t position, int64_t window, int64_t begin, int64_t end, Address out,
+           int64_t out_stride, Address maximum, Address sum) {
+            const AttentionKernels& attention = kernels(isa).attention;
+            const QueryGroup group{dim, heads, scale, pointer<const float>(slopes)};
+            const Buffer scratch(attention.scratch(group, rows, end - begin) * static_cast<int64_t>(sizeof(float)));
+            attention.attend(cache, group, {pointer<const float>(q), q_stride, rows, position, window}, begin, end,
+                             scratch.floats(),
+                             {pointer<float>(out), out_stride, pointer<float>(maximum), pointer<float>(sum)});
+        },
+        py::arg("isa"), py::arg("cache"), py::kw_only(), py::arg("dim"), py::arg("heads"), py::arg("scale"),
+        py::arg("slopes") = 0, py::arg("q"), py::arg("q_stride"), py::arg("rows"), py::arg("position"),
+        py::arg("window") = 0, py::arg("begin"), py::arg("end"), py::arg("out"), py::arg("out_stride"),
+        py::arg("maximum"), py::arg("sum"));
 }

@@ -2,9 +2,9 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <cstring>
 
 #include "kernels.h"
+#include "read_probe.h"
 
 namespace py = pybind11;
 using namespace tinychat;
@@ -16,80 +16,79 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Sum of the 8-byte words of a buffer of whole cache lines, fetched ahead as the kernels do: how fast this
-// thread can read, for ratios measured in one process.
-uint64_t read_probe(uintptr_t address, int64_t bytes) {
-    uint64_t sums[32] = {};
-    const char* at = pointer<const char>(address);
-    for (int64_t i = 0; i + 256 <= bytes; i += 256) {
-        for (int64_t line = 0; line < 256; line += 64) __builtin_prefetch(at + i + line + 4096);
-        uint64_t words[32];
-        std::memcpy(words, at + i, 256);
-        for (int j = 0; j < 32; j++) sums[j] += words[j];
-    }
-    uint64_t total = 0;
-    for (uint64_t sum : sums) total += sum;
-    return total;
-}
-
 }  // namespace
 
 void bind_linear(py::module_& m) {
     using release = py::call_guard<py::gil_scoped_release>;
     py::enum_<WeightType>(m, "WeightType")
-        .value("q4", WeightType::q4)
+        .value("quantized", WeightType::quantized)
         .value("f32", WeightType::f32)
         .value("f16", WeightType::f16)
         .value("bf16", WeightType::bf16);
-    py::class_<WeightShape>(m, "WeightShape", "Type and size of a weight [n, k]; see csrc/kernels.h.")
-        .def(py::init([](WeightType type, int64_t n, int64_t k, int64_t group, bool wide_scales) {
-                 return WeightShape{type, n, k, group, wide_scales};
+    py::class_<LinearShape>(m, "LinearShape", "Type and size of a weight [n, k]; see csrc/kernels.h.")
+        .def(py::init([](WeightType type, int64_t n, int64_t k, int64_t group, bool wide_scales, int32_t bits,
+                         int32_t activation_bits) {
+                 return LinearShape{type, n, k, group, wide_scales, bits, activation_bits};
              }),
-             py::arg("type"), py::arg("n"), py::arg("k"), py::arg("group"), py::arg("wide_scales"))
-        .def_readonly("type", &WeightShape::type)
-        .def_readonly("n", &WeightShape::n)
-        .def_readonly("k", &WeightShape::k)
-        .def_readonly("group", &WeightShape::group)
-        .def_readonly("wide_scales", &WeightShape::wide_scales);
+             py::arg("type"), py::arg("n"), py::arg("k"), py::arg("group") = 0, py::arg("wide_scales") = false,
+             py::arg("bits") = 4, py::arg("activation_bits") = 16)
+        .def_readonly("type", &LinearShape::type)
+        .def_readonly("n", &LinearShape::n)
+        .def_readonly("k", &LinearShape::k)
+        .def_readonly("group", &LinearShape::group)
+        .def_readonly("wide_scales", &LinearShape::wide_scales)
+        .def_readonly("bits", &LinearShape::bits)
+        .def_readonly("activation_bits", &LinearShape::activation_bits);
+    py::enum_<Source>(m, "Source")
+        .value("codes", Source::codes)
+        .value("awq", Source::awq)
+        .value("f32", Source::f32)
+        .value("f16", Source::f16)
+        .value("bf16", Source::bf16);
 
     m.def("isa", [] { return kernels().isa; }, "The level in use: the best here, or what TINYCHAT_ISA names.");
     m.def("supported_isas", &supported_isas, "The levels that run here, best first, separated by spaces.");
     m.def("tile", [](const char* isa) { return kernels(isa).linear.tile; });
-    m.def("packed_bytes", [](const char* isa, const WeightShape& shape) { return kernels(isa).linear.packed_bytes(shape); });
+    m.def("packed_bytes", [](const char* isa, const LinearShape& shape) { return kernels(isa).linear.packed_bytes(shape); });
     m.def("activation_bytes",
-          [](const char* isa, const WeightShape& shape) { return kernels(isa).linear.activation_bytes(shape); });
+          [](const char* isa, const LinearShape& shape) { return kernels(isa).linear.activation_bytes(shape); });
     m.def(
         "pack",
-        [](const char* isa, const WeightShape& shape, uintptr_t values, uintptr_t scales, uintptr_t zeros, uintptr_t packed,
-           int64_t tile_begin, int64_t tile_end) {
-            const WeightData data{pointer(values), pointer(scales), pointer(zeros)};
+        [](const char* isa, const LinearShape& shape, uintptr_t values, uintptr_t scales, uintptr_t zeros, uintptr_t packed,
+           int64_t tile_begin, int64_t tile_end, Source source) {
+            const WeightData data{pointer(values), pointer(scales), pointer(zeros), source};
             kernels(isa).linear.pack(shape, data, pointer(packed), tile_begin, tile_end);
         },
-        release());
+        py::arg("isa"), py::arg("shape"), py::arg("values"), py::arg("scales"), py::arg("zeros"), py::arg("packed"),
+        py::arg("tile_begin"), py::arg("tile_end"), py::arg("source") = Source::codes, release());
     m.def(
         "unpack",
-        [](const char* isa, const WeightShape& shape, uintptr_t packed, uintptr_t values, uintptr_t scales, uintptr_t zeros) {
+        [](const char* isa, const LinearShape& shape, uintptr_t packed, uintptr_t values, uintptr_t scales, uintptr_t zeros) {
             kernels(isa).linear.unpack(shape, pointer(packed), {pointer(values), pointer(scales), pointer(zeros)});
         },
         release());
     m.def(
         "prepare",
-        [](const char* isa, const WeightShape& shape, uintptr_t x, uintptr_t activations, int64_t rows) {
+        [](const char* isa, const LinearShape& shape, uintptr_t x, uintptr_t activations, int64_t rows) {
             const LinearKernels& linear = kernels(isa).linear;
             const int64_t bytes = linear.activation_bytes(shape);
             for (int64_t t = 0; t < rows; t++) {
-                linear.prepare(shape, pointer<const float>(x) + t * shape.k, pointer<char>(activations) + t * bytes);
+                linear.prepare(shape, pointer<const float>(x) + t * shape.k, pointer<char>(activations) + t * bytes, 0,
+                               shape.k);
             }
         },
         release());
     m.def(
         "linear",
-        [](const char* isa, const WeightShape& shape, uintptr_t packed, uintptr_t activations, int64_t rows,
+        [](const char* isa, const LinearShape& shape, uintptr_t packed, uintptr_t activations, int64_t rows,
            int64_t tile_begin, int64_t tile_end, uintptr_t y, int64_t y_stride) {
             kernels(isa).linear.linear(shape, pointer(packed), pointer(activations), rows, tile_begin, tile_end,
                                        pointer<float>(y), y_stride);
         },
         release());
-    m.def("read_probe", &read_probe, release(), py::arg("address"), py::arg("bytes"),
-          "Reads a 64-byte aligned buffer and returns the sum of its words.");
+    m.def(
+        "read_probe",
+        [](uintptr_t address, int64_t bytes, int threads) { return read_probe(pointer(address), bytes, threads); }, release(),
+        py::arg("address"), py::arg("bytes"), py::arg("threads") = 1,
+        "Seconds in which `threads` threads read a 64-byte aligned buffer, each its part; see csrc/read_probe.h.");
 }

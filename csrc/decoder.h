@@ -3,66 +3,43 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <new>
 #include <vector>
 
+#include "attention_plan.h"
+#include "buffer.h"
 #include "kernels.h"
+#include "packed_linear.h"
 #include "threads.h"
 
 namespace tinychat {
-
-// Bytes on a 64-byte boundary, owned; their contents are undefined until written.
-class Buffer {
-  public:
-    Buffer() = default;
-    explicit Buffer(int64_t bytes) { reserve(bytes); }
-
-    // At least `bytes`; growing forgets the contents.
-    void reserve(int64_t bytes) {
-        if (bytes <= bytes_) return;
-        memory_.reset();
-        memory_.reset(::operator new(static_cast<size_t>(bytes), alignment));
-        bytes_ = bytes;
-    }
-    int64_t bytes() const { return bytes_; }
-    char* data() const { return static_cast<char*>(memory_.get()); }
-    float* floats() const { return static_cast<float*>(memory_.get()); }
-    explicit operator bool() const { return bytes_ > 0; }
-
-  private:
-    static constexpr std::align_val_t alignment{64};
-    struct Free {
-        void operator()(void* memory) const { ::operator delete(memory, alignment); }
-    };
-    std::unique_ptr<void, Free> memory_;
-    int64_t bytes_ = 0;
-};
 
 // The numbers of a ModelConfig.
 struct DecoderShape {
     int64_t vocab_size, hidden_size, n_heads, n_kv_heads, head_dim, intermediate_size;
     int64_t rope_dim;              // rotated dimensions of each head
     float norm_eps;
+    NormType norm_type;
+    Activation activation;
+    bool gated;                    // the MLP is down(act(gate) * up), else down(act(up))
+    bool parallel;                 // attention and MLP read the same x, and both are added to it
     std::vector<int64_t> windows;  // [n_layers]: positions that a token sees, itself included; 0: all
+    std::vector<float> slopes;     // [n_heads] of ALiBi, or nothing
 
     int64_t group() const { return n_heads / n_kv_heads; }
     int64_t q_size() const { return n_heads * head_dim; }
     int64_t kv_size() const { return n_kv_heads * head_dim; }
     int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
+    int64_t up_size() const { return (gated ? 2 : 1) * intermediate_size; }
 };
 
-// Weights as the caller holds them: read while packing, not kept.
-struct SegmentData {
-    WeightShape shape;
-    WeightData data;
+struct NormData {
+    const float* weight;  // [hidden_size]
+    const float* bias;    // [hidden_size], or null
 };
-struct LinearData {
-    std::vector<SegmentData> segments;  // stacked along the outputs
-    const float* bias;                  // [sum of n], or null
-};
+
 struct LayerData {
-    const float* norm1;   // [hidden_size]
-    const float* norm2;   // [hidden_size]
+    NormData norm1;
+    NormData norm2;       // weight null, in parallel blocks only: norm1 serves
     const float* q_norm;  // [head_dim], or null
     const float* k_norm;  // [head_dim], or null
     LinearData qkv, out, up, down;
@@ -83,6 +60,8 @@ struct Step {
     int64_t n_slots, capacity;
     void* keys;     // [n_layers, n_slots, n_kv_heads, capacity, head_dim]
     void* values;   // likewise
+    float* key_scales;    // [n_layers, n_slots, n_kv_heads, capacity], of q8 only
+    float* value_scales;  // likewise
     float* logits;  // [R, vocab_size]
 };
 
@@ -91,33 +70,68 @@ class Decoder {
     Decoder(const DecoderShape& shape, const Kernels& kernels, int n_threads);
     ~Decoder();
 
-    // Weights come in once, in this order; each call packs what it is given. Throw std::invalid_argument where
+    // Weights come in once, layers in order; these calls pack what they are given. Throw std::invalid_argument where
     // sizes do not fit the shape.
-    void set_embed(WeightType type, void* table);  // [vocab_size, hidden_size]
     void add_layer(const LayerData& layer);
-    void finish(const float* norm, const LinearData* head);  // head null: the embedding table serves
+    void finish(const NormData& norm, const LinearData& head);
+    // The embedding, where the head's rows do not serve (tied): [vocab_size, hidden_size] of a type other than quantized.
+    // Not packed and not copied: rows are read there as long as the decoder lives.
+    void set_embed(WeightType type, const void* table);
 
+    const DecoderShape& shape() const { return shape_; }
     int64_t weight_bytes() const { return weight_bytes_; }
 
     // Throws std::invalid_argument where an index is out of its range, std::runtime_error where the decoder is not
     // finished or another thread is inside step().
     void step(const Step& step);
 
-  private:
-    struct Linear;
-    struct Layer;
+    // From when it is switched on: time inside steps, and the time of all threads inside the work of their phases. What
+    // is left of n_threads * steps_ns is waiting and handing over.
+    struct Profile {
+        int64_t steps, steps_ns, busy_ns;
+        int n_threads;
+    };
+    void profile(bool on);
+    Profile profile() const { return profile_; }
 
-    Linear pack(const LinearData& data, int64_t n, int64_t k);
+  private:
+    struct Norm {
+        Buffer weight;  // [hidden_size]
+        Buffer bias;    // [hidden_size], or nothing
+    };
+    struct Layer {
+        Norm norm1, norm2;      // norm2 may be nothing: see LayerData
+        Buffer q_norm, k_norm;  // [head_dim], or nothing
+        PackedLinear qkv, out, up, down;
+    };
+
+    PackedLinear pack(const LinearData& data, int64_t n, int64_t k);
     Buffer keep(const float* values, int64_t n);
+    Norm keep(const NormData& norm);
     void check(const Step& step) const;
-    void reserve(int64_t rows, int64_t length);
+    void reserve(int64_t rows);
     void forward(const Step& step);
-    void embed(const Step& step, int64_t row, int thread);
-    void prepare(const Linear& linear, const float* x, int64_t row, int64_t rows);
-    void apply(const Linear& linear, int64_t rows, float* y, int64_t y_stride);
-    void append(const Step& step, size_t layer);
+    void embed(const Step& step, int64_t row);
+    void prepare_normed(const Norm& norm, const PackedLinear& linear, int64_t rows, const int32_t* wanted = nullptr);
+    void prepare_mixed(const PackedLinear& linear, int64_t rows);
+    void prepare_activated(const PackedLinear& linear, int64_t rows);
+    template <class Work>
+    void each(int64_t rows, const Work& work);
+    template <class Input>
+    void prepare(const PackedLinear& linear, int64_t rows, int64_t k, const Input& input);
+    int64_t piece(const PackedLinear& linear) const;
+    void apply(const PackedLinear& linear, int64_t rows, float* y, int64_t y_stride);
+    void plan(const Step& step);
     void attend(const Step& step, size_t layer);
-    void* entries(const Step& step, void* cache, size_t layer, int64_t row, int64_t head, int64_t position) const;
+    void attend_piece(const Step& step, size_t layer, const Piece& piece, int64_t head, float* scratch);
+    Partial partial_of(const Piece& piece, int64_t head, int64_t index) const;
+    void merge(const Piece& piece, int64_t head, float* mixed) const;
+    float* queries(int64_t row, int64_t head) const;
+    void turn_queries(const Step& step, size_t layer, int64_t row, float* q) const;
+    void turn(const Step& step, const Buffer& norm, int64_t row, float* head) const;
+    void append(const Step& step, size_t layer, int64_t row, int64_t head) const;
+    QueryGroup query_group(int64_t head) const;
+    CacheView entries(const Step& step, size_t layer, int64_t row, int64_t head) const;
     Team& team();
 
     const DecoderShape shape_;
@@ -127,23 +141,34 @@ class Decoder {
     std::atomic<bool> busy_{false};
     int64_t weight_bytes_ = 0;
 
-    std::unique_ptr<Linear> table_;  // the embedding, in segments of one tile
+    WeightType table_type_ = WeightType::f32;
+    const void* table_ = nullptr;  // [vocab_size, hidden_size]; null: rows of the head serve, and are held once
     std::vector<Layer> layers_;
-    Buffer norm_;                   // [hidden_size]
-    std::unique_ptr<Linear> head_;  // null: table_ serves
+    Norm norm_;
+    PackedLinear head_;
     bool finished_ = false;
 
     // Scratch, for as many rows as any step so far had.
     Buffer x_;            // [T, hidden_size], the residual stream
-    Buffer y_;            // [T, hidden_size], what the last linear adds to it
-    Buffer normed_;       // [T, hidden_size]
+    Buffer y_;            // [T, hidden_size], what attention adds to it
+    Buffer z_;            // [T, hidden_size], what the MLP adds to it
+    Buffer moments_;      // [R], Moments of the rows that are normed next
     Buffer qkv_;          // [T, q_size + 2 * kv_size]
     Buffer mixed_;        // [T, q_size], the values that attention mixed
-    Buffer gate_up_;      // [T, 2 * intermediate_size]
+    Buffer gate_up_;      // [T, up_size]
+    Buffer pieces_;       // [n_threads, piece_], parts of rows on their way into activations_
     Buffer activations_;  // [T, activation_bytes] for each preparation of a linear
-    Buffer scores_;       // [n_threads, group, longest slot]
-    Buffer unpacked_;     // [n_threads, tile, hidden_size] values of the table's type
     int64_t activation_bytes_ = 0;  // of one row, the most that any linear needs
+    int64_t piece_ = 0;             // values, likewise
+    Profile profile_{};
+    bool profiling_ = false;
+
+    AttentionPlan plan_;
+    Buffer scratch_;            // [n_threads, scratch_size_]: of attention
+    int64_t scratch_size_ = 0;  // floats
+    Buffer partials_;           // [n_kv_heads, plan_.partials()]: see partial_of()
+    std::unique_ptr<std::atomic<int64_t>[]> finished_pieces_;  // [n_kv_heads, plan_.runs()]: pieces done in this layer
+    int64_t n_counters_ = 0;
 };
 
 }  // namespace tinychat

@@ -19,7 +19,7 @@ namespace {
 
 #if defined(__x86_64__)
 struct Features {
-    bool avx2 = false, avx512 = false, vnni = false;
+    bool avx2 = false, avxvnni = false, avx512 = false, vnni = false;
 };
 
 Features features() {
@@ -37,6 +37,7 @@ Features features() {
     found.avx2 = saves_ymm && (b & avx2);
     found.avx512 = found.avx2 && saves_zmm && (b & (f | dq | bw | vl)) == (f | dq | bw | vl);
     found.vnni = found.avx512 && (c & 1u << 11);
+    found.avxvnni = found.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
     return found;
 }
 #endif
@@ -47,11 +48,12 @@ const std::vector<Kernels>& levels() {
         std::vector<Kernels> list;
 #if defined(__x86_64__)
         const Features has = features();
-        if (has.vnni) list.push_back({"avx512vnni", linear_avx512vnni(), block_avx512()});
-        if (has.avx512) list.push_back({"avx512", linear_avx512(), block_avx512()});
-        if (has.avx2) list.push_back({"avx2", linear_avx2(), block_avx2()});
+        if (has.vnni) list.push_back({"avx512vnni", linear_avx512vnni(), block_avx512(), attention_avx512()});
+        if (has.avx512) list.push_back({"avx512", linear_avx512(), block_avx512(), attention_avx512()});
+        if (has.avxvnni) list.push_back({"avxvnni", linear_avxvnni(), block_avx2(), attention_avx2()});
+        if (has.avx2) list.push_back({"avx2", linear_avx2(), block_avx2(), attention_avx2()});
 #endif
-        list.push_back({"scalar", linear_scalar(), block_scalar()});
+        list.push_back({"scalar", linear_scalar(), block_scalar(), attention_scalar()});
         return list;
     }();
     return found;

@@ -11,63 +11,136 @@ namespace tinychat {
 
 // ---- linear: y[T, n] = x[T, k] W^T -----------------------------------------------------------------------------------
 
-enum class WeightType : int32_t { q4 = 0, f32 = 1, f16 = 2, bf16 = 3 };
+enum class WeightType : int32_t { quantized = 0, f32 = 1, f16 = 2, bf16 = 3 };
 
-// A weight [n, k]. For q4, groups of `group` along k share a scale and a zero (the last may be shorter; group >= k is one
-// group per row), and scales are kept as fp16, or as fp32 where `wide_scales` (checkpoints with bf16 or fp32 scales).
-struct WeightShape {
+// A weight [n, k] and the precision of the activations that it meets.
+//   quantized: codes of `bits` (4 or 8); groups of `group` along k share a scale and a zero (the last may be shorter;
+//              group >= k is one group per row); scales are kept as fp16, or as fp32 where `wide_scales` (checkpoints with
+//              bf16 or fp32 scales); activations are rounded to integers of `activation_bits` (16 or 8)
+//   else:      activations stay fp32, and the last four fields say nothing
+struct LinearShape {
     WeightType type;
     int64_t n, k;
     int64_t group;
     bool wide_scales;
+    int32_t bits;
+    int32_t activation_bits;
 };
 
-// Canonical form of a weight in memory: what pack() reads and unpack() writes.
-//   q4: codes uint8 [n, k], scales fp16 or fp32 [n, ceil(k/group)] (see wide_scales), zeros uint8 likewise
-//   else: values [n, k] of the type, the other two null
+// What pack() reads for a quantized weight.
+enum class Source : int32_t {
+    codes = 0,  // the canonical form: codes uint8 [n, k], scales [n, groups] fp16 or fp32 (see wide_scales), zeros uint8
+    awq = 1,    // 4 bits as AWQ "gemm" files hold them: words int32 [k, n/8], scales fp16 [groups, n], zero words [groups, n/8]
+    f32 = 2,    // values [n, k] to be rounded to nearest, symmetric: scale = largest |w| of the group / (2^(bits-1) - 1),
+    f16 = 3,    // kept in the scales' type, zero = 2^(bits-1), codes w / scale + zero
+    bf16 = 4,
+};
+
+// A weight in memory. unpack() writes the canonical form: of a type other than quantized `values` [n, k] alone.
 struct WeightData {
     void* values;
     void* scales;
     void* zeros;
+    Source source = Source::codes;
 };
 
 // Packed weights are split in tiles of output rows; work is divided between threads in whole tiles.
-// Activations are prepared once per row and used by every tile: for q4 the row as integers with a scale per block.
+// Activations are prepared once per row and used by every tile: for a quantized weight as integers with a scale per block.
 struct LinearKernels {
     int64_t tile;                                          // output rows per tile, all types
-    int64_t (*packed_bytes)(const WeightShape&);           // whole weight; 64-byte aligned buffers throughout
-    void (*pack)(const WeightShape&, const WeightData&, void* packed, int64_t tile_begin, int64_t tile_end);
-    void (*unpack)(const WeightShape&, const void* packed, const WeightData&);  // exact inverse of pack
-    int64_t (*activation_bytes)(const WeightShape&);       // one row; a multiple of 64; depends on type, k and group
-    void (*prepare)(const WeightShape&, const float* x, void* activation);      // one row of k floats
+    int64_t (*packed_bytes)(const LinearShape&);           // whole weight; 64-byte aligned buffers throughout
+    void (*pack)(const LinearShape&, const WeightData&, void* packed, int64_t tile_begin, int64_t tile_end);
+    void (*unpack)(const LinearShape&, const void* packed, const WeightData&);  // exact inverse of pack
+    // The values of output row `row`, as fp32 [k]: of an embedding table that is also the head.
+    void (*unpack_row)(const LinearShape&, const void* packed, int64_t row, float* values);
+    int64_t (*activation_bytes)(const LinearShape&);       // one row; a multiple of 64; depends on type, k, group and bits
+    // Part of one row: x holds the values begin .. end of its k. `begin` is a multiple of prepare_step(shape), `end` too
+    // or k, so that a caller may norm and prepare a row piece by piece, or several threads share a row.
+    int64_t (*prepare_step)(const LinearShape&);
+    void (*prepare)(const LinearShape&, const float* x, void* activation, int64_t begin, int64_t end);
     // y[t * y_stride + r] for r in the rows of tiles [tile_begin, tile_end), r < n, t < rows;
     // activation t lies at t * activation_bytes. Rows beyond n are never written.
-    void (*linear)(const WeightShape&, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
+    void (*linear)(const LinearShape&, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
                    int64_t tile_end, float* y, int64_t y_stride);
 };
 
 // ---- the rest of a decoder block -------------------------------------------------------------------------------------
 
-enum class CacheType : int32_t { f16 = 0, f32 = 1 };
+// Of a norm: RMSNorm divides by the root of the mean square; LayerNorm takes the mean away first.
+enum class NormType : int32_t { rms = 0, layer = 1 };
+// y = act(gate) * up: silu(x) = x / (1 + e^-x); gelu(x) = x (1 + erf(x / sqrt 2)) / 2
+enum class Activation : int32_t { silu = 0, gelu = 1 };
+
+struct Moments {
+    float mean;      // 0 for RMSNorm
+    float variance;  // mean of (x - mean)^2
+};
 
 struct BlockKernels {
+    // x += y, n values
+    void (*add)(float* x, const float* y, int64_t n);
+    Moments (*moments)(NormType, const float* x, int64_t n);
+    // y = (x - mean) * factor * weight + bias, n values; bias may be null; y may be x
+    void (*normalize)(const float* x, float mean, float factor, const float* weight, const float* bias, int64_t n, float* y);
+    // y = act(gate) * up, n values; up null: y = act(gate); y may be gate
+    void (*activate)(Activation, const float* gate, const float* up, int64_t n, float* y);
     // y = x / sqrt(mean(x^2) + eps) * weight, n values; y may be x
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
-    // y = silu(gate) * up, n values; y may be gate
-    void (*silu_multiply)(const float* gate, const float* up, int64_t n, float* y);
-    // n floats to cache entries
-    void (*store)(CacheType, const float* x, int64_t n, void* entry);
-    // Attention of `heads` query heads that share one key-value head, for one row: q and out are [heads, dim] with the given
-    // strides, keys and values [.., dim] of which entries [begin, end) are seen; scores is scratch of end - begin floats
-    // per head. q is already rotated; scale multiplies q . k before the softmax.
-    void (*attend)(CacheType, const float* q, int64_t q_stride, const void* keys, const void* values, int64_t begin,
-                   int64_t end, int64_t heads, int64_t dim, float scale, float* scores, float* out, int64_t out_stride);
+};
+
+// ---- attention -------------------------------------------------------------------------------------------------------
+
+// q8: an entry is int8 codes with one fp32 scale, x = code * scale: scale = largest |x| / 127, codes to nearest, ties to even.
+enum class CacheType : int32_t { f16 = 0, f32 = 1, q8 = 2 };
+
+// The entries of one slot and key-value head in a layer: entry j is position j.
+struct CacheView {
+    CacheType type;
+    void *keys, *values;               // [.., dim]
+    float *key_scales, *value_scales;  // [..], of q8 only
+};
+
+// The query heads that share a key-value head.
+struct QueryGroup {
+    int64_t dim, heads;
+    float scale;          // of q . key
+    const float* slopes;  // [heads], or null: slope * (j - position) is added to the score (ALiBi, arXiv 2108.12409)
+};
+
+// Consecutive positions of one slot: row i, at position + i, sees itself and the window - 1 entries before it (0: all).
+struct QueryRows {
+    const float* q;  // of row i [heads, dim] at i * stride, rotated
+    int64_t stride;
+    int64_t rows, position, window;
+};
+
+// What a row takes from some of the entries it sees. Partials of the same row are merged by scaling each to the larger
+// maximum; out / sum is what attention gives. Of a row that sees none of them the maximum is -infinity, the rest 0.
+struct Partial {
+    float* out;      // of row i [heads, dim] at i * stride: sum over entries j of e^(score j - maximum) * value j
+    int64_t stride;
+    float* maximum;  // [rows, heads], of the scores
+    float* sum;      // [rows, heads], of e^(score - maximum)
+};
+
+struct AttentionKernels {
+    // Rotary embedding: dimension j of a head turns with j + half, by cos and sin [half]
+    void (*rotate)(float* head, const float* cos, const float* sin, int64_t half);
+    // Entry `position` = key and value [dim]; of q8, one with NaN or infinity gets the scale NaN
+    void (*store)(const CacheView&, const float* key, const float* value, int64_t dim, int64_t position);
+    // Floats of scratch, on a 64-byte boundary, that attend() needs for so many rows and entries
+    int64_t (*scratch)(const QueryGroup&, int64_t rows, int64_t entries);
+    // Attention of a few rows over entries [begin, end), 0 <= begin < end; those a row does not see do not count for it.
+    // One row takes memory's time. Many share the arithmetic: the work per query falls up to about 64 queries (rows x heads).
+    void (*attend)(const CacheView&, const QueryGroup&, const QueryRows&, int64_t begin, int64_t end, float* scratch,
+                   const Partial&);
 };
 
 struct Kernels {
     const char* isa;
     LinearKernels linear;
     BlockKernels block;
+    AttentionKernels attention;
 };
 
 // The table in use: the best that this CPU and operating system run, or the one that TINYCHAT_ISA names.

@@ -1,18 +1,35 @@
 // The tables of each instruction-set level, filled in scalar/ and avx/ and chosen from in isa.cpp. A level that adds
-// nothing to one half takes that half from the level below.
+// nothing to one part takes that part from the level below.
 #pragma once
 #include "kernels.h"
 
 namespace tinychat {
 
+// Each reads a 64-byte aligned buffer once and returns the sum of its 8-byte words (a tail below 512 bytes may be left
+// out): what `read_probe` times.
+uint64_t read_scalar(const void* data, int64_t bytes);
+#if defined(__x86_64__)
+uint64_t read_avx2(const void* data, int64_t bytes);
+uint64_t read_avx512(const void* data, int64_t bytes);
+#endif
+
 const LinearKernels& linear_scalar();
 const BlockKernels& block_scalar();
+const AttentionKernels& attention_scalar();
 #if defined(__x86_64__)
 const LinearKernels& linear_avx2();
+const LinearKernels& linear_avxvnni();
 const LinearKernels& linear_avx512();
 const LinearKernels& linear_avx512vnni();
 const BlockKernels& block_avx2();
 const BlockKernels& block_avx512();
+const AttentionKernels& attention_avx2();
+const AttentionKernels& attention_avx512();
+// LinearKernels::linear of weights that are not quantized, for the levels that have these instructions and more.
+void linear_float_avx2(const LinearShape& shape, const void* packed, const void* activations, int64_t rows,
+                       int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride);
+void linear_float_avx512(const LinearShape& shape, const void* packed, const void* activations, int64_t rows,
+                         int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride);
 #endif
 
 }  // namespace tinychat

@@ -1,28 +1,33 @@
 // How linears lie in memory at every level: packed weights, and activations prepared for them.
 //
-// Weights. A tile is 16 output rows; tiles follow one another, and a tile is one linear stream. Of 4-bit weights, a
-// "register" of 64 bytes holds 8 consecutive k of the 16 rows, so that one AND and one shift with AND unpack it (the
-// SIMD-aware packing of arXiv 2306.00978, section 4.2, with one 32-bit lane per row in place of one byte):
+// Weights. A tile is 16 output rows; tiles follow one another, and a tile is one linear stream. Codes lie in registers of
+// 64 bytes with one 32-bit lane for each row (the SIMD-aware packing of arXiv 2306.00978, section 4.2, with a lane per row
+// in place of a byte). Of 4 bits, a register holds 8 consecutive k, so that one AND and one shift with AND unpack it:
 //
 //            row 0                                row 1     ...  row 15
 //   byte     0         1         2         3      4              63
 //   bits 0-3 k         k+1       k+2       k+3    k ...
 //   bits 4-7 k+4       k+5       k+6       k+7    k+4 ...
 //
+// Of 8 bits, a register holds 4 consecutive k, and needs no unpacking. Unpacked, both are the same: 64 bytes of 4 k of 16
+// rows, which is what vpdpbusd multiplies with 4 broadcast activations, and a row of an AMX tile.
+//
 // A row's sum stays in its lane: activations are broadcast, and no sum runs across a register. Groups are padded to whole
-// registers, and come in chunks of four (the last chunk of a tile may hold fewer, m), scales and zeros inline before the
-// codes, padded to a cache line. In fp16 with groups of 128 that is 4.1875 bits for a weight.
+// steps of 8 k, and come in chunks of four (the last chunk of a tile may hold fewer, m), scales and zeros inline before
+// the codes, padded to a cache line. In fp16 with groups of 128 that is 4.1875 bits for a weight of 4.
 //
 //   chunk: | m x scales[16] | m x zeros[16] (uint8) | pad to 64 | codes of group 0 | .. | codes of group m-1 |
 //
 // Padding (rows beyond n, k beyond a group's end) is zero: codes, scales and zeros.
 // Weights of the other types are k-major within the tile, values[k][16], k padded to 4 with zeros.
 //
-// Activations. For the other types: the row as fp32, padded to 4. For 4-bit weights: integers x with a scale per block. A
-// block is a group, or a piece of at most 128 of one that is longer: 128 * 15 * 32639 fits in int32 many times over, and
-// one scale should not serve more. A register of 8 codes takes 16 bytes, in the order that the level likes:
+// Activations. For the other types: the row as fp32, padded to 4. For quantized weights: integers x with a scale per block.
+// A block is a group, or a piece of at most 128 of one that is longer: 128 * 255 * 32639 = 1.07e9 fits in int32, and one
+// scale should not serve more. The integers of a block of L values (padded to 8) are planes of bytes with sign: of 16 bits
+// hi[L], then lo[L], x = 256 hi + lo; of 8 bits one plane. Every level reads the same: instructions that multiply bytes
+// are the fast ones everywhere, and codes of any width meet the same activations.
 //
-//   row: | 16 bytes per register | pad to 64 | Block per block | Outlier[block_outliers] per block |
+//   row: | planes of the blocks | pad to 64 | Block per block | Outlier[block_outliers] per block |
 //
 // Every function here has internal linkage: this header is compiled anew, with other flags, in each level's unit.
 #pragma once
@@ -34,15 +39,17 @@
 namespace tinychat {
 
 // In linear_layout.cpp, compiled once for every level.
-int64_t packed_bytes(const WeightShape& shape);
-void pack(const WeightShape& shape, const WeightData& data, void* packed, int64_t tile_begin, int64_t tile_end);
-void unpack(const WeightShape& shape, const void* packed, const WeightData& data);
+int64_t packed_bytes(const LinearShape& shape);
+void pack(const LinearShape& shape, const WeightData& data, void* packed, int64_t tile_begin, int64_t tile_end);
+void unpack(const LinearShape& shape, const void* packed, const WeightData& data);
+void unpack_row(const LinearShape& shape, const void* packed, int64_t row, float* values);
 
 namespace {
 
 constexpr int64_t kTile = 16;
-constexpr int64_t kChunk = 4;           // groups
-constexpr int64_t kBlockRegisters = 16;  // of 8 codes: 128
+constexpr int64_t kChunk = 4;    // groups
+constexpr int64_t kStep = 8;     // k: the least that a group is padded to
+constexpr int64_t kBlock = 128;  // k, at most
 constexpr int64_t kRegisterBytes = 64;
 constexpr int64_t kFloatStep = 4;  // k of the other types are padded to this
 
@@ -50,7 +57,7 @@ struct Block {
     float scale;       // of the integers; NaN where the block holds NaN or infinity
     int32_t sum;       // of the integers, for the zero point
     int32_t outliers;  // how many were taken out
-    int32_t unused;
+    int32_t halves;    // int16 a and b, a in the low half: -sum = a + 128 b; with z and 128 z, vpmaddwd makes -z sum
 };
 
 struct Outlier {
@@ -63,165 +70,252 @@ struct Outlier {
 [[maybe_unused]] int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Length of a group; one group per row where there are none (the other types leave it 0).
-[[maybe_unused]] int64_t group_length(const WeightShape& shape) {
+[[maybe_unused]] int64_t group_length(const LinearShape& shape) {
     return shape.group > 0 && shape.group < shape.k ? shape.group : shape.k;
 }
 
-// Sizes of a 4-bit linear, in registers of 8 codes unless named otherwise.
-struct Q4Layout {
-    int64_t groups, group_registers, last_registers;
-    int64_t group_blocks, blocks;   // blocks of a full group, of a row
-    int64_t registers;              // of a row
-    int64_t scale_bytes;            // of one group of a tile
+// Sizes of a quantized linear; lengths in k.
+struct QuantizedLayout {
+    int64_t group, groups;
+    int64_t padded_group, padded_last;  // of a full group, of the last
+    int64_t group_blocks, blocks;       // blocks of a full group, of a row
+    int64_t padded_k;                   // of a row
+    int64_t step_bytes;                 // of the codes of 8 k of a tile
+    int64_t scale_bytes;                // of one group of a tile
     int64_t tile_bytes;
-    int64_t block_outliers;         // at most so many in a block
+    int64_t integer_bytes;           // of one activation: its planes
+    int64_t block_outliers;          // at most so many in a block
     int64_t blocks_at, outliers_at;  // byte offsets in an activation
     int64_t activation_bytes;
 
-    explicit Q4Layout(const WeightShape& shape) {
-        const int64_t group = group_length(shape);
+    explicit QuantizedLayout(const LinearShape& shape) {
+        group = group_length(shape);
         groups = divide_up(shape.k, group);
-        group_registers = divide_up(group, 8);
-        last_registers = divide_up(shape.k - (groups - 1) * group, 8);
-        group_blocks = divide_up(group_registers, kBlockRegisters);
-        blocks = (groups - 1) * group_blocks + divide_up(last_registers, kBlockRegisters);
-        registers = (groups - 1) * group_registers + last_registers;
+        padded_group = round_up(group, kStep);
+        padded_last = round_up(shape.k - (groups - 1) * group, kStep);
+        group_blocks = divide_up(padded_group, kBlock);
+        blocks = (groups - 1) * group_blocks + divide_up(padded_last, kBlock);
+        padded_k = (groups - 1) * padded_group + padded_last;
+        step_bytes = kStep * kTile * shape.bits / 8;
         scale_bytes = kTile * (shape.wide_scales ? 4 : 2);
-        tile_bytes = registers * kRegisterBytes + (groups / kChunk) * header_bytes(kChunk) + header_bytes(groups % kChunk);
-        block_outliers = divide_up(smaller(group, kBlockRegisters * 8), 16);
-        blocks_at = round_up(registers * 16, 64);
+        tile_bytes = padded_k / kStep * step_bytes + (groups / kChunk) * header_bytes(kChunk) + header_bytes(groups % kChunk);
+        integer_bytes = shape.activation_bits / 8;
+        block_outliers = divide_up(smaller(group, kBlock), 16);
+        blocks_at = round_up(padded_k * integer_bytes, 64);
         outliers_at = blocks_at + blocks * int64_t{sizeof(Block)};
         activation_bytes = round_up(outliers_at + blocks * block_outliers * int64_t{sizeof(Outlier)}, 64);
     }
 
     // Scales and zeros of a chunk of m groups.
     int64_t header_bytes(int64_t m) const { return round_up(m * (scale_bytes + kTile), 64); }
-    int64_t registers_of(int64_t group) const { return group == groups - 1 ? last_registers : group_registers; }
+    int64_t padded(int64_t g) const { return g == groups - 1 ? padded_last : padded_group; }
 };
 
 [[maybe_unused]] constexpr int64_t value_bytes(WeightType type) { return type == WeightType::f32 ? 4 : 2; }
-[[maybe_unused]] int64_t float_steps(const WeightShape& shape) { return round_up(shape.k, kFloatStep); }
-[[maybe_unused]] int64_t float_tile_bytes(const WeightShape& shape) {
+[[maybe_unused]] int64_t float_steps(const LinearShape& shape) { return round_up(shape.k, kFloatStep); }
+[[maybe_unused]] int64_t float_tile_bytes(const LinearShape& shape) {
     return float_steps(shape) * kTile * value_bytes(shape.type);
 }
 
-[[maybe_unused]] int64_t activation_bytes(const WeightShape& shape) {
-    if (shape.type == WeightType::q4) return Q4Layout(shape).activation_bytes;
+[[maybe_unused]] int64_t activation_bytes(const LinearShape& shape) {
+    if (shape.type == WeightType::quantized) return QuantizedLayout(shape).activation_bytes;
     return round_up(float_steps(shape) * 4, 64);
+}
+
+// Pieces of a row begin where a block does.
+[[maybe_unused]] int64_t prepare_step(const LinearShape& shape) {
+    if (shape.type != WeightType::quantized) return 1;
+    const int64_t group = group_length(shape);
+    return group > kBlock && (group % kBlock == 0 || group == shape.k) ? kBlock : group;
 }
 
 // ---- preparing activations -------------------------------------------------------------------------------------------
 
-// One block of `length` values to integers within +-32639 (= 127 * 256 + 127, so that two int8 planes hold them):
-// integers[i] = round(x[i] / scale), zero from length to the end of the block.
-//
-// What it guarantees. A step of the integers is at most 1/32639 of the largest value, so that against the product of
-// norms |x||w| the error is of NMSE 1e-8 or less. Beyond that, of the largest values, one in 16, those more than 32 times
-// the mean size of the other 15 in 16 are taken out, and multiplied in fp32. What remains has steps of at most 1/1020 of
-// that mean: results that the taken do not touch, their weights being zero, keep an NMSE of about 1e-7. The usual block
-// pays one comparison for it. Not guaranteed: results carried only by values much smaller than the mean of their block.
-// Blocks whose values are all below 1e-33 count as zero; a block with NaN or infinity makes every output NaN.
-[[maybe_unused]] void quantize_block(const float* x, int64_t length, int32_t* integers, Block* block,
-                                     Outlier* outliers) {
-    constexpr int64_t kMost = kBlockRegisters * 8;
-    constexpr float kNoise = 32.0f, kTiny = 1e-33f, kRange = 32639.0f;
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
-    float values[kMost];
-    std::memcpy(values, x, static_cast<size_t>(length) * 4);
-    const int64_t padded = length == kMost ? kMost : round_up(length, 16);
-    for (int64_t i = length; i < padded; i++) values[i] = 0;
+// As many lanes as the level's registers have; a block is summed in 16 lanes at every level, so that all round alike.
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16;
+#elif defined(__AVX__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
 
-    float sum = 0, largest = 0;
-    uint32_t bits[kMost];
-    auto measure = [&] {  // sum and largest of |values|, in lanes that the compiler turns into vectors
-        std::memcpy(bits, values, static_cast<size_t>(padded) * 4);
-        float sums[16] = {};
-        int32_t most[16] = {};
-        for (int64_t i = 0; i < padded; i += 16) {
-            for (int64_t j = 0; j < 16; j++) {
-                const int32_t size = static_cast<int32_t>(bits[i + j] & 0x7fffffffu);
-                most[j] = size > most[j] ? size : most[j];
-                sums[j] += values[i + j] < 0 ? -values[i + j] : values[i + j];
-            }
-        }
-        sum = 0;
-        int32_t most_bits = 0;
-        for (int64_t j = 0; j < 16; j++) {
-            sum += sums[j];
-            most_bits = most[j] > most_bits ? most[j] : most_bits;
-        }
-        std::memcpy(&largest, &most_bits, 4);
-        return most_bits < 0x7f800000;
-    };
-
-    block->outliers = 0;
-    block->sum = 0;
-    block->unused = 0;
-    const bool finite = measure();
-    const int64_t most = divide_up(length, 16);
-    const float count = static_cast<float>(most), rest = static_cast<float>(length - most);
-    if (finite && largest * (count + rest / kNoise) > sum) {  // true wherever there is an outlier; else rare
-        for (int64_t i = 0; i < most; i++) {
-            int64_t at = 0;
-            while (values[at] != largest && values[at] != -largest) at++;
-            outliers[i] = {static_cast<int32_t>(at), values[at]};
-            values[at] = 0;
-            measure();
-        }
-        const float limit = kNoise * sum / rest;
-        for (int64_t i = 0; i < most; i++) {  // from the largest down
-            const float value = outliers[i].value, size = value < 0 ? -value : value;
-            if (size > limit) {
-                block->outliers++;
-            } else {
-                values[outliers[i].index] = value;
-                largest = size > largest ? size : largest;
-            }
+// Sum and largest of the sizes of `count` values, a multiple of 16; the largest as the bits of a float.
+[[maybe_unused]] void measure(const float* values, int64_t count, float* sum, int32_t* largest) {
+    Floats sums[16 / kLanes] = {};
+    Integers most[16 / kLanes] = {};
+    for (int64_t i = 0; i < count; i += 16) {
+        for (int64_t j = 0; j < 16 / kLanes; j++) {
+            Integers size;
+            std::memcpy(&size, values + i + j * kLanes, sizeof size);
+            size &= 0x7fffffff;
+            most[j] = size > most[j] ? size : most[j];
+            sums[j] += (Floats)size;
         }
     }
-    if (!finite || largest < kTiny) {
-        const uint32_t nan = 0x7fc00000u;
-        block->scale = 0;
-        if (!finite) std::memcpy(&block->scale, &nan, 4);
-        std::memset(integers, 0, static_cast<size_t>(padded) * 4);
-        return;
+    float sum_lanes[16];
+    int32_t most_lanes[16];
+    std::memcpy(sum_lanes, sums, sizeof sums);
+    std::memcpy(most_lanes, most, sizeof most);
+    for (int64_t half = 8; half > 0; half /= 2) {
+        for (int64_t j = 0; j < half; j++) {
+            sum_lanes[j] += sum_lanes[j + half];
+            most_lanes[j] = most_lanes[j] > most_lanes[j + half] ? most_lanes[j] : most_lanes[j + half];
+        }
     }
-    block->scale = largest / kRange;
-    const float inverse = kRange / largest;
-    int32_t total = 0, offset;
-    std::memcpy(&offset, &kRound, 4);
-    for (int64_t i = 0; i < padded; i++) values[i] = values[i] * inverse + kRound;
-    std::memcpy(bits, values, static_cast<size_t>(padded) * 4);
-    for (int64_t i = 0; i < padded; i++) {
-        integers[i] = static_cast<int32_t>(bits[i]) - offset;
-        total += integers[i];
-    }
-    block->sum = total;
+    *sum = sum_lanes[0];
+    *largest = most_lanes[0];
 }
 
-// One row for the kernels of a level. store(integers, register) writes the 16 bytes of a register from its 8 integers.
-template <class Store>
-void prepare_row(const WeightShape& shape, const float* x, void* activation, Store store) {
-    if (shape.type != WeightType::q4) {
-        std::memcpy(activation, x, static_cast<size_t>(shape.k) * 4);
-        const int64_t padding = activation_bytes(shape) - shape.k * 4;
-        std::memset(static_cast<char*>(activation) + shape.k * 4, 0, static_cast<size_t>(padding));
+// Sum of what the sizes of `count` values, a multiple of 16, have above `limit`.
+[[maybe_unused]] float sum_above(const float* values, int64_t count, float limit) {
+    Floats sums[16 / kLanes] = {};
+    for (int64_t i = 0; i < count; i += 16) {
+        for (int64_t j = 0; j < 16 / kLanes; j++) {
+            Integers size;
+            std::memcpy(&size, values + i + j * kLanes, sizeof size);
+            size &= 0x7fffffff;
+            const Floats above = (Floats)size - limit;
+            sums[j] += above > 0 ? above : Floats{};
+        }
+    }
+    float lanes[16];
+    std::memcpy(lanes, sums, sizeof sums);
+    for (int64_t half = 8; half > 0; half /= 2) {
+        for (int64_t j = 0; j < half; j++) lanes[j] += lanes[j + half];
+    }
+    return lanes[0];
+}
+
+// One block of `length` values to integers within +-Limits::range, round(x / scale), zero from length on: as planes.
+//
+// What it guarantees of 16 bits (range 32639 = 127 * 256 + 127, so that two int8 planes hold them). A step of the integers is
+// at most 1/32639 of the largest value, so that against the product of norms |x||w| the error is of NMSE 1e-8 or less.
+// Beyond that, of the largest values, one in 16, those more than 32 times the mean size of the other 15 in 16 are taken
+// out, and multiplied in fp32. What remains has steps of at most 1/1020 of that mean: results that the taken do not touch,
+// their weights being zero, keep an NMSE of about 1e-7. The usual block pays one comparison for it. Not guaranteed: results
+// carried only by values much smaller than the mean of their block.
+// Of 8 bits (range 127), those more than 8 times the mean are taken out: steps of at most 1/16 of the mean, and of 1/40 of
+// the standard deviation in a block of normal values, whose NMSE is then 5e-5.
+// Blocks whose values are all below 1e-33 count as zero; a block with NaN or infinity makes every output NaN.
+struct Limits {
+    float range;
+    float noise;  // an outlier is so many times the mean
+};
+constexpr Limits kLimits16{32639.0f, 32.0f}, kLimits8{127.0f, 8.0f};
+
+// Takes the outliers out of values[0, length), padded with zeros to `count`: at most one in 16, the largest first. The m
+// largest of n sizes sum to at most m l + (what all have above l) for any l, which bounds the mean of the others from below
+// without sorting, and closely for l near the m-th largest: 2.5 times the mean is there for normal and heavier tails. What
+// is taken although it is no outlier costs a little time. Returns the bits of the largest size that remains.
+[[maybe_unused]] __attribute__((noinline)) int32_t take_outliers(float* values, int64_t length, int64_t count,
+                                                                 float noise, Block* block, Outlier* outliers) {
+    const int64_t most = divide_up(length, 16);
+    for (;;) {
+        float sum, size;
+        int32_t largest;
+        measure(values, count, &sum, &largest);
+        std::memcpy(&size, &largest, 4);
+        const float left = static_cast<float>(most - block->outliers), rest = static_cast<float>(length - most);
+        const float limit = 2.5f * sum / (left + rest);
+        if (left == 0 || size * rest <= noise * (sum - left * limit - sum_above(values, count, limit))) return largest;
+        int64_t at = 0;
+        while (values[at] != size && values[at] != -size) at++;
+        outliers[block->outliers++] = {static_cast<int32_t>(at), values[at]};
+        values[at] = 0;
+    }
+}
+
+__attribute__((always_inline)) inline void quantize_block(const float* x, int64_t length, Limits limits, int64_t planes,
+                                                          int8_t* codes, Block* block, Outlier* outliers) {
+    constexpr float kTiny = 1e-33f;
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+    const int64_t count = round_up(length, 16), padded = round_up(length, kStep);
+    float values[kBlock];  // a copy, where the values are not used as they are
+    const auto copy = [&] {
+        std::memcpy(values, x, static_cast<size_t>(length) * 4);
+        for (int64_t i = length; i < count; i++) values[i] = 0;
+        x = values;
+    };
+    if (length != count) copy();
+
+    *block = Block{0, 0, 0, 0};
+    float sum, size;
+    int32_t largest;
+    measure(x, count, &sum, &largest);
+    std::memcpy(&size, &largest, 4);
+    const bool finite = largest < 0x7f800000;
+    const int64_t most = divide_up(length, 16);
+    // True wherever there is an outlier; else rare.
+    if (finite && size * (static_cast<float>(most) + static_cast<float>(length - most) / limits.noise) > sum) {
+        if (x != values) copy();
+        largest = take_outliers(values, length, count, limits.noise, block, outliers);
+        std::memcpy(&size, &largest, 4);
+    }
+    if (!finite || size < kTiny) {
+        const uint32_t nan = 0x7fc00000u;
+        if (!finite) std::memcpy(&block->scale, &nan, 4);
+        std::memset(codes, 0, static_cast<size_t>(padded * planes));
         return;
     }
-    const Q4Layout layout(shape);
-    char* codes = static_cast<char*>(activation);
-    Block* block = reinterpret_cast<Block*>(codes + layout.blocks_at);
-    Outlier* outliers = reinterpret_cast<Outlier*>(codes + layout.outliers_at);
-    const int64_t group = group_length(shape);
-    alignas(64) int32_t integers[kBlockRegisters * 8];
-    for (int64_t begin = 0; begin < shape.k; begin += group) {
-        const int64_t end = smaller(begin + group, shape.k);
-        for (int64_t k = begin; k < end; k += kBlockRegisters * 8) {
-            const int64_t length = smaller(end - k, kBlockRegisters * 8);
-            quantize_block(x + k, length, integers, block++, outliers);
-            outliers += layout.block_outliers;
-            for (int64_t i = 0; i < length; i += 8, codes += 16) store(integers + i, codes);
+    block->scale = size / limits.range;
+    const float inverse = limits.range / size;
+    int32_t offset;
+    std::memcpy(&offset, &kRound, 4);
+    int32_t integers[kBlock];
+    Integers totals = {};
+    for (int64_t i = 0; i < count; i += kLanes) {
+        Floats value;
+        std::memcpy(&value, x + i, sizeof value);
+        value = value * inverse + kRound;
+        const Integers integer = (Integers)value - offset;
+        totals += integer;
+        std::memcpy(integers + i, &integer, sizeof integer);
+    }
+    int32_t total = 0;
+    for (int64_t j = 0; j < kLanes; j++) total += totals[j];
+    const int32_t upper = (64 - total) >> 7;
+    block->sum = total;
+    block->halves = static_cast<int32_t>(static_cast<uint32_t>(upper) << 16 |
+                                         (static_cast<uint32_t>(-total - upper * 128) & 0xffffu));
+    int8_t* low = codes + (planes - 1) * padded;
+    for (int64_t i = 0; i < padded; i++) low[i] = static_cast<int8_t>(integers[i]);
+    if (planes == 1) return;
+    for (int64_t i = 0; i < padded; i++) codes[i] = static_cast<int8_t>((integers[i] + 128) >> 8);
+}
+
+// LinearKernels::prepare; each level compiles it with its own instructions.
+[[maybe_unused]] void prepare_part(const LinearShape& shape, const float* x, void* activation, int64_t begin,
+                                   int64_t end) {
+    char* row = static_cast<char*>(activation);
+    if (shape.type != WeightType::quantized) {
+        std::memcpy(row + begin * 4, x, static_cast<size_t>(end - begin) * 4);
+        if (end == shape.k) std::memset(row + end * 4, 0, static_cast<size_t>(activation_bytes(shape) - end * 4));
+        return;
+    }
+    const QuantizedLayout layout(shape);
+    const Limits limits = shape.activation_bits == 8 ? kLimits8 : kLimits16;
+    const int64_t first = begin / layout.group, planes = layout.integer_bytes;
+    int64_t in_group = begin - first * layout.group;  // a multiple of kBlock
+    const int64_t index = first * layout.group_blocks + in_group / kBlock;
+    auto* codes = reinterpret_cast<int8_t*>(row) + (first * layout.padded_group + in_group) * planes;
+    Block* block = reinterpret_cast<Block*>(row + layout.blocks_at) + index;
+    Outlier* outliers = reinterpret_cast<Outlier*>(row + layout.outliers_at) + index * layout.block_outliers;
+    for (int64_t k = begin; k < end;) {
+        const int64_t length = smaller(smaller(kBlock, layout.group - in_group), shape.k - k);
+        if (length == kBlock) {  // the usual one, for the compiler to unroll
+            quantize_block(x, kBlock, limits, planes, codes, block, outliers);
+        } else {
+            quantize_block(x, length, limits, planes, codes, block, outliers);
         }
+        k += length;
+        x += length;
+        in_group = in_group + length < layout.group ? in_group + length : 0;
+        codes += round_up(length, kStep) * planes;
+        block++;
+        outliers += layout.block_outliers;
     }
 }
 

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #if defined(_WIN32)
 #include <process.h>
 #else
@@ -16,9 +19,11 @@ namespace {
 
 using std::chrono::microseconds;
 
-// A phase of a step lasts microseconds, so a thread that waits spins; but where threads are more than cores it only takes
-// the core from one that works, so it soon sleeps, and a sleeper is not called at every phase.
-constexpr microseconds kSpin{20}, kBetweenCalls{100};
+// A phase of a step lasts microseconds, and to wake a sleeper takes tens of them: so within a step a thread that waits
+// stays awake, at first spinning, then yielding at each turn, and sleeps only where the step seems to be stuck. After a step
+// it waits for the next one a little. Where threads are more than cores, one that spins takes the core from one that
+// works, so it soon sleeps, and a sleeper is not called at every phase.
+constexpr microseconds kSpinCrowded{20}, kSpin{100}, kBetweenSteps{100}, kStuck{5000}, kBetweenCalls{100};
 constexpr int kPartsPerThread = 4;  // more even shares, for more claims
 
 void pause_briefly() {
@@ -29,17 +34,6 @@ void pause_briefly() {
 #endif
 }
 
-// Whether `ready` came true within a short while.
-template <class Ready>
-bool soon(const Ready& ready) {
-    const auto end = std::chrono::steady_clock::now() + kSpin;
-    do {
-        if (ready()) return true;
-        pause_briefly();
-    } while (std::chrono::steady_clock::now() < end);
-    return false;
-}
-
 int64_t this_process() {
 #if defined(_WIN32)
     return _getpid();
@@ -48,9 +42,18 @@ int64_t this_process() {
 #endif
 }
 
+// How many threads may run at the same moment.
+int usable_cpus() {
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+}
+
 }  // namespace
 
-Team::Team(int n_threads) : size_(n_threads), process_(this_process()) {
+Team::Team(int n_threads) : size_(n_threads), process_(this_process()), shares_(static_cast<size_t>(n_threads)) {
     try {
         for (int thread = 1; thread < size_; ++thread) helpers_.emplace_back([this, thread] { help(thread); });
     } catch (...) {
@@ -72,18 +75,56 @@ void Team::close() {
 
 bool Team::alive() const { return process_ == this_process(); }
 
+void Team::wake() {
+    crowded_.store(size_ > usable_cpus(), std::memory_order_relaxed);
+    awake_.store(true, std::memory_order_relaxed);
+    if (sleepers_.load() > 0) call_helpers();
+}
+
+// Whether `ready` came true before it was time to sleep.
+template <class Ready>
+bool Team::soon(const Ready& ready) const {
+    const auto begin = Clock::now();
+    for (;;) {
+        for (int i = 0; i < 8; ++i) {
+            if (ready()) return true;
+            pause_briefly();
+        }
+        const auto waited = Clock::now() - begin;
+        const bool crowded = crowded_.load(std::memory_order_relaxed), awake = awake_.load(std::memory_order_relaxed);
+        if (waited > (crowded ? kSpinCrowded : awake ? kStuck : kBetweenSteps)) return ready();
+        if (waited > kSpin) std::this_thread::yield();
+    }
+}
+
+template <class Work>
+void Team::timed(int thread, const Work& work) {
+    if (!profiling_.load(std::memory_order_relaxed)) return work();
+    const auto begin = Clock::now();
+    work();
+    const auto spent = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
+    shares_[static_cast<size_t>(thread)].busy_ns.fetch_add(spent, std::memory_order_relaxed);
+}
+
 void Team::run(Job job) {
     job.parts = static_cast<int>(std::min<int64_t>(job.items, int64_t{kPartsPerThread} * size_));
     if (size_ == 1 || job.parts <= 1) {
-        if (job.items > 0) job.call(job.work, {0, job.items}, 0);
+        timed(0, [&] {
+            if (job.items > 0) job.call(job.work, {0, job.items}, 0);
+        });
         return;
     }
     job_ = job;
     unfinished_.store(job.parts, std::memory_order_relaxed);
-    unclaimed_.store(job.parts);
+    for (int thread = 0; thread < size_; ++thread) {
+        const int begin = job.parts * thread / size_, end = job.parts * (thread + 1) / size_;
+        shares_[static_cast<size_t>(thread)].end = end;
+        shares_[static_cast<size_t>(thread)].left.store(end - begin);
+    }
+    rounds_.fetch_add(1);
     take_parts(0);
     const auto finished = [&] { return unfinished_.load() == 0; };
-    if (soon(finished)) return;
+    if (finished() || soon(finished)) return;
     std::unique_lock<std::mutex> lock(mutex_);
     // Of this store and the load in finished(), and of those in take_parts(), one order for all threads: either the last
     // part's thread sees the sleeper, or the sleeper sees that it is done.
@@ -93,17 +134,36 @@ void Team::run(Job job) {
 }
 
 void Team::take_parts(int thread) {
-    for (int left = unclaimed_.load(); left > 0;) {
-        if (thread == 0 && sleepers_.load() > 0) call_helpers();
-        if (!unclaimed_.compare_exchange_weak(left, left - 1)) continue;
-        const int64_t part = left - 1;
-        job_.call(job_.work, {job_.items * part / job_.parts, job_.items * (part + 1) / job_.parts}, thread);
-        if (unfinished_.fetch_sub(1) == 1 && caller_sleeps_.load()) {
-            { std::lock_guard<std::mutex> lock(mutex_); }
-            finished_.notify_one();
-        }
-        left = unclaimed_.load();
+    int done = 0;
+    timed(thread, [&] { done = do_parts(thread); });
+    if (done && unfinished_.fetch_sub(done) == done && caller_sleeps_.load()) {
+        { std::lock_guard<std::mutex> lock(mutex_); }
+        finished_.notify_one();
     }
+}
+
+// Claims parts and does them, the thread's own first, until none is left; how many. All are of one job: the next begins
+// when take_parts() has told of them.
+int Team::do_parts(int thread) {
+    int done = 0;
+    for (int i = 0; i < size_; ++i) {
+        Share& share = shares_[static_cast<size_t>((thread + i) % size_)];
+        for (int left = share.left.load(); left > 0;) {
+            if (thread == 0 && sleepers_.load() > 0) call_helpers();
+            if (!share.left.compare_exchange_weak(left, left - 1)) continue;
+            const int64_t part = share.end - left;
+            job_.call(job_.work, {job_.items * part / job_.parts, job_.items * (part + 1) / job_.parts}, thread);
+            ++done;
+            left = share.left.load();
+        }
+    }
+    return done;
+}
+
+int64_t Team::busy_ns() const {
+    int64_t sum = 0;
+    for (const Share& share : shares_) sum += share.busy_ns.load(std::memory_order_relaxed);
+    return sum;
 }
 
 void Team::call_helpers() {
@@ -118,11 +178,16 @@ void Team::call_helpers() {
 }
 
 void Team::help(int thread) {
-    for (uint64_t calls = 0;;) {
-        while (soon([&] { return unclaimed_.load() > 0; })) take_parts(thread);
+    uint64_t calls = 0, rounds = 0;
+    const auto next_round = [&] { return rounds_.load() != rounds; };
+    for (;;) {
+        while (soon(next_round)) {
+            rounds = rounds_.load();
+            take_parts(thread);
+        }
         std::unique_lock<std::mutex> lock(mutex_);
         sleepers_.fetch_add(1);
-        called_.wait(lock, [&] { return closing_ || calls_ != calls || unclaimed_.load() > 0; });
+        called_.wait(lock, [&] { return closing_ || calls_ != calls || next_round(); });
         sleepers_.fetch_sub(1);
         if (closing_) return;
         calls = calls_;

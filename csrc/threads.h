@@ -1,5 +1,6 @@
-// One team of threads for a whole step. The work of each phase is cut into parts, and whoever is awake claims the next
-// one: a thread that the system has set aside owes nothing, so that on a crowded machine the others go on without it.
+// One team of threads for a whole step. The work of each phase is cut into parts; each thread has a share of consecutive
+// ones, so that it reads one stretch of memory, the same at every step, and who has done his own claims those of others:
+// a thread that the system has set aside owes nothing, so that on a crowded machine the others go on without it.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -24,6 +25,19 @@ class Team {
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
+    // While one exists the helpers wait for the next phase awake: spinning, and soon yielding the core to whoever wants
+    // it. Without one, or where threads are more than cores, they sleep after a short while.
+    class Awake {
+      public:
+        explicit Awake(Team& team) : team_(team) { team_.wake(); }
+        ~Awake() { team_.awake_.store(false, std::memory_order_relaxed); }
+        Awake(const Awake&) = delete;
+        Awake& operator=(const Awake&) = delete;
+
+      private:
+        Team& team_;
+    };
+
     // False in a process forked after the team was made: the helpers did not come along.
     bool alive() const;
 
@@ -36,8 +50,19 @@ class Team {
              items, 0});
     }
 
+    // Nanoseconds that all threads together spent on parts, since it was first switched on.
+    void profile(bool on) { profiling_.store(on); }
+    int64_t busy_ns() const;
+
   private:
     using Clock = std::chrono::steady_clock;
+
+    // The parts of job_ that thread i begins with: end - left is the next, while any is left.
+    struct alignas(64) Share {
+        std::atomic<int> left{0};
+        int end = 0;                       // read only by a thread that has claimed one of its parts
+        std::atomic<int64_t> busy_ns{0};  // of thread i
+    };
 
     struct Job {
         const void* work;
@@ -47,7 +72,13 @@ class Team {
     };
 
     void run(Job job);
+    void wake();
     void take_parts(int thread);
+    int do_parts(int thread);
+    template <class Work>
+    void timed(int thread, const Work& work);
+    template <class Ready>
+    bool soon(const Ready& ready) const;
     void help(int thread);
     void call_helpers();
     void close();
@@ -57,10 +88,14 @@ class Team {
     std::vector<std::thread> helpers_;
 
     Job job_{};  // read only by a thread that has claimed one of its parts: until that is done, it stays
-    alignas(64) std::atomic<int> unclaimed_{0};   // parts of job_, taken from the last to the first
-    alignas(64) std::atomic<int> unfinished_{0};  // parts of job_
+    std::vector<Share> shares_;   // of each thread
+    alignas(64) std::atomic<uint64_t> rounds_{0};  // jobs so far
+    alignas(64) std::atomic<int> unfinished_{0};   // parts of job_
 
     alignas(64) std::atomic<int> sleepers_{0};  // helpers
+    std::atomic<bool> awake_{false};
+    std::atomic<bool> crowded_{false};  // more threads than cores for them
+    std::atomic<bool> profiling_{false};
     std::atomic<bool> caller_sleeps_{false};
     Clock::time_point last_call_{};  // of the helpers, by the caller
     std::mutex mutex_;

@@ -9,7 +9,7 @@ from tiny_checkpoints import pack_words
 from tinychat.checkpoint import awq
 from tinychat.checkpoint.awq import AwqFormat
 from tinychat.errors import ConfigError
-from tinychat.qtensor import QTensor, bfloat16
+from tinychat.qtensor import AWQ_ORDER, AwqWords, QTensor, bfloat16
 
 
 def random_qtensor(n, k, group_size, seed=0, dtype=np.float16):
@@ -45,7 +45,7 @@ def test_dequantized_value_follows_the_formula():
     q = random_qtensor(16, 64, 32, seed=3)
     packed = awq.pack(q)
     n, k, group = 11, 40, 1
-    nibble = awq.ORDER.index(n % 8)
+    nibble = AWQ_ORDER.index(n % 8)
     code = int(packed["qweight"].view(np.uint32)[k, n // 8]) >> 4 * nibble & 15
     zero = int(packed["qzeros"].view(np.uint32)[group, n // 8]) >> 4 * nibble & 15
     assert (code - zero) * float(packed["scales"][group, n]) == pytest.approx(float(q.dequantize()[n, k]))
@@ -58,7 +58,7 @@ def test_pack_and_unpack_are_inverses(words, groups, group_size, seed):
     packed = awq.pack(q)
     assert np.array_equal(packed["qweight"], pack_words(q.codes.T))
     assert np.array_equal(packed["qzeros"], pack_words(q.zeros.T))
-    again = awq.unpack(**packed)
+    again = AwqWords(**packed).tensor()
     assert same(again, q)
     assert all(np.array_equal(awq.pack(again)[part], packed[part]) for part in awq.PARTS)
     assert again.codes.flags.c_contiguous and again.scales.flags.c_contiguous
@@ -66,7 +66,7 @@ def test_pack_and_unpack_are_inverses(words, groups, group_size, seed):
 
 def test_larger_than_a_tile():
     q = random_qtensor(8 * 19, 2200, 1100)
-    assert same(awq.unpack(**awq.pack(q)), q)
+    assert same(AwqWords(**awq.pack(q)).tensor(), q)
 
 
 def test_unpack_reads_strided_and_read_only_arrays():
@@ -74,16 +74,16 @@ def test_unpack_reads_strided_and_read_only_arrays():
     packed = {name: np.asfortranarray(array) for name, array in awq.pack(q).items()}
     for array in packed.values():
         array.flags.writeable = False
-    assert same(awq.unpack(**packed), q)
+    assert same(AwqWords(**packed).tensor(), q)
 
 
 def test_unpack_keeps_bfloat16_scales():
     q = random_qtensor(8, 32, 32)
     packed = awq.pack(q)
-    assert awq.unpack(packed["qweight"], packed["qzeros"], packed["scales"].astype(bfloat16)).scales.dtype == bfloat16
+    assert AwqWords(**{**packed, "scales": packed["scales"].astype(bfloat16)}).tensor().scales.dtype == bfloat16
 
 
-def test_unpack_refuses_shapes_that_disagree():
+def test_shapes_must_agree():
     packed = awq.pack(random_qtensor(16, 64, 32))
     for change in (
         {"qweight": packed["qweight"][:63]},
@@ -93,7 +93,7 @@ def test_unpack_refuses_shapes_that_disagree():
         {"scales": packed["scales"][:0]},
     ):
         with pytest.raises(ValueError, match="do not agree"):
-            awq.unpack(**{**packed, **change})
+            AwqWords(**{**packed, **change})
 
 
 def test_pack_refuses_what_the_layout_cannot_hold():

@@ -18,10 +18,11 @@ from tiny_models import tiny as tiny_model
 
 from tinychat import backends, checkpoint
 from tinychat.errors import CheckpointError, ConfigError, TinychatError
-from tinychat.qtensor import QTensor, bfloat16
+from tinychat.qtensor import AwqWords, QTensor, bfloat16, canonical
 
 
 def dense(weight):
+    weight = canonical(weight)
     return weight.dequantize(np.float64) if isinstance(weight, QTensor) else weight.astype(np.float64)
 
 
@@ -100,6 +101,7 @@ def test_awq(tmp_path, group_size, write):
     tensors, meant = tiny.quantized(group_size)
     found = checkpoint.open(write(tmp_path, tensors, quantization_config={**AWQ, "group_size": group_size}))
     assert_holds(found, meant_by(tensors, meant))
+    assert not found.layer(0).down.segments[0].qweight.flags.owndata  # on the mapped file
     assert found.quantization.group_size == group_size
     assert found.layer(0).down.segments[0].group_size == (96 if group_size == -1 else group_size)
     assert found.n_parameters == sum(t.size for t in tiny.plain().values())
@@ -121,7 +123,7 @@ def test_modules_left_plain_listed_or_not(tmp_path):
         quantization = {**AWQ, "modules_to_not_convert": exceptions}
         found = checkpoint.open(tiny.write(tmp_path / str(i), tensors, quantization_config=quantization))
         assert_holds(found, meant_by(tensors, meant))
-        kinds = [isinstance(s, QTensor) for s in found.layer(1).qkv.segments]
+        kinds = [isinstance(s, AwqWords) for s in found.layer(1).qkv.segments]
         assert kinds == [True, True, False]
 
 

@@ -21,7 +21,7 @@ from tinychat.progress import Loading
 from tinychat.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("chat", "generate", "quantize", "info")
+COMMANDS = ("chat", "generate", "quantize", "bench", "info")
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_version(capsys):
     ("line", "message"),
     [
         ("caht", "no command 'caht' (did you mean 'chat'?)"),
-        ("serve", "no command 'serve'; there are: chat, generate, quantize, info"),
+        ("serve", "no command 'serve'; there are: chat, generate, quantize, bench, info"),
         ("--verison", "no option --verison (did you mean '--version'?)"),
         ("chat --tmep 1", "no option --tmep (did you mean '--temp'?)"),
         ("chat --ctx_size=5", "no option --ctx_size (did you mean '--ctx-size'?)"),
@@ -132,7 +132,7 @@ def test_version(capsys):
         ("chat -n 1.5", "max_tokens is '1.5'; it must be a whole number"),
         ("chat -c 0", "expected a whole number, 1 or more; found '0'"),
         ("chat -t many", "expected a whole number, 1 or more; found 'many'"),
-        ("chat --kv-type int8", "invalid choice: 'int8'"),
+        ("chat --kv-type int4", "invalid choice: 'int4'"),
         ("chat a -m b", "two models: 'a' and -m 'b'"),
         ("chat a b", "unexpected argument 'b'"),
         ("generate a b c", "unexpected argument 'c'; a text of several words needs quotes"),
@@ -284,7 +284,7 @@ def test_a_directory_with_a_model_is_a_model(fake, stdin, tmp_path, monkeypatch)
 def test_options_reach_the_engine(fake, stdin):
     line = "-n 5 --temp 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --repeat-penalty 1.1 --presence-penalty -0.5"
     line += " --frequency-penalty 0.25 -s 7 --stop a --stop b --ignore-eos -c 64 -t 2 --kv-type fp32 --device reference"
-    line += " --revision r --offline --ignore-config k --ignore-config l"
+    line += " --activations 8 --head 16 --revision r --offline --ignore-config k --ignore-config l"
     assert run("generate", "m", "hi", *line.split()) == 0
     model, options = fake.loaded[0]
     progress = options.pop("progress")
@@ -296,6 +296,8 @@ def test_options_reach_the_engine(fake, stdin):
             "ctx_size": 64,
             "threads": 2,
             "kv_dtype": "fp32",
+            "activations": 8,
+            "head": 16,
             "revision": "r",
             "offline": True,
             "ignore_config": ("k", "l"),

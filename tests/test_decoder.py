@@ -124,8 +124,8 @@ def test_fp16_cache_and_fp64(weights):
     half = np.abs(alone(weights, tokens, kv_dtype="fp16") - exact).max()
     assert 0 < single < 1e-5
     assert 1e-5 < half < 1e-2
-    with pytest.raises(UsageError, match="int8"):
-        reference.build(weights, ctx_size=8, kv_dtype="int8")
+    with pytest.raises(UsageError, match="int4"):
+        reference.build(weights, ctx_size=8, kv_dtype="int4")
     with pytest.raises(UsageError, match="bf16"):
         reference.build(weights, ctx_size=8, dtype="bf16")
 

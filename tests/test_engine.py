@@ -473,7 +473,8 @@ def parts(monkeypatch, tmp_path):
 
 def test_load_puts_the_parts_together(parts):
     llm = tinychat.load("pebble", threads=1, kv_dtype="fp32", n_slots=2)
-    assert parts.builds == [{"ctx_size": 64, "n_slots": 2, "threads": 1, "kv_dtype": "fp32", "progress": None}]
+    options = {"threads": 1, "kv_dtype": "fp32", "activations": 16, "head": 16, "progress": None}
+    assert parts.builds == [{"ctx_size": 64, "n_slots": 2, **options}]
     assert llm.eos_ids == {7, EOS}
     assert llm.description == "pebble: fake, 0.3M parameters, float16 · cpu (2 threads) · context 64"
     assert llm.max_ctx_size == 64
@@ -489,6 +490,8 @@ def test_load_puts_the_parts_together(parts):
         ({"threads": "2"}, "threads"),
         ({"n_slots": -1}, "n_slots"),
         ({"kv_dtype": "q8"}, "q8.*fp16"),
+        ({"activations": 4}, "activations.*8 or 16"),
+        ({"head": 4}, "head.*8 or 16"),
     ],
 )
 def test_load_refuses_wrong_arguments(parts, options, words):

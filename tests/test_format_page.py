@@ -65,7 +65,7 @@ def test_pebble_read_with_numpy_alone(device):
     path = checkpoint.locate("pebble")
     config = json.loads((path / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "awq"
-    with tinychat.load("pebble", device=device, kv_dtype="fp32") as llm:
+    with tinychat.load("pebble", device=device, kv_dtype="fp32", head=16) as llm:
         ids = llm.tokenizer.encode("Once upon a time there was a little stone that wanted to see the sea.")
         ours = llm.logits(ids)
     expected = llama_logits(load_file(path / "model.safetensors"), config, ids)

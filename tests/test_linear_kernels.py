@@ -354,6 +354,7 @@ def test_the_environment_forces_a_level(isa, monkeypatch):
 def test_levels_are_those_of_the_cpu(isa):
     flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split())
     needs = {"scalar": set(), "avx2": {"avx2", "fma", "f16c"}}
+    needs["avxvnni"] = needs["avx2"] | {"avx_vnni"}
     needs["avx512"] = needs["avx2"] | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
     needs["avx512vnni"] = needs["avx512"] | {"avx512_vnni"}
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -413,9 +414,9 @@ def test_what_does_not_fit_is_refused(isa):
             linear(packed, x)
     with pytest.raises(BackendError, match="'sse9' does not run here"):
         PackedLinear.pack(qtensor(2, 8, 8), "sse9")
-    with pytest.raises(BackendError, match="up to 4 bits; found 8"):
-        PackedLinear.pack(qtensor(2, 8, 8, bits=8), isa)
-    with pytest.raises(ValueError, match="codes up to 16"):
+    with pytest.raises(ValueError, match="8 or 16 bits, not 4"):
+        PackedLinear.pack(qtensor(2, 8, 8), isa, activation_bits=4)
+    with pytest.raises(ValueError, match="codes up to 16, zeros up to 0; 4 bits hold 15"):
         PackedLinear.pack(
             QTensor(np.full((2, 8), 16, np.uint8), qtensor(2, 8, 8).scales, np.zeros((2, 1), np.uint8), 4, 8)
         )

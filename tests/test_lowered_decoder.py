@@ -318,7 +318,7 @@ def test_what_cannot_be_run_is_refused_before_it_runs():
         runner.step(Rows.of(ids(65, 97), 0))
     assert runner.cache.lengths.tolist() == [0]
     with pytest.raises(UsageError, match="kv_dtype"):
-        build(weights, kv_dtype="int8")
+        build(weights, kv_dtype="int4")
     with pytest.raises(BackendError, match=r"supported: .*scalar"):
         build(weights, isa="mmx")
     for threads in (0, -1, 10**9):
@@ -366,6 +366,50 @@ def test_physical_cores_within_the_quota(tmp_path):
     (tmp_path / "sys/fs/cgroup/box/inner/cpu.max").write_text("max 100000\n")
     (tmp_path / "sys/fs/cgroup/box/cpu.max").write_text("50000 100000\n")
     assert physical_cores(tmp_path) == 1
+
+
+def test_physical_cores_of_two_kinds_and_the_quota_of_cgroup_1(tmp_path, monkeypatch):
+    """Two fast cores of two threads each, four slow cores of one; then 2.5 CPUs granted by an outer group."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    for number, core in enumerate(["0", "0", "4", "4", "8", "9", "10", "11"]):
+        topology = tmp_path / f"sys/devices/system/cpu/cpu{number}/topology"
+        topology.mkdir(parents=True)
+        (topology / "physical_package_id").write_text("0\n")
+        (topology / "core_id").write_text(f"{core}\n")
+    assert physical_cores(tmp_path) == 6
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2, 3, 4}, raising=False)
+    assert physical_cores(tmp_path) == 3
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("5:memory:/box\n3:cpu,cpuacct:/box/inner\n0::/\n")
+    for path, quota in (("box/inner", "-1"), ("box", "250000"), ("", "-1")):
+        (tmp_path / "sys/fs/cgroup/cpu" / path).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys/fs/cgroup/cpu" / path / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (tmp_path / "sys/fs/cgroup/cpu" / path / "cpu.cfs_period_us").write_text("100000\n")
+    assert physical_cores(tmp_path) == 2
+
+
+def test_helpers_sleep_while_no_step_runs():
+    runner = build(model(), threads=4)
+    runner.step(Rows.of([1], 0))
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.05
+
+
+def test_a_profile_counts_steps_and_the_work_in_them():
+    runner = build(model(weight="q4"), threads=2)
+    runner.step(Rows.of([1], 0))
+    assert runner.profiled().steps == 0
+    runner.profile(True)
+    for position in range(1, 4):
+        runner.step(Rows.of([1], position))
+    runner.profile(False)
+    runner.step(Rows.of([1], 4))
+    profile = runner.profiled()
+    assert (profile.steps, profile.threads) == (3, 2)
+    assert 0 < profile.busy_s < 2 * profile.step_s
+    assert 0 < profile.kernel_s < profile.step_s / 3
 
 
 def test_a_forked_child_steps_with_threads_of_its_own():

@@ -17,7 +17,7 @@ from tinychat.backends import reference
 from tinychat.cache import Rows
 from tinychat.cli import main
 from tinychat.errors import CheckpointError, ConfigError, TinychatError, TokenizerError, UsageError
-from tinychat.qtensor import QTensor
+from tinychat.qtensor import QTensor, canonical
 from tinychat.quantize import calibration, evaluation, quantize, quantize_in_memory, rtn
 from tinychat.weights import LINEARS
 
@@ -37,7 +37,7 @@ def weights_of(source):
             yield name, getattr(layer, name)
         for name in LINEARS:
             for i, segment in enumerate(getattr(layer, name).segments):
-                yield f"{index} {name} {i}", segment
+                yield f"{index} {name} {i}", canonical(segment)
 
 
 def assert_same(found, expected):

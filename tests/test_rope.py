@@ -116,3 +116,15 @@ def test_no_rows():
 def test_shared_frequencies_cannot_be_changed():
     with pytest.raises(ValueError, match="read-only"):
         rope.inv_freq(Rope(10000.0, 64), 1)[0][0] = 2
+
+
+@pytest.mark.parametrize("scaling", [RopeScaling.NONE, RopeScaling.DYNAMIC])
+def test_a_table_has_the_angles_of_every_row(scaling):
+    config = Rope(dim=16, scaling=scaling, factor=4.0, original_max_positions=40)
+    table = rope.Table(config, 1000)
+    for positions, lengths in [([0], [1]), ([5, 6, 7], [8, 8, 8]), ([39], [40]), ([3, 700], [4, 701]), ([600], [601])]:
+        at, length = np.array(positions, np.int32), np.array(lengths, np.int32)
+        for found, expected in zip(table.rows(at, length), rope.angles(config, at, length), strict=True):
+            assert found.shape == expected.shape
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert table.rows(np.zeros(0, np.int32), np.zeros(0, np.int32))[0].shape == (0, 8)

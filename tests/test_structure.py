@@ -19,6 +19,7 @@ FLOORS = [
     {"backends"},
     {"quantize", "engine"},
     {"chat", "info", "arguments"},
+    {"bench"},
     {"cli"},
 ]
 

@@ -94,8 +94,17 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Options of running a model."""
+def add_device(
+    parser: argparse.ArgumentParser,
+    *,
+    context: str = "the model's maximum, at most 4096",
+    several_threads: bool = False,
+) -> None:
+    """Options of running a model.
+
+    context          the default of --ctx-size, in words
+    several_threads  --threads takes more than one number, and gives a list
+    """
     group = parser.add_argument_group("how it runs")
     group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or reference (default: auto)")
     group.add_argument(
@@ -103,13 +112,34 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         dest="ctx_size",
         type=whole,
         metavar="N",
-        help="tokens of context (default: the model's maximum, at most 4096)",
+        help=f"tokens of context (default: {context})",
     )
     group.add_argument(
-        "--kv-type", choices=("fp16", "fp32"), default="fp16", help="precision of the KV cache (default: fp16)"
+        "--kv-type",
+        choices=("fp16", "fp32", "int8"),
+        default="fp16",
+        help="precision of the KV cache; int8 takes half the memory of fp16 (default: fp16)",
     )
     group.add_argument(
-        "-t", "--threads", type=whole, metavar="N", help="threads (default: one for each core available)"
+        "--activations",
+        type=int,
+        choices=(16, 8),
+        default=16,
+        help="bits that activations keep where they meet quantized weights (default: 16; 8 is faster with long prompts "
+        "and several chats, and less exact)",
+    )
+    group.add_argument(
+        "--head",
+        type=int,
+        choices=(8, 16),
+        help="bits of the output head (default: 8 where the checkpoint is quantized, else as it is stored)",
+    )
+    group.add_argument(
+        *("-t", "--threads"),
+        type=whole,
+        nargs="+" if several_threads else None,
+        metavar="N",
+        help=("a run for each N threads" if several_threads else "threads") + " (default: one for each core available)",
     )
 
 

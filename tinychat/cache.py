@@ -33,30 +33,55 @@ class Rows:
     def of(tokens: list[int] | np.ndarray, start: int, slot: int = 0, wanted: str = "last") -> Rows:
         """Consecutive tokens of one slot from position `start`; `wanted` is 'last', 'all' or 'none'."""
         count = len(tokens)
-        which = {"last": np.arange(count - 1, count), "all": np.arange(count), "none": np.arange(0)}[wanted]
+        first = 0 if wanted == "all" else count - 1 if wanted == "last" else count
         return Rows(
-            np.asarray(tokens, np.int32),
+            np.array(tokens, np.int32),
             np.arange(start, start + count, dtype=np.int32),
-            np.full(count, slot, np.int32),
-            which.astype(np.int32),
+            np.array([slot] * count, np.int32),
+            np.arange(first, count, dtype=np.int32),
         )
 
     def __len__(self) -> int:
         return len(self.positions)
 
 
+KV_DTYPES = {"fp16": np.float16, "fp32": np.float32, "int8": np.int8}
+
+
+def quantize_entries(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """fp32 [..., head_dim] as the int8 cache holds it: codes int8 [..., head_dim], scales fp32 [...].
+
+    scale = max|x| / 127, code = x / scale to nearest, ties to even; an entry of zeros has scale 0, one with NaN or infinity
+    a scale of NaN.
+    """
+    with np.errstate(invalid="ignore"):
+        scales = np.abs(x).max(-1) / np.float32(127) + (0 * x).sum(-1)
+        codes = np.divide(x, scales[..., None], out=np.zeros_like(x), where=scales[..., None] > 0)
+    return np.clip(np.rint(codes), -127, 127).astype(np.int8), scales
+
+
+def dequantize_entries(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """x = code * scale, fp32 [..., head_dim]."""
+    return codes * scales[..., None]
+
+
 class KVCache:
     """Keys (rotated) and values of every layer and slot, allocated once.
 
-    keys, values  [n_layers, n_slots, n_kv_heads, capacity, head_dim] in fp16 or fp32; entry j of a slot is position j
-    lengths       int32 [n_slots]: positions filled
+    keys, values              [n_layers, n_slots, n_kv_heads, capacity, head_dim] in fp16, fp32, or int8 codes (see
+                              `quantize_entries`); entry j of a slot is position j
+    key_scales, value_scales  fp32 [n_layers, n_slots, n_kv_heads, capacity] of int8, else None
+    lengths                   int32 [n_slots]: positions filled
     """
 
     def __init__(self, n_layers: int, n_slots: int, n_kv_heads: int, capacity: int, head_dim: int, dtype: str = "fp16"):
-        self.dtype: np.dtype = np.dtype({"fp16": np.float16, "fp32": np.float32}[dtype])
+        self.dtype: np.dtype = np.dtype(KV_DTYPES[dtype])
         shape = (n_layers, n_slots, n_kv_heads, capacity, head_dim)
         self.keys = np.zeros(shape, self.dtype)
         self.values = np.zeros(shape, self.dtype)
+        scaled = self.dtype == np.int8
+        self.key_scales = np.zeros(shape[:-1], np.float32) if scaled else None
+        self.value_scales = np.zeros(shape[:-1], np.float32) if scaled else None
         self.lengths = np.zeros(n_slots, np.int32)
         self.capacity = capacity
         self.n_slots = n_slots
@@ -66,15 +91,16 @@ class KVCache:
 
         Within a step a slot's rows come in order and their positions start at the slot's length.
         """
-        lengths = self.lengths.copy()
+        lengths, longest = self.lengths.copy(), 0
         for slot, position in zip(rows.slots.tolist(), rows.positions.tolist(), strict=True):
             if not 0 <= slot < self.n_slots:
                 raise ValueError(f"slot {slot} of a cache of {self.n_slots}")
             if position != lengths[slot]:
                 raise ValueError(f"slot {slot} holds {lengths[slot]} positions; a row continues it at {position}")
-            lengths[slot] += 1
-        if len(lengths) and lengths.max() > self.capacity:
-            raise ValueError(f"{lengths.max()} positions in a cache of {self.capacity}")
+            lengths[slot] = position + 1
+            longest = max(longest, position + 1)
+        if longest > self.capacity:
+            raise ValueError(f"{longest} positions in a cache of {self.capacity}")
         return lengths
 
     def truncate(self, slot: int, length: int) -> None:
@@ -86,6 +112,7 @@ class KVCache:
     def copy(self, source: int, target: int) -> None:
         """Make `target` hold what `source` holds."""
         length = self.lengths[source]
-        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
-        self.values[:, target, :, :length] = self.values[:, source, :, :length]
+        for array in (self.keys, self.values, self.key_scales, self.value_scales):
+            if array is not None:
+                array[:, target, :, :length] = array[:, source, :, :length]
         self.lengths[target] = length

@@ -28,6 +28,7 @@ from tinychat.arguments import (
     one_model,
     whole,
 )
+from tinychat.bench import command as bench
 from tinychat.errors import TinychatError, UsageError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def build_parser() -> Parser:
   tinychat generate "Once upon a time" -n 64        continue a text
   tinychat info Qwen/Qwen2.5-0.5B-Instruct-AWQ      what a model is and the memory it needs
   tinychat quantize DIR -o DIR-awq                  make a 4-bit checkpoint of a 16-bit one
+  tinychat bench --shape llama-2-7b                 how fast such a model would run here
 
 A MODEL is a directory, an id on the Hugging Face hub, or 'pebble'. TINYCHAT_DEBUG=1 shows tracebacks.
 'tinychat COMMAND --help' tells more.""",
@@ -59,6 +61,7 @@ A MODEL is a directory, an id on the Hugging Face hub, or 'pebble'. TINYCHAT_DEB
         ("chat", "talk to a model in the terminal", _chat_options, _chat),
         ("generate", "continue a text, for scripts", _generate_options, _generate),
         ("quantize", "make a 4-bit checkpoint", _quantize_options, _quantize),
+        ("bench", "how fast a model runs here, and how near the machine's limit", bench.fill, bench.run),
         ("info", "what a model is, the memory it needs, its backend", _info_options, _info),
     ):
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
@@ -175,6 +178,8 @@ def _load(args: argparse.Namespace, model: str) -> Engine:
             ctx_size=args.ctx_size,
             threads=args.threads,
             kv_dtype=args.kv_type,
+            activations=args.activations,
+            head=args.head,
             revision=args.revision,
             offline=args.offline,
             ignore_config=tuple(args.ignore_config),

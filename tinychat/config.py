@@ -87,5 +87,6 @@ class ModelConfig:
         return self.sliding_window if self.sliding_window and layer in self.windowed_layers else 0
 
     def kv_bytes(self, ctx_size: int, itemsize: int = 2) -> int:
-        """Bytes of the KV cache of one slot of `ctx_size` positions."""
-        return 2 * self.n_layers * self.kv_size * ctx_size * itemsize
+        """Bytes of the KV cache of one slot of `ctx_size` positions; numbers of one byte have an fp32 scale per head."""
+        entry = self.head_dim * itemsize + (4 if itemsize == 1 else 0)
+        return 2 * self.n_layers * self.n_kv_heads * ctx_size * entry

@@ -1,4 +1,4 @@
-"""How many threads are worth running here: physical cores, as far as this process may use them.
+"""What this machine computes with: its processor, its largest cache, and how many threads are worth running.
 
 Reads what the system says of itself (/proc, /sys) and knows no backend. Where nothing can be read it falls back to
 `os.cpu_count()`.
@@ -7,18 +7,40 @@ Reads what the system says of itself (/proc, /sys) and knows no backend. Where n
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 
 def physical_cores(root: Path = Path("/")) -> int:
     """Physical cores within this process's affinity mask and its cgroup's CPU quota; at least 1.
 
-    Two threads of one core share its arithmetic and its path to memory: a second one does not help these kernels.
+    Two threads of one core share its arithmetic and its path to memory: a second one does not help these kernels. Where
+    cores are of two kinds, all count: the fast ones take over what is left of the shares of the slow.
     """
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = {_core(root, cpu) for cpu in cpus}
     quota = _quota(root)
     return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
+
+
+def processor(root: Path = Path("/")) -> str:
+    """The processor's name, as far as the system tells it."""
+    for line in _read(root / "proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def last_level_cache(root: Path = Path("/")) -> int | None:
+    """Bytes of the largest cache of the first CPU; None where the system does not tell."""
+    units = {"K": 1 << 10, "M": 1 << 20}
+    sizes = []
+    for entry in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = _read(entry).strip()
+        if text[:-1].isdigit() and text[-1:] in units:
+            sizes.append(int(text[:-1]) * units[text[-1]])
+    return max(sizes, default=None)
 
 
 def _core(root: Path, cpu: int) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tinychat import rope
-from tinychat.cache import KVCache, Rows
+from tinychat.cache import KVCache, Rows, dequantize_entries, quantize_entries
 from tinychat.config import Activation, ModelConfig, Rope
 from tinychat.weights import Layer, Linear, WeightSource
 
@@ -77,15 +77,14 @@ class Span:
 class Context:
     """Which rows of a step see which: its spans, the rotary angles of its rows, and the cache behind them.
 
-    cos, sin      fp32 [T, head_dim / 2]
-    keys, values  [n_layers, n_slots, n_kv_heads, capacity, head_dim], or None: spans stand alone and nothing is kept
+    cos, sin  fp32 [T, head_dim / 2]
+    cache     or None: spans stand alone and nothing is kept
     """
 
     spans: tuple[Span, ...]
     cos: Tensor
     sin: Tensor
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    cache: KVCache | None = None
 
     @staticmethod
     def of_rows(table: Rope, rows: Rows, cache: KVCache) -> Context:
@@ -96,8 +95,7 @@ class Context:
             indices = np.flatnonzero(rows.slots == slot)
             spans.append(Span(torch.from_numpy(indices), slot, int(cache.lengths[slot])))
         cos, sin = rope.angles(table, rows.positions, lengths[rows.slots])
-        keys, values = torch.from_numpy(cache.keys), torch.from_numpy(cache.values)
-        return Context(tuple(spans), torch.from_numpy(cos), torch.from_numpy(sin), keys, values)
+        return Context(tuple(spans), torch.from_numpy(cos), torch.from_numpy(sin), cache)
 
     @staticmethod
     def of_sequences(table: Rope, lengths: Sequence[int]) -> Context:
@@ -118,13 +116,25 @@ class Context:
     def extend(self, span: Span, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep a span's keys and values [n, n_kv_heads, head_dim]; return all it sees, [n_kv_heads, L, head_dim]."""
         k, v = k.transpose(0, 1), v.transpose(0, 1)
-        if self.keys is None or self.values is None:
+        if self.cache is None:
             return k, v
-        end = span.start + len(span.rows)
-        keys, values = self.keys[index, span.slot], self.values[index, span.slot]
-        keys[:, span.start : end] = k
-        values[:, span.start : end] = v
-        return keys[:, :end].to(k.dtype), values[:, :end].to(v.dtype)
+        cache, at = self.cache, (index, span.slot)
+        if cache.key_scales is None or cache.value_scales is None:
+            return _extended(span, k, cache.keys[at]), _extended(span, v, cache.values[at])
+        return (
+            _extended(span, k, cache.keys[at], cache.key_scales[at]),
+            _extended(span, v, cache.values[at], cache.value_scales[at]),
+        )
+
+
+def _extended(span: Span, new: Tensor, entries: np.ndarray, scales: np.ndarray | None = None) -> Tensor:
+    """Keep `new` [n_kv_heads, n, head_dim] in a slot's entries [n_kv_heads, capacity, head_dim]; all that it holds."""
+    end = span.start + len(span.rows)
+    if scales is None:
+        torch.from_numpy(entries)[:, span.start : end] = new
+        return torch.from_numpy(entries[:, :end]).to(new.dtype)
+    entries[:, span.start : end], scales[:, span.start : end] = quantize_entries(new.float().numpy())
+    return torch.from_numpy(dequantize_entries(entries[:, :end], scales[:, :end])).to(new.dtype)
 
 
 @dataclass(frozen=True, eq=False)

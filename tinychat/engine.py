@@ -29,7 +29,7 @@ from tinychat.text_stream import TextStream
 DEFAULT_CTX_SIZE = 4096  # at most: the KV cache is allocated whole, and few conversations are longer
 PREFILL_CHUNK = 128  # rows: enough to keep the arithmetic busy, few enough that a cancelled prompt ends soon
 PRIMING = 8  # prompt tokens that the decoder sees first, so that an answer continuing a text keeps its leading space
-KV_ITEMSIZE = {"fp16": 2, "fp32": 4}
+KV_ITEMSIZE = {"fp16": 2, "fp32": 4, "int8": 1}
 
 Cancel = Callable[[], bool] | threading.Event
 
@@ -41,6 +41,8 @@ def load(
     ctx_size: int | None = None,
     threads: int | None = None,
     kv_dtype: str = "fp16",
+    activations: int = 16,
+    head: int | None = None,
     n_slots: int = 1,
     revision: str | None = None,
     offline: bool = False,
@@ -52,7 +54,9 @@ def load(
     device         "auto", or a backend's name
     ctx_size       positions of the KV cache; by default the model's own maximum, at most 4096
     threads        by default the backend's choice
-    kv_dtype       of the KV cache: fp16 or fp32
+    kv_dtype       of the KV cache: fp16, fp32 or int8
+    activations    bits that activations keep where they meet quantized weights: 16, or 8 (faster with many rows)
+    head           bits of the output head: 8, or 16 for as it is stored; by default 8 where the checkpoint is quantized
     n_slots        KV caches: as many conversations keep their prefix, each at a whole context's memory
     revision       of a hub id; `offline`: look for it in the local cache only
     ignore_config  keys of config.json to pass over although they are not known
@@ -69,6 +73,9 @@ def load(
             raise UsageError(f"{name} is {value!r}; it must be a positive integer")
     if kv_dtype not in KV_ITEMSIZE:
         raise UsageError(f"kv_dtype is {kv_dtype!r}; it must be one of {', '.join(KV_ITEMSIZE)}")
+    if activations not in (8, 16) or head not in (None, 8, 16):
+        name, value = ("head", head) if activations in (8, 16) else ("activations", activations)
+        raise UsageError(f"{name} is {value!r}; it must be 8 or 16")
     module, why = backends.choose(device)
     path = Path(checkpoint.locate(str(model), revision=revision, offline=offline))
     source = checkpoint.open(path, ignore_config=ignore_config)
@@ -77,7 +84,17 @@ def load(
     sizes = config, source.file_bytes, source.n_quantized, module.FOOTPRINT, size
     memory.check(memory.estimate(*sizes, n_slots=n_slots, kv_itemsize=KV_ITEMSIZE[kv_dtype]), size)
     words = tokenizer.load(path)
-    runner = module.build(source, n_slots=n_slots, ctx_size=size, threads=threads, kv_dtype=kv_dtype, progress=progress)
+    head = head or (8 if source.n_quantized else 16)
+    runner = module.build(
+        source,
+        n_slots=n_slots,
+        ctx_size=size,
+        threads=threads,
+        kv_dtype=kv_dtype,
+        activations=activations,
+        head=head,
+        progress=progress,
+    )
     if device == "auto" and module.__name__.rpartition(".")[2] != PREFERENCE[0]:
         _warn_once(f"the slow {module.__name__.rpartition('.')[2]} backend runs the model: {why}")
     name = path.resolve().name if Path(model).is_dir() else Path(model).name
@@ -86,8 +103,8 @@ def load(
     return Engine(
         runner,
         words,
-        description=f"{name}: {config.model_type}, {weights}, {_precision(source)} · {module.describe()} · "
-        f"context {size}",
+        description=f"{name}: {config.model_type}, {weights}, {precision(source)}"
+        f"{_unusual(source, head, activations)} · {module.describe()} · context {size}",
         generation_config=source.generation_config,
         eos_ids=_eos_ids(source.generation_config, source.hf_config, words),
     )
@@ -157,6 +174,11 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def runner(self) -> Runner:
+        """The model itself, step by step; UsageError once the engine is closed."""
+        return self._alive()
 
     def close(self) -> None:
         """Let go of weights and cache. A stream still open runs to its end; a new one raises UsageError."""
@@ -307,10 +329,10 @@ class Engine:
             yield Piece(shown, [token], logprobs)
             self._holder = threading.get_ident()  # whoever resumed the stream
 
-    def _run(self, runner: Runner, slot: int, tokens: Sequence[int], wanted: str) -> np.ndarray:
+    def _run(self, runner: Runner, slot: int, tokens: list[int], wanted: str) -> np.ndarray:
         """Run `tokens` where the slot ends; fp32 logits [rows wanted, vocab_size]."""
         held = self._slots[slot]
-        logits = runner.step(Rows.of(list(tokens), len(held), slot, wanted))
+        logits = runner.step(Rows.of(tokens, len(held), slot, wanted))
         held += tokens
         return logits
 
@@ -388,12 +410,18 @@ def _eos_ids(generation_config: Mapping[str, Any], hf_config: Mapping[str, Any],
     return frozenset(ids)
 
 
-def _precision(checkpoint: Any) -> str:
+def precision(checkpoint: Any) -> str:
     """The precision of a checkpoint's weights in words."""
     q = checkpoint.quantization
     if q is None:
         return str(checkpoint.config.dtype)
     return f"{q.bits}-bit AWQ " + ("per row" if q.group_size == -1 else f"g{q.group_size}")
+
+
+def _unusual(checkpoint: Any, head: int, activations: int) -> str:
+    """What was asked for beside the weights, where it is not as usual."""
+    head_words = f", {head}-bit head" if (head == 8) != (checkpoint.quantization is not None) else ""
+    return head_words + (", 8-bit activations" if activations == 8 else "")
 
 
 _loaded: dict[str, Engine] = {}  # of a model given by name; one, as two may be more than a small machine holds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,19 @@ def check(needed: dict[str, int], ctx_size: int) -> None:
         f"{megabytes(needed['kv_cache'])} KV cache at context {ctx_size}) and {megabytes(free)} are available; "
         f"choose a smaller context (--ctx-size) or model, or set {UNCHECKED}=1 to try all the same"
     )
+
+
+def peak_rss() -> int | None:
+    """Bytes of this process that were resident at the most; None where the system does not tell."""
+    # Not getrusage where it can be helped: on Linux its figure begins with that of the program which started this one.
+    kilobytes = _fields(Path("/proc/self/status")).get("VmHWM")
+    if kilobytes is not None:
+        return kilobytes * 1024
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def megabytes(n: int) -> str:

@@ -1,7 +1,14 @@
 """QTensor: the canonical group-quantized tensor, w = (q - z) * s, in device-neutral numpy arrays.
 
-It is what the quantizer makes and what the loader reads. It knows no file layout (`checkpoint/`) and no device
-layout (`csrc/`): those are permutations of the same numbers, and `unpack(pack(q)) == q` for each.
+It is what the quantizer makes and what one computes with. File layouts and device layouts (`csrc/`) are permutations of
+the same numbers, and `unpack(pack(q)) == q` for each. One of them has a class here: `AwqWords`, the same tensor as a
+checkpoint holds it, so that a device may be given the mapped file and need not have the codes spread out first.
+
+The words of the AWQ "gemm" layout: word c of a row holds the outputs 8c .. 8c+7, nibble i (bits 4i .. 4i+3) the output
+8c + AWQ_ORDER[i]:
+
+    bits    31-28 27-24 23-20 19-16 15-12 11-8   7-4   3-0
+    output   8c+7  8c+5  8c+3  8c+1  8c+6  8c+4  8c+2  8c
 """
 
 from __future__ import annotations
@@ -13,6 +20,18 @@ import numpy as np
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), bfloat16)
+
+HEAD_GROUP = 128  # along K, of an output head that is rounded
+_ROUNDED_ROWS = 1024  # at a time: never a copy of the whole in fp32
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_PER_WORD = 8
+# A word's four bytes hold two nibbles each: the low one is output AWQ_ORDER[2j], the high one AWQ_ORDER[2j + 1].
+_LOW, _HIGH = AWQ_ORDER[0::2], AWQ_ORDER[1::2]
+# Transposing bytes is the work of both directions. In tiles of one cache line by this many inputs, each line
+# that is fetched is used whole before it is evicted.
+_TILE_WORDS = 16
+_TILE_INPUTS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,4 +83,124 @@ class QTensor:
         return ((self.codes.astype(work) - zeros) * scales).astype(dtype)
 
 
-Weight = QTensor | np.ndarray  # [N, K]; an array is fp32, fp16 or bf16
+@dataclass(frozen=True, eq=False)
+class AwqWords:
+    """A linear's weight of N outputs and K inputs in groups of G inputs, as AWQ "gemm" files hold it.
+
+    qweight  int32 [K, N/8]
+    qzeros   int32 [K/G, N/8]
+    scales   fp16, bf16 or fp32 [K/G, N]
+    """
+
+    qweight: np.ndarray
+    qzeros: np.ndarray
+    scales: np.ndarray
+
+    def __post_init__(self) -> None:
+        (k, words), groups = self.qweight.shape, self.scales.shape[0]
+        found = f"qweight {self.qweight.shape}, qzeros {self.qzeros.shape} and scales {self.scales.shape}"
+        if self.qweight.dtype != np.int32 or self.qzeros.dtype != np.int32 or self.scales.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"AwqWords of {self.qweight.dtype}, {self.qzeros.dtype}, {self.scales.dtype}")
+        if self.scales.shape != (groups, 8 * words) or self.qzeros.shape != (groups, words) or not groups or k % groups:
+            raise ValueError(f"{found} do not agree")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K), as the float weight's."""
+        return self.scales.shape[1], self.qweight.shape[0]
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 4
+
+    @property
+    def group_size(self) -> int:
+        """G, the inputs that share a scale."""
+        return self.qweight.shape[0] // self.scales.shape[0]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Code, scale and zero, in bits, for one weight."""
+        return self.bits + (self.scales.dtype.itemsize * 8 + self.bits) / self.group_size
+
+    def tensor(self) -> QTensor:
+        """The same numbers in the canonical form; a copy."""
+        return QTensor(
+            codes=unpack_words(self.qweight),
+            scales=np.ascontiguousarray(self.scales.T),
+            zeros=unpack_words(self.qzeros),
+            bits=self.bits,
+            group_size=self.group_size,
+        )
+
+
+Weight = QTensor | AwqWords | np.ndarray  # [N, K]; an array is fp32, fp16 or bf16
+
+
+def canonical(weight: Weight) -> QTensor | np.ndarray:
+    """`weight` with its codes spread out, if it is quantized."""
+    return weight.tensor() if isinstance(weight, AwqWords) else weight
+
+
+def round_symmetric(array: np.ndarray, bits: int = 8, group_size: int = HEAD_GROUP) -> QTensor:
+    """fp32, fp16 or bf16 [N, K], finite, to the nearest of 2^bits - 1 levels about zero, in groups along K, fp16 scales.
+
+        most  = 2^(bits-1) - 1
+        scale = the least fp16 >= max |w| of the group / most, or fp16's largest where there is none; 0 of zeros alone
+        code  = clip(rint(w / scale), -most, most) + most + 1, computed in fp32
+
+    A scale that is rounded up cuts off no weight. Device packers compute the same, bit by bit.
+    """
+    n, k = array.shape
+    most = (1 << bits - 1) - 1
+    starts = range(0, k, group_size)
+    scales = np.empty((n, len(starts)), np.float16)
+    codes = np.empty((n, k), np.uint8)
+    for first in range(0, n, _ROUNDED_ROWS):
+        rows = slice(first, first + _ROUNDED_ROWS)
+        for g, start in enumerate(starts):
+            group = slice(start, start + group_size)
+            values = array[rows, group].astype(np.float32)
+            exact = np.abs(values).max(axis=1) / np.float32(most)
+            scale = np.minimum(exact, np.float32(np.finfo(np.float16).max)).astype(np.float16)
+            above = (scale.view(np.uint16) + np.uint16(1)).view(np.float16)  # the next one, or infinity
+            scale = np.where((scale < exact) & np.isfinite(above), above, scale)
+            scales[rows, g] = scale
+            divisor = np.where(scale > 0, scale, np.float16(1)).astype(np.float32)
+            integers = np.clip(np.rint(values / divisor[:, None]), -most, most)
+            codes[rows, group] = (integers + (most + 1)).astype(np.uint8)
+    return QTensor(codes, scales, np.full(scales.shape, most + 1, np.uint8), bits, group_size)
+
+
+def unpack_words(words: np.ndarray) -> np.ndarray:
+    """int32 [K, N/8] -> uint8 codes [N, K]."""
+    k, n_words = words.shape
+    source = np.ascontiguousarray(words).view(np.uint8)  # [K, N/2] bytes
+    codes = np.empty((n_words, _PER_WORD, k), np.uint8)
+    tile = np.empty((4 * _TILE_WORDS, _TILE_INPUTS), np.uint8)
+    for c in range(0, n_words, _TILE_WORDS):
+        n_tile = min(_TILE_WORDS, n_words - c)
+        for start in range(0, k, _TILE_INPUTS):
+            stop = min(start + _TILE_INPUTS, k)
+            turned = tile[: 4 * n_tile, : stop - start]
+            turned[...] = source[start:stop, 4 * c : 4 * (c + n_tile)].T
+            pairs = turned.reshape(n_tile, 4, stop - start)  # byte j of each word, along the inputs
+            out = codes[c : c + n_tile, :, start:stop]
+            for j in range(4):
+                np.bitwise_and(pairs[:, j], 15, out=out[:, _LOW[j]])
+                np.right_shift(pairs[:, j], 4, out=out[:, _HIGH[j]])
+    return codes.reshape(n_words * _PER_WORD, k)
+
+
+def pack_words(codes: np.ndarray) -> np.ndarray:
+    """uint8 codes [N, K] -> int32 [K, N/8]."""
+    n, k = codes.shape
+    outputs = codes.reshape(n // _PER_WORD, _PER_WORD, k)
+    packed = np.empty((k, n // 2), np.uint8)
+    for c in range(0, n // _PER_WORD, _TILE_WORDS):
+        for start in range(0, k, _TILE_INPUTS):
+            block = outputs[c : c + _TILE_WORDS, :, start : start + _TILE_INPUTS]
+            pairs = block[:, _LOW] | block[:, _HIGH] << 4  # [words, 4, inputs]
+            packed[start : start + _TILE_INPUTS, 4 * c : 4 * (c + len(block))] = pairs.reshape(-1, block.shape[2]).T
+    return packed.view("<i4")

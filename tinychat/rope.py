@@ -41,6 +41,33 @@ def angles(rope: Rope, positions: np.ndarray, seq_lens: np.ndarray) -> tuple[np.
     return np.cos(radians) * scale, np.sin(radians) * scale
 
 
+class Table:
+    """Cosines and sines by position, computed once: what a step needs for each row, without computing it at each step.
+
+    Where angles depend on the length of a sequence too (`DYNAMIC`), the table reaches as far as they do not.
+    """
+
+    def __init__(self, rope: Rope, capacity: int):
+        """For positions below `capacity`; computed as far as they are asked for."""
+        self._rope = rope
+        self._end = min(capacity, rope.original_max_positions) if rope.scaling is RopeScaling.DYNAMIC else capacity
+        self._cos = self._sin = np.zeros((0, rope.dim // 2), F32)
+
+    def rows(self, positions: np.ndarray, seq_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What `angles` returns."""
+        one = len(positions) == 1
+        last = int(seq_lens[0]) if one else int(seq_lens.max(initial=0))
+        if last > self._end:
+            return angles(self._rope, positions, seq_lens)
+        if last > len(self._cos):
+            known = np.arange(min(self._end, max(2 * last, 512)), dtype=np.int32)
+            self._cos, self._sin = angles(self._rope, known, known + 1)
+        if one:
+            at = int(positions[0])
+            return self._cos[at : at + 1], self._sin[at : at + 1]
+        return self._cos[positions], self._sin[positions]
+
+
 def _frequencies(theta: float, dim: int) -> np.ndarray:
     """theta ** (-2j / dim) for each j; the power is rounded once, from float64: numpy's in float32 is a bit off."""
     exponents = np.arange(0, dim, 2, dtype=F32) / F32(dim)

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from tinychat.config import ModelConfig
-from tinychat.qtensor import QTensor, Weight
+from tinychat.qtensor import Weight
 
 LINEARS = ("qkv", "out", "up", "down")  # of a `Layer`
 
@@ -34,7 +34,7 @@ class Linear:
     def nbytes(self) -> int:
         """Bytes of the weights as they are stored in a file."""
         return sum(
-            int(np.ceil(s.bits_per_weight * s.codes.size / 8)) if isinstance(s, QTensor) else s.nbytes
+            s.nbytes if isinstance(s, np.ndarray) else int(np.ceil(s.bits_per_weight * s.shape[0] * s.shape[1] / 8))
             for s in self.segments
         )
 
@@ -74,6 +74,10 @@ class WeightSource(Protocol):
         """The output head; None where the embedding table serves (tied)."""
         ...
 
+    def release(self) -> None:
+        """Nothing read so far is read again soon: its memory may be taken back. Arrays stay valid."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class MemoryWeights:
@@ -100,3 +104,6 @@ class MemoryWeights:
     def head(self) -> Linear | None:
         """See `WeightSource`."""
         return self.output_head
+
+    def release(self) -> None:
+        """See `WeightSource`: held in memory by whoever made it."""

@@ -1,17 +1,20 @@
-// The linear of AVX2 with FMA and F16C.
+// The linear of AVX2 with FMA and F16C, compiled twice: with the AVX-VNNI instructions (level avxvnni) and without (avx2).
 //
 //   y[t, r] = sum over blocks of (sum over k of q x - z sum(x)) * (s * scale of x)  +  sum over outliers of (q - z) s x
 //
-// with q and z the codes and zeros of row r, s its scale for the group, and x integers of 16 bits. A lane of 32 bits is a
-// row of the tile (linear_layout.h draws it); 64 bytes of codes are two registers of 8 rows. vpmaddwd multiplies pairs of
-// codes, one in each half of a lane, with 2 broadcast integers. Codes are masked, not shifted, where they may stay 16
-// times too large: an accumulator of their own takes those.
+// with q and z the codes and zeros of row r, s its scale for the group, and x integers in planes of bytes. A lane of 32
+// bits is a row of the tile (linear_layout.h draws it), so that two registers, the halves of a tile, stand where AVX-512 has
+// one. 8 k of codes of half a tile are two registers of bytes, k..k+3 and k+4..k+7, each multiplied with 4 broadcast bytes
+// of each plane:
 //
-//   16 bytes of activations for 8 codes: x0 x2 | x4 x6 | x1 x3 | x5 x7
+//   VNNI:    vpdpbusd, which adds the 4 products to the lane
+//   without: vpmaddubsw, which adds them in pairs to the halves of a lane. 8 sums of two products fit in int16 where codes
+//            have 4 bits: 8 * 2 * 15 * 128 = 30720. Then vpmaddwd with ones widens them. Codes of 8 bits are taken as two
+//            of 4, the upper widened with 16 in place of ones.
 //
-// All sums of a block are exact in int32: below 128 * 15 * 32639 * 16 = 1.0e9.
-// Speed: one row runs at 0.8 or more of the speed at which a thread reads memory (benchmarks/linear.py), as codes are
-// fetched 4 KiB ahead; up to 4 rows share the unpacking, and more go in panels whose activations stay in the cache.
+// All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
+// Speed: one row runs at 0.95 or more of the speed at which a thread reads memory (benchmarks/linear.py), as codes are
+// fetched 4 KiB ahead; several rows share the unpacking, and many rows go in panels whose activations stay in the cache.
 #include <immintrin.h>
 
 #include "levels.h"
@@ -20,222 +23,251 @@
 namespace tinychat {
 namespace {
 
-constexpr int64_t kAhead = 4096;          // bytes; without it the sums wait for memory
+constexpr int64_t kBlockSteps = kBlock / kStep;
+constexpr int64_t kAhead = 4096;          // bytes; without it the sums wait for memory (2/3 of the speed of reading)
 constexpr int64_t kPanelBytes = 1 << 18;  // of activations: half of a small level-2 cache
 constexpr int64_t kHalf = 8;              // rows in a register
-
-struct Pair {  // one value for each row of a tile
-    __m256 half[2];
-};
+constexpr int64_t kHalfBytes = 32;        // of a register
 
 __m256i load_bytes(const char* at) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(at)); }
 
-__m256i broadcast(const char* at) {
+int32_t word(const char* at) {
     int32_t value;
     std::memcpy(&value, at, 4);
-    return _mm256_set1_epi32(value);
+    return value;
 }
 
-void store_register(const int32_t* integers, char* out) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(integers));
-    const __m256i ordered = _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
-    const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), narrow);
-}
+__m256i broadcast(const char* at) { return _mm256_set1_epi32(word(at)); }
 
-void prepare(const WeightShape& shape, const float* x, void* activation) {
-    prepare_row(shape, x, activation, [](const int32_t* integers, char* out) { store_register(integers, out); });
-}
+// Codes of `bits`: load() gives a step of half a tile as two registers of bytes, and asks for what lies kAhead; one() gives a
+// single k of its 8 rows.
+template <int bits>
+struct Codes;
 
-// sums[t][h] = sum of q x over `count` registers of codes, for R rows of activations `stride` bytes apart and H halves of
-// the tile: both where the accumulators fit in 16 registers, as each broadcast then serves twice.
-template <int R, int H>
-__attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t count,
-                                               __m256i (*sums)[H]) {
-    const __m256i mask = _mm256_set1_epi16(0x000f), mask16 = _mm256_set1_epi16(0x00f0);
-    __m256i one[R][H], sixteen[R][H];
-    for (int t = 0; t < R; t++) {
-        for (int h = 0; h < H; h++) one[t][h] = sixteen[t][h] = _mm256_setzero_si256();
+template <>
+struct Codes<4> {
+    static constexpr int64_t kBytes = kStep * kTile / 2;  // of a step
+    __attribute__((always_inline)) static void load(const char* at, __m256i (&q)[2]) {
+        const __m256i mask = _mm256_set1_epi8(15), both = load_bytes(at);
+        _mm_prefetch(at + kAhead, _MM_HINT_T0);
+        q[0] = _mm256_and_si256(both, mask);
+        q[1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
     }
-    for (int64_t i = 0; i < count; i++) {
-        _mm_prefetch(codes + i * kRegisterBytes + kAhead, _MM_HINT_T0);
-        for (int h = 0; h < H; h++) {
-            const __m256i q = load_bytes(codes + i * kRegisterBytes + h * 32), odd = _mm256_srli_epi16(q, 8);
-            const __m256i q02 = _mm256_and_si256(q, mask), q46 = _mm256_and_si256(q, mask16);
-            const __m256i q13 = _mm256_and_si256(odd, mask), q57 = _mm256_and_si256(odd, mask16);
-            for (int t = 0; t < R; t++) {
-                const char* at = x + t * stride + i * 16;
-                one[t][h] = _mm256_add_epi32(one[t][h], _mm256_madd_epi16(q02, broadcast(at)));
-                sixteen[t][h] = _mm256_add_epi32(sixteen[t][h], _mm256_madd_epi16(q46, broadcast(at + 4)));
-                one[t][h] = _mm256_add_epi32(one[t][h], _mm256_madd_epi16(q13, broadcast(at + 8)));
-                sixteen[t][h] = _mm256_add_epi32(sixteen[t][h], _mm256_madd_epi16(q57, broadcast(at + 12)));
+    static __m256i one(const char* at, int32_t k) {
+        const __m256i lanes = load_bytes(at + k / 8 * kBytes);
+        const __m128i shift = _mm_cvtsi32_si128(k % 4 * 8 + k % 8 / 4 * 4);
+        return _mm256_and_si256(_mm256_srl_epi32(lanes, shift), _mm256_set1_epi32(15));
+    }
+};
+
+template <>
+struct Codes<8> {
+    static constexpr int64_t kBytes = kStep * kTile;
+    __attribute__((always_inline)) static void load(const char* at, __m256i (&q)[2]) {
+        _mm_prefetch(at + kAhead, _MM_HINT_T0);
+        _mm_prefetch(at + kAhead + 64, _MM_HINT_T0);
+        q[0] = load_bytes(at);
+        q[1] = load_bytes(at + 64);
+    }
+    static __m256i one(const char* at, int32_t k) {
+        const __m256i lanes = load_bytes(at + k / 4 * 64);
+        return _mm256_and_si256(_mm256_srl_epi32(lanes, _mm_cvtsi32_si128(k % 4 * 8)), _mm256_set1_epi32(255));
+    }
+};
+
+#ifdef __AVXVNNI__
+
+__m256i add_pairs(__m256i sum, __m256i a, __m256i b) { return _mm256_dpwssd_avx_epi32(sum, a, b); }
+
+// sums[p][t][j] += sum over k of q x for plane p, row t and half j, in `steps` steps of 8 k.
+template <int bits, int planes, int R, int H>
+__attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t steps,
+                                               __m256i (&sums)[planes][R][H]) {
+    constexpr bool kChains = R == 1 && H == 1;  // a single sum would wait for itself
+    __m256i more[planes];
+    for (int p = 0; p < planes; p++) more[p] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < steps; i++) {
+        __m256i q[H][2];
+        for (int j = 0; j < H; j++) Codes<bits>::load(codes + j * kHalfBytes + i * Codes<bits>::kBytes, q[j]);
+        for (int t = 0; t < R; t++) {
+            for (int p = 0; p < planes; p++) {
+                const char* at = x + t * stride + (p * steps + i) * kStep;
+                const __m256i first = broadcast(at), second = broadcast(at + 4);
+                for (int j = 0; j < H; j++) {
+                    __m256i& other = kChains ? more[p] : sums[p][t][j];
+                    sums[p][t][j] = _mm256_dpbusd_avx_epi32(sums[p][t][j], q[j][0], first);
+                    other = _mm256_dpbusd_avx_epi32(other, q[j][1], second);
+                }
             }
         }
     }
-    for (int t = 0; t < R; t++) {
-        for (int h = 0; h < H; h++) sums[t][h] = _mm256_add_epi32(one[t][h], _mm256_srai_epi32(sixteen[t][h], 4));
+    for (int p = 0; kChains && p < planes; p++) sums[p][0][0] = _mm256_add_epi32(sums[p][0][0], more[p]);
+}
+
+#else
+
+__m256i add_pairs(__m256i sum, __m256i a, __m256i b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+
+// sums[p][t][j] += sum over k of q x for plane p, row t and half j, in `steps` steps of 8 k.
+template <int bits, int planes, int R, int H>
+__attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t steps,
+                                               __m256i (&sums)[planes][R][H]) {
+    constexpr int kParts = bits > 4 ? 2 : 1;  // of a code
+    const __m256i mask = _mm256_set1_epi8(15);
+    for (int64_t begin = 0; begin < steps; begin += 4) {
+        const int64_t end = smaller(begin + 4, steps);
+        __m256i narrow[kParts][planes][R][H];
+        for (int part = 0; part < kParts; part++) {
+            for (int p = 0; p < planes; p++) {
+                for (int t = 0; t < R; t++) {
+                    for (int j = 0; j < H; j++) narrow[part][p][t][j] = _mm256_setzero_si256();
+                }
+            }
+        }
+        for (int64_t i = begin; i < end; i++) {
+            __m256i q[kParts][H][2];
+            for (int j = 0; j < H; j++) {
+                Codes<bits>::load(codes + j * kHalfBytes + i * Codes<bits>::kBytes, q[0][j]);
+                for (int h = 0; kParts == 2 && h < 2; h++) {
+                    q[kParts - 1][j][h] = _mm256_and_si256(_mm256_srli_epi16(q[0][j][h], 4), mask);
+                    q[0][j][h] = _mm256_and_si256(q[0][j][h], mask);
+                }
+            }
+            for (int t = 0; t < R; t++) {
+                for (int p = 0; p < planes; p++) {
+                    const char* at = x + t * stride + (p * steps + i) * kStep;
+                    const __m256i first = broadcast(at), second = broadcast(at + 4);
+                    for (int j = 0; j < H; j++) {
+                        for (int part = 0; part < kParts; part++) {
+                            __m256i& sum = narrow[part][p][t][j];
+                            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(q[part][j][0], first));
+                            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(q[part][j][1], second));
+                        }
+                    }
+                }
+            }
+        }
+        for (int part = 0; part < kParts; part++) {
+            const __m256i weight = _mm256_set1_epi16(part == 0 ? 1 : 16);
+            for (int p = 0; p < planes; p++) {
+                for (int t = 0; t < R; t++) {
+                    for (int j = 0; j < H; j++) sums[p][t][j] = add_pairs(sums[p][t][j], narrow[part][p][t][j], weight);
+                }
+            }
+        }
     }
 }
 
-// The outliers of one block of one row, for half a tile: sum + (q - z) s x for each.
-__m256 add_outliers(__m256 sum, const Block& block, const Outlier* outliers, const char* codes, __m256i zero,
-                    __m256 scale) {
-    for (int32_t o = 0; o < block.outliers; o++) {
-        const int32_t index = outliers[o].index, shift = index % 4 * 8 + index % 8 / 4 * 4;
-        const __m256i lanes = load_bytes(codes + index / 8 * kRegisterBytes);
-        const __m256i code = _mm256_and_si256(_mm256_srl_epi32(lanes, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(15));
-        const __m256 weight = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(code, zero)), scale);
-        sum = _mm256_fmadd_ps(weight, _mm256_set1_ps(outliers[o].value), sum);
-    }
-    return sum;
-}
+#endif
+
+// What stays the same for all tiles and rows of a call.
+struct Call {
+    QuantizedLayout layout;
+    bool wide_scales;
+    int64_t n, y_stride;
+};
 
 __m256 load_scales(const char* at, bool wide) {
     if (wide) return _mm256_load_ps(reinterpret_cast<const float*>(at));
     return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(at)));
 }
 
-template <int R>
-void tile_q4(const Q4Layout& layout, bool wide_scales, const char* at, const char* activation, Pair* y) {
-    constexpr int H = R <= 2 ? 2 : 1;
-    const int64_t stride = layout.activation_bytes;
-    const char *x = activation, *blocks = activation + layout.blocks_at, *outliers = activation + layout.outliers_at;
-    Pair sums[R];
-    for (int t = 0; t < R; t++) sums[t].half[0] = sums[t].half[1] = _mm256_setzero_ps();
+// A block of R rows and H halves of a tile, the first of them at `codes`, `scales` and `zeros`: adds to sums[t * 2 + j].
+template <int bits, int planes, int R, int H>
+__attribute__((always_inline)) inline void block_of_tile(const Call& call, const char* codes, const char* scales,
+                                                         const char* zeros, int64_t steps, const char* x,
+                                                         const char* blocks, const char* outliers, __m256* sums) {
+    const int64_t stride = call.layout.activation_bytes;
+    __m256i zero[H], products[planes][R][H];
+    for (int j = 0; j < H; j++) {  // z and 128 z, as Block::halves wants them
+        zero[j] = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + j * kHalf)));
+        zero[j] = _mm256_or_si256(zero[j], _mm256_slli_epi32(zero[j], 16 + 7));
+    }
+    for (int t = 0; t < R; t++) {
+        const __m256i halves = _mm256_set1_epi32(reinterpret_cast<const Block*>(blocks + t * stride)->halves);
+        for (int j = 0; j < H; j++) {
+            for (int p = 0; p < planes - 1; p++) products[p][t][j] = _mm256_setzero_si256();
+            products[planes - 1][t][j] = add_pairs(_mm256_setzero_si256(), zero[j], halves);
+        }
+    }
+    if (steps == kBlockSteps) {
+        dot<bits, planes, R, H>(codes, x, stride, kBlockSteps, products);
+    } else {
+        dot<bits, planes, R, H>(codes, x, stride, steps, products);
+    }
+    for (int j = 0; j < H; j++) {
+        const __m256 scale = load_scales(scales + j * call.layout.scale_bytes / 2, call.wide_scales);
+        for (int t = 0; t < R; t++) {
+            const Block& block = *reinterpret_cast<const Block*>(blocks + t * stride);
+            const auto* list = reinterpret_cast<const Outlier*>(outliers + t * stride);
+            __m256i product = products[planes - 1][t][j];
+            if (planes == 2) product = _mm256_add_epi32(product, _mm256_slli_epi32(products[0][t][j], 8));
+            const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(block.scale));
+            __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), factor, sums[t * 2 + j]);
+            for (int32_t o = 0; __builtin_expect(o < block.outliers, 0); o++) {
+                const __m256i code = Codes<bits>::one(codes + j * kHalfBytes, list[o].index);
+                const __m256i z = _mm256_and_si256(zero[j], _mm256_set1_epi32(255));
+                const __m256 weight = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(code, z)), scale);
+                sum = _mm256_fmadd_ps(weight, _mm256_set1_ps(list[o].value), sum);
+            }
+            sums[t * 2 + j] = sum;
+        }
+    }
+}
+
+// R rows of one tile, of which the first `outputs` rows of weights exist.
+template <int bits, int planes, int R>
+void rows_of_tile(const Call& call, const char* at, const char* x, int64_t outputs, float* y) {
+    constexpr int H = R * planes <= 4 ? 2 : 1;  // both halves where the registers hold the sums: they share the broadcasts
+    const QuantizedLayout& layout = call.layout;
+    const char *blocks = x + layout.blocks_at, *outliers = x + layout.outliers_at;
+    __m256 sums[R * 2];
+    for (int t = 0; t < R * 2; t++) sums[t] = _mm256_setzero_ps();
     for (int64_t first = 0; first < layout.groups; first += kChunk) {
         const int64_t m = smaller(kChunk, layout.groups - first);
         const char *scales = at, *zeros = at + m * layout.scale_bytes;
         at += layout.header_bytes(m);
         for (int64_t g = first; g < first + m; g++, scales += layout.scale_bytes, zeros += kTile) {
-            const int64_t registers = layout.registers_of(g);
-            for (int64_t begin = 0; begin < registers; begin += kBlockRegisters) {
-                const int64_t count = smaller(kBlockRegisters, registers - begin);
-                for (int first_half = 0; first_half < 2; first_half += H) {
-                    __m256i products[R][H];
-                    if (count == kBlockRegisters) {
-                        dot<R, H>(at + first_half * 32, x, stride, kBlockRegisters, products);
-                    } else {
-                        dot<R, H>(at + first_half * 32, x, stride, count, products);
-                    }
-                    for (int i = 0; i < H; i++) {
-                        const int h = first_half + i;
-                        const __m256 scale = load_scales(scales + h * layout.scale_bytes / 2, wide_scales);
-                        const __m256i zero =
-                            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + h * kHalf)));
-                        for (int t = 0; t < R; t++) {
-                            const Block& block = *reinterpret_cast<const Block*>(blocks + t * stride);
-                            const __m256i shift = _mm256_mullo_epi32(zero, _mm256_set1_epi32(block.sum));
-                            const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(products[t][i], shift));
-                            __m256& sum = sums[t].half[h];
-                            sum = _mm256_fmadd_ps(exact, _mm256_mul_ps(scale, _mm256_set1_ps(block.scale)), sum);
-                            if (__builtin_expect(block.outliers != 0, 0)) {
-                                const auto* list = reinterpret_cast<const Outlier*>(outliers + t * stride);
-                                sum = add_outliers(sum, block, list, at + h * 32, zero, scale);
-                            }
-                        }
-                    }
+            const int64_t all = layout.padded(g) / kStep;
+            for (int64_t begin = 0; begin < all; begin += kBlockSteps) {
+                const int64_t steps = smaller(kBlockSteps, all - begin);
+                for (int h = 0; h < 2; h += H) {
+                    block_of_tile<bits, planes, R, H>(call, at + h * kHalfBytes, scales + h * layout.scale_bytes / 2,
+                                                      zeros + h * kHalf, steps, x, blocks, outliers, sums + h);
                 }
-                at += count * kRegisterBytes;
-                x += count * 16;
+                at += steps * Codes<bits>::kBytes;
+                x += steps * kStep * planes;
                 blocks += sizeof(Block);
                 outliers += layout.block_outliers * int64_t{sizeof(Outlier)};
             }
         }
     }
-    for (int t = 0; t < R; t++) y[t] = sums[t];
+    for (int t = 0; t < R; t++) std::memcpy(y + t * call.y_stride, &sums[t * 2], static_cast<size_t>(outputs) * 4);
 }
 
-// 8 of the 16 values of column k.
-template <WeightType type>
-__m256 load(const char* values, int64_t k, int h) {
-    const int64_t index = k * kTile + h * kHalf;
-    if constexpr (type == WeightType::f32) {
-        return _mm256_load_ps(reinterpret_cast<const float*>(values) + index);
-    } else {
-        const __m128i half = _mm_load_si128(reinterpret_cast<const __m128i*>(values + index * 2));
-        if constexpr (type == WeightType::f16) return _mm256_cvtph_ps(half);
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-    }
-}
-
-// Two sums for a row, even and odd k, however many rows there are: a row's result does not depend on them.
-template <WeightType type, int R>
-void tile_float(int64_t steps, const char* values, const char* activation, int64_t stride, Pair* y) {
-    __m256 sums[R][2][2];
-    for (int t = 0; t < R; t++) {
-        for (int j = 0; j < 2; j++) sums[t][j][0] = sums[t][j][1] = _mm256_setzero_ps();
-    }
-    for (int64_t k = 0; k < steps; k += 2) {
-        const char* line = values + k * kTile * value_bytes(type);
-        _mm_prefetch(line + kAhead, _MM_HINT_T0);
-        if constexpr (type == WeightType::f32) _mm_prefetch(line + kAhead + 64, _MM_HINT_T0);
-        for (int j = 0; j < 2; j++) {
-            const __m256 w0 = load<type>(values, k + j, 0), w1 = load<type>(values, k + j, 1);
-            for (int t = 0; t < R; t++) {
-                const __m256 x = _mm256_broadcast_ss(reinterpret_cast<const float*>(activation + t * stride) + k + j);
-                sums[t][j][0] = _mm256_fmadd_ps(w0, x, sums[t][j][0]);
-                sums[t][j][1] = _mm256_fmadd_ps(w1, x, sums[t][j][1]);
-            }
-        }
-    }
-    for (int t = 0; t < R; t++) {
-        for (int h = 0; h < 2; h++) y[t].half[h] = _mm256_add_ps(sums[t][0][h], sums[t][1][h]);
-    }
-}
-
-// What stays the same for all tiles and rows of a call.
-struct Call {
-    const WeightShape& shape;
-    Q4Layout layout;  // of the 4-bit type only
-    int64_t row_bytes;
-};
-
-// R rows of one tile, of which the first `outputs` columns exist.
-template <int R>
-void rows_of_tile(const Call& call, const char* at, const char* activation, int64_t outputs, float* y,
-                  int64_t y_stride) {
-    Pair results[R];
-    switch (call.shape.type) {
-        case WeightType::q4:
-            tile_q4<R>(call.layout, call.shape.wide_scales, at, activation, results);
-            break;
-        case WeightType::f32:
-            tile_float<WeightType::f32, R>(float_steps(call.shape), at, activation, call.row_bytes, results);
-            break;
-        case WeightType::f16:
-            tile_float<WeightType::f16, R>(float_steps(call.shape), at, activation, call.row_bytes, results);
-            break;
-        case WeightType::bf16:
-            tile_float<WeightType::bf16, R>(float_steps(call.shape), at, activation, call.row_bytes, results);
-            break;
-    }
-    for (int t = 0; t < R; t++) std::memcpy(y + t * y_stride, &results[t], static_cast<size_t>(outputs) * 4);
-}
-
-void linear(const WeightShape& shape, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
-            int64_t tile_end, float* y, int64_t y_stride) {
-    const bool is_q4 = shape.type == WeightType::q4;
-    const Call call{shape, Q4Layout(shape), activation_bytes(shape)};
-    const int64_t tile_bytes = is_q4 ? call.layout.tile_bytes : round_up(float_tile_bytes(shape), 64);
-    const int64_t widest = is_q4 ? 4 : 2;  // rows at a time: what the registers hold
-    const int64_t fit = kPanelBytes / call.row_bytes / widest * widest, panel = fit > widest ? fit : widest;
+template <int bits, int planes>
+void run(const Call& call, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
+         int64_t tile_end, float* y) {
+    constexpr int kMost = 4;  // rows at a time: what the registers hold
+    const int64_t row_bytes = call.layout.activation_bytes, fit = kPanelBytes / row_bytes / kMost * kMost;
+    const int64_t panel = fit > kMost ? fit : kMost;
     for (int64_t begin = 0; begin < rows; begin += panel) {
         const int64_t end = smaller(begin + panel, rows);
         for (int64_t tile = tile_begin; tile < tile_end; tile++) {
-            const char* at = static_cast<const char*>(packed) + tile * tile_bytes;
-            const int64_t outputs = smaller(kTile, shape.n - tile * kTile);
+            const char* at = packed + tile * call.layout.tile_bytes;
+            const int64_t outputs = smaller(kTile, call.n - tile * kTile);
             for (int64_t t = begin; t < end;) {
-                const char* x = static_cast<const char*>(activations) + t * call.row_bytes;
-                float* out = y + t * y_stride + tile * kTile;
-                const int64_t left = end - t;
-                if (left >= 4 && is_q4) {
-                    rows_of_tile<4>(call, at, x, outputs, out, y_stride);
-                    t += 4;
-                } else if (left >= 2) {
-                    rows_of_tile<2>(call, at, x, outputs, out, y_stride);
+                const char* x = activations + t * row_bytes;
+                float* out = y + t * call.y_stride + tile * kTile;
+                if (end - t >= kMost) {
+                    rows_of_tile<bits, planes, kMost>(call, at, x, outputs, out);
+                    t += kMost;
+                } else if (end - t >= 2) {
+                    rows_of_tile<bits, planes, 2>(call, at, x, outputs, out);
                     t += 2;
                 } else {
-                    rows_of_tile<1>(call, at, x, outputs, out, y_stride);
+                    rows_of_tile<bits, planes, 1>(call, at, x, outputs, out);
                     t += 1;
                 }
             }
@@ -243,11 +275,31 @@ void linear(const WeightShape& shape, const void* packed, const void* activation
     }
 }
 
+void linear(const LinearShape& shape, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
+            int64_t tile_end, float* y, int64_t y_stride) {
+    if (shape.type != WeightType::quantized) {
+        linear_float_avx2(shape, packed, activations, rows, tile_begin, tile_end, y, y_stride);
+        return;
+    }
+    const Call call{QuantizedLayout(shape), shape.wide_scales, shape.n, y_stride};
+    const char *at = static_cast<const char*>(packed), *x = static_cast<const char*>(activations);
+    switch (shape.bits * 100 + shape.activation_bits) {
+        case 416: run<4, 2>(call, at, x, rows, tile_begin, tile_end, y); break;
+        case 408: run<4, 1>(call, at, x, rows, tile_begin, tile_end, y); break;
+        case 816: run<8, 2>(call, at, x, rows, tile_begin, tile_end, y); break;
+        case 808: run<8, 1>(call, at, x, rows, tile_begin, tile_end, y); break;
+    }
+}
+
+constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step,
+                              prepare_part, linear};
+
 }  // namespace
 
-const LinearKernels& linear_avx2() {
-    static constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, activation_bytes, prepare, linear};
-    return table;
-}
+#ifdef __AVXVNNI__
+const LinearKernels& linear_avxvnni() { return table; }
+#else
+const LinearKernels& linear_avx2() { return table; }
+#endif
 
 }  // namespace tinychat

@@ -22,17 +22,21 @@ float load(const char* values, int64_t index, WeightType type) {
     return type == WeightType::f16 ? from_half(bits) : from_bf16(bits);
 }
 
-void store_register(const int32_t* integers, char* out) {
-    int16_t narrow[8];
-    for (int i = 0; i < 8; i++) narrow[i] = static_cast<int16_t>(integers[i]);
-    std::memcpy(out, narrow, 16);
+// Integer i of a block of `length`.
+int32_t integer(const char* x, int64_t i, int64_t length, int64_t planes) {
+    const auto* bytes = reinterpret_cast<const int8_t*>(x);
+    return planes == 1 ? bytes[i] : bytes[i] * 256 + bytes[length + i];
 }
 
-void prepare(const WeightShape& shape, const float* x, void* activation) {
-    prepare_row(shape, x, activation, [](const int32_t* integers, char* out) { store_register(integers, out); });
+// The code of row r and element i of the block whose codes begin at `at`.
+int32_t code(const char* at, int64_t i, int64_t r, int32_t bits) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(at);
+    if (bits == 8) return bytes[i / 4 * kRegisterBytes + r * 4 + i % 4];
+    return bytes[i / kStep * kRegisterBytes + r * 4 + i % 4] >> i % kStep / 4 * 4 & 15;
 }
 
-void tile_q4(const Q4Layout& layout, bool wide_scales, const char* at, const char* activation, float* y) {
+void tile_quantized(const LinearShape& shape, const QuantizedLayout& layout, const char* at, const char* activation,
+                    float* y) {
     const char* x = activation;
     const auto* block = reinterpret_cast<const Block*>(activation + layout.blocks_at);
     const auto* outliers = reinterpret_cast<const Outlier*>(activation + layout.outliers_at);
@@ -45,40 +49,27 @@ void tile_q4(const Q4Layout& layout, bool wide_scales, const char* at, const cha
             float scale[kTile];
             int32_t zero[kTile];
             for (int64_t r = 0; r < kTile; r++) {
-                scale[r] = load(scales, r, wide_scales ? WeightType::f32 : WeightType::f16);
+                scale[r] = load(scales, r, shape.wide_scales ? WeightType::f32 : WeightType::f16);
                 zero[r] = static_cast<uint8_t>(zeros[r]);
             }
-            const int64_t registers = layout.registers_of(g);
-            for (int64_t begin = 0; begin < registers; begin += kBlockRegisters) {
-                const int64_t count = smaller(kBlockRegisters, registers - begin);
+            for (int64_t begin = 0; begin < layout.padded(g); begin += kBlock) {
+                const int64_t length = smaller(kBlock, layout.padded(g) - begin);
                 int32_t sums[kTile] = {};
-                for (int64_t i = 0; i < count; i++) {
-                    uint32_t lanes[kTile];
-                    int16_t factors[8];
-                    std::memcpy(lanes, at + i * kRegisterBytes, kRegisterBytes);
-                    std::memcpy(factors, x + i * 16, 16);
-                    for (int j = 0; j < 4; j++) {
-                        for (int64_t r = 0; r < kTile; r++) {
-                            sums[r] += static_cast<int32_t>(lanes[r] >> 8 * j & 15) * factors[j] +
-                                       static_cast<int32_t>(lanes[r] >> (8 * j + 4) & 15) * factors[j + 4];
-                        }
-                    }
+                for (int64_t i = 0; i < length; i++) {
+                    const int32_t factor = integer(x, i, length, layout.integer_bytes);
+                    for (int64_t r = 0; r < kTile; r++) sums[r] += code(at, i, r, shape.bits) * factor;
                 }
                 for (int64_t r = 0; r < kTile; r++) {
                     y[r] += static_cast<float>(sums[r] - zero[r] * block->sum) * (scale[r] * block->scale);
                 }
                 for (int32_t o = 0; o < block->outliers; o++) {
-                    const int64_t in_register = outliers[o].index % 8;
-                    const auto shift = static_cast<uint32_t>(in_register % 4 * 8 + in_register / 4 * 4);
-                    uint32_t lanes[kTile];
-                    std::memcpy(lanes, at + outliers[o].index / 8 * kRegisterBytes, kRegisterBytes);
                     for (int64_t r = 0; r < kTile; r++) {
-                        const int32_t code = static_cast<int32_t>(lanes[r] >> shift & 15);
-                        y[r] += static_cast<float>(code - zero[r]) * scale[r] * outliers[o].value;
+                        const int32_t difference = code(at, outliers[o].index, r, shape.bits) - zero[r];
+                        y[r] += static_cast<float>(difference) * scale[r] * outliers[o].value;
                     }
                 }
-                at += count * kRegisterBytes;
-                x += count * 16;
+                at += length / kStep * layout.step_bytes;
+                x += length * layout.integer_bytes;
                 block++;
                 outliers += layout.block_outliers;
             }
@@ -86,7 +77,7 @@ void tile_q4(const Q4Layout& layout, bool wide_scales, const char* at, const cha
     }
 }
 
-void tile_float(const WeightShape& shape, const char* at, const float* x, float* y) {
+void tile_float(const LinearShape& shape, const char* at, const float* x, float* y) {
     float sums[kFloatStep][kTile] = {};
     for (int64_t k = 0; k < float_steps(shape); k += kFloatStep) {
         for (int64_t j = 0; j < kFloatStep; j++) {
@@ -96,7 +87,7 @@ void tile_float(const WeightShape& shape, const char* at, const float* x, float*
     for (int64_t r = 0; r < kTile; r++) y[r] = (sums[0][r] + sums[1][r]) + (sums[2][r] + sums[3][r]);
 }
 
-void linear(const WeightShape& shape, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
+void linear(const LinearShape& shape, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
             int64_t tile_end, float* y, int64_t y_stride) {
     const int64_t tile_bytes = packed_bytes(shape) / divide_up(shape.n, kTile), row_bytes = activation_bytes(shape);
     for (int64_t tile = tile_begin; tile < tile_end; tile++) {
@@ -105,8 +96,8 @@ void linear(const WeightShape& shape, const void* packed, const void* activation
         for (int64_t t = 0; t < rows; t++) {
             const char* activation = static_cast<const char*>(activations) + t * row_bytes;
             float results[kTile];
-            if (shape.type == WeightType::q4) {
-                tile_q4(Q4Layout(shape), shape.wide_scales, at, activation, results);
+            if (shape.type == WeightType::quantized) {
+                tile_quantized(shape, QuantizedLayout(shape), at, activation, results);
             } else {
                 tile_float(shape, at, reinterpret_cast<const float*>(activation), results);
             }
@@ -118,7 +109,8 @@ void linear(const WeightShape& shape, const void* packed, const void* activation
 }  // namespace
 
 const LinearKernels& linear_scalar() {
-    static constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, activation_bytes, prepare, linear};
+    static constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step, prepare_part,
+                                         linear};
     return table;
 }
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinychat import rope
-from tinychat.cache import KVCache, Rows
+from tinychat.cache import KV_DTYPES, KVCache, Rows
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
-from tinychat.qtensor import QTensor, Weight, bfloat16
+from tinychat.qtensor import HEAD_GROUP, AwqWords, Weight, bfloat16
 from tinychat.weights import Layer, Linear, WeightSource
 
 _cpu: Any = None
@@ -72,18 +73,24 @@ def build(
     n_slots: int = 1,
     threads: int | None = None,
     kv_dtype: str = "fp16",
+    activations: int = 16,
+    head: int = 16,
     isa: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CpuRunner:
     """A runner of `source` with `n_slots` caches of `ctx_size` positions each.
 
-    threads: see `thread_count`; kv_dtype fp16 or fp32; isa: one of the levels that run here, by default the best or
-    what TINYCHAT_ISA names; progress(done, total): called after each layer. Peak memory is the packed model and the
-    source of one layer or the head. Raises UsageError for a wrong option, BackendError where this machine cannot hold
-    or run the model.
+    threads: see `thread_count`; kv_dtype fp16, fp32 or int8; activations: bits that they keep where they meet quantized
+    weights, 16 or 8; head: 16 for the output head as it is stored, 8 to round it; isa: one of the levels that run
+    here, by default the best or what TINYCHAT_ISA names; progress(done, total): called after each layer. Peak memory
+    is the packed model and the source of one layer or the head. Raises UsageError for a wrong option,
+    BackendError where this machine cannot hold or run the model.
     """
-    if kv_dtype not in ("fp16", "fp32"):
-        raise UsageError(f"kv_dtype {kv_dtype!r}; the cpu backend has fp16 and fp32")
+    for name, value in (("activations", activations), ("head", head)):
+        if value not in (8, 16):
+            raise UsageError(f"{name} {value!r}; it must be 8 or 16")
+    if kv_dtype not in KV_DTYPES:
+        raise UsageError(f"kv_dtype {kv_dtype!r}; the cpu backend has {', '.join(KV_DTYPES)}")
     if reason := available():
         raise BackendError(f"backend 'cpu' cannot be used here: {reason}")
     isa = isa or _cpu.isa()
@@ -92,15 +99,30 @@ def build(
     config = source.config
     try:
         cache = KVCache(config.n_layers, n_slots, config.n_kv_heads, ctx_size, config.head_dim, kv_dtype)
-        return CpuRunner(source, cache, isa, thread_count(threads), progress)
+        return CpuRunner(source, cache, isa, thread_count(threads), activations, head, progress)
     except MemoryError:
-        need = n_slots * config.kv_bytes(ctx_size, 2 if kv_dtype == "fp16" else 4)
+        need = n_slots * config.kv_bytes(ctx_size, np.dtype(KV_DTYPES[kv_dtype]).itemsize)
         raise BackendError(
             f"not enough memory for the model and a KV cache of {need / 1e9:.2f} GB "
             f"({n_slots} x {ctx_size} positions); load with a smaller context (--ctx-size)"
         ) from None
     except RuntimeError as error:  # the only one that C++ throws here
         raise BackendError(f"{error}; ask for fewer (--threads or TINYCHAT_THREADS)") from None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of steps went: `busy_s` is what all threads together spent inside the work of their phases."""
+
+    steps: int
+    step_s: float  # inside C++
+    busy_s: float
+    threads: int
+
+    @property
+    def kernel_s(self) -> float:
+        """Seconds that a step takes if its threads do nothing but work: what is beyond is waiting and handing over."""
+        return self.busy_s / self.threads / max(self.steps, 1)
 
 
 class CpuRunner:
@@ -112,10 +134,13 @@ class CpuRunner:
         cache: KVCache,
         isa: str,
         n_threads: int,
+        activations: int = 16,
+        head: int = 16,
         progress: Callable[[int, int], None] | None = None,
     ):
         self.config = config = source.config
         self.cache = cache
+        self._activations = activations
         self.description = _describe(isa, n_threads)
         self._decoder = _cpu.Decoder(
             isa=isa,
@@ -128,25 +153,38 @@ class CpuRunner:
             intermediate_size=config.intermediate_size,
             rope_dim=config.rope.dim,
             norm_eps=config.norm_eps,
+            norm_type=_cpu.NormType.rms,
+            activation=_cpu.Activation.silu,
+            gated=True,
+            parallel=False,
             windows=[config.window(layer) for layer in range(config.n_layers)],
+            slopes=[],
         )
-        self._set_embed(source.embed())
+        self._rotary = rope.Table(config.rope, cache.capacity)
         for index in range(config.n_layers):
             self._add_layer(source.layer(index))
             if progress:
                 progress(index + 1, config.n_layers)
-        keep: list[np.ndarray] = []
-        head = source.head()  # None where it is tied, once a stored copy is found equal
-        packed = None if head is None else _linear(head, config.vocab_size, config.hidden_size, "head", keep)
-        self._decoder.finish(_vector(source.norm(), config.hidden_size, "norm", keep), packed)
+        self._add_ends(source, head)
+        source.release()
         self.weight_bytes: int = self._decoder.weight_bytes
 
-    def _set_embed(self, table: np.ndarray) -> None:
-        expected = (self.config.vocab_size, self.config.hidden_size)
-        if table.shape != expected:
-            raise ValueError(f"the embedding table is {table.shape}, expected {expected}")
-        table = np.ascontiguousarray(table)
-        self._decoder.set_embed(_float_type(table), table.ctypes.data)
+    def _add_ends(self, source: WeightSource, bits: int) -> None:
+        """The final norm, the head in `bits`, and the embedding: the head's rows where they are tied, else read in place."""
+        keep: list[np.ndarray] = []
+        vocab, hidden = self.config.vocab_size, self.config.hidden_size
+        head, table = source.head(), source.embed()  # head None where it is tied, once a stored copy is found equal
+        if table.shape != (vocab, hidden):
+            raise ValueError(f"the embedding table is {table.shape}, expected {(vocab, hidden)}")
+        tied = head is None
+        packed = self._linear(Linear((table,)) if head is None else head, vocab, hidden, "head", keep, bits)
+        self._decoder.finish((_vector(source.norm(), hidden, "norm", keep), 0), packed)
+        if tied:
+            return
+        # What can be written to is the caller's own; a mapped file is not, and its pages hold the table already.
+        shared = table.flags.c_contiguous and not table.flags.writeable
+        self._table = table if shared else np.array(table, order="C")
+        self._decoder.set_embed(_float_type(self._table), self._table.ctypes.data)
 
     def _add_layer(self, layer: Layer) -> None:
         config = self.config
@@ -155,74 +193,63 @@ class CpuRunner:
             raise ValueError("a layer has q and k norms and the config does not, or the other way round")
         hidden, inter, q_size = config.hidden_size, config.intermediate_size, config.q_size
         self._decoder.add_layer(
-            norm1=_vector(layer.norm1, hidden, "norm1", keep),
-            norm2=_vector(layer.norm2, hidden, "norm2", keep),
+            norm1=(_vector(layer.norm1, hidden, "norm1", keep), 0),
+            norm2=(_vector(layer.norm2, hidden, "norm2", keep), 0),
             q_norm=_vector(layer.q_norm, config.head_dim, "q_norm", keep),
             k_norm=_vector(layer.k_norm, config.head_dim, "k_norm", keep),
-            qkv=_linear(layer.qkv, q_size + 2 * config.kv_size, hidden, "qkv", keep),
-            out=_linear(layer.out, hidden, q_size, "out", keep),
-            up=_linear(layer.up, 2 * inter, hidden, "up", keep),
-            down=_linear(layer.down, hidden, inter, "down", keep),
+            qkv=self._linear(layer.qkv, q_size + 2 * config.kv_size, hidden, "qkv", keep),
+            out=self._linear(layer.out, hidden, q_size, "out", keep),
+            up=self._linear(layer.up, 2 * inter, hidden, "up", keep),
+            down=self._linear(layer.down, hidden, inter, "down", keep),
         )
+
+    def _linear(
+        self, linear: Linear, n: int, k: int, name: str, keep: list[np.ndarray], bits: int = 16
+    ) -> tuple[list[tuple], int]:
+        """What `_cpu.Decoder` takes for a linear [n, k]: (segments, bias). `bits` 8: plain segments are rounded."""
+        if linear.shape != (n, k) or any(segment.shape[1] != k for segment in linear.segments):
+            raise ValueError(f"{name} is {[segment.shape for segment in linear.segments]}, expected {(n, k)} in all")
+        bias = _vector(linear.bias, n, f"bias of {name}", keep)
+        return [_segment(segment, self._activations, keep, bits) for segment in linear.segments], bias
 
     def step(self, rows: Rows) -> np.ndarray:
         """Run `rows`, extend the cache, return fp32 logits [len(rows.wanted), vocab_size].
 
         Raises ValueError where the rows do not continue their slots, or a token is not in the vocabulary.
         """
-        config, cache, n = self.config, self.cache, len(rows)
-        slots, positions = _indices(rows.slots, n, "slots"), _indices(rows.positions, n, "positions")
-        wanted = _indices(rows.wanted, len(rows.wanted), "wanted")
-        tokens = embeddings = None
-        if rows.embeddings is not None:
-            embeddings = np.ascontiguousarray(rows.embeddings, np.float32)
-            if embeddings.shape != (n, config.hidden_size):
-                raise ValueError(f"embeddings {embeddings.shape}, expected {(n, config.hidden_size)}")
-        elif rows.tokens is not None:
-            tokens = _indices(rows.tokens, n, "tokens")
-            if n and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
-                raise ValueError(f"token ids must lie in 0..{config.vocab_size - 1}")
-        else:
-            raise ValueError("rows have neither tokens nor embeddings")
-        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < n:
-            raise ValueError(f"wanted rows must be some of the {n} of the step")
+        cache = self.cache
         lengths = cache.check(rows)
-        cos, sin = (np.ascontiguousarray(a, np.float32) for a in rope.angles(config.rope, positions, lengths[slots]))
-        logits = np.empty((len(wanted), config.vocab_size), np.float32)
+        logits = np.empty((len(rows.wanted), self.config.vocab_size), np.float32)
+        cos, sin = self._rotary.rows(rows.positions, lengths[rows.slots])
         self._decoder.step(
-            rows=n,
-            tokens=_address(tokens),
-            embeddings=_address(embeddings),
-            positions=_address(positions),
-            slots=_address(slots),
-            cos=_address(cos),
-            sin=_address(sin),
-            n_wanted=len(wanted),
-            wanted=_address(wanted),
-            cache_type=_cpu.CacheType.f16 if cache.dtype == np.float16 else _cpu.CacheType.f32,
-            n_slots=cache.n_slots,
-            capacity=cache.capacity,
-            keys=_address(cache.keys),
-            values=_address(cache.values),
-            logits=_address(logits),
+            rows.tokens,
+            rows.embeddings,
+            rows.positions,
+            rows.slots,
+            rows.wanted,
+            cos,
+            sin,
+            cache.keys,
+            cache.values,
+            cache.key_scales,
+            cache.value_scales,
+            logits,
         )
         cache.lengths[:] = lengths
         return logits
 
+    def profile(self, on: bool) -> None:
+        """Begin to measure steps anew, or stop: a few microseconds for each. See `profiled`."""
+        self._decoder.profile(on)
+
+    def profiled(self) -> Profile:
+        """What was measured since `profile(True)`."""
+        steps, step_ns, busy_ns, threads = self._decoder.profiled()
+        return Profile(steps, step_ns / 1e9, busy_ns / 1e9, threads)
+
 
 def _describe(isa: str, n_threads: int) -> str:
     return f"cpu ({isa}, {n_threads} thread{'s' if n_threads > 1 else ''})"
-
-
-def _address(array: np.ndarray | None) -> int:
-    return 0 if array is None else array.ctypes.data
-
-
-def _indices(values: np.ndarray, n: int, name: str) -> np.ndarray:
-    array = np.asarray(values)
-    if array.shape != (n,) or array.dtype != np.int32:
-        raise ValueError(f"{name}: {array.dtype} {array.shape}, expected int32 ({n},)")
-    return np.ascontiguousarray(array)
 
 
 def _kept(array: np.ndarray, keep: list[np.ndarray]) -> int:
@@ -239,25 +266,25 @@ def _vector(values: np.ndarray | None, n: int, name: str, keep: list[np.ndarray]
     return _kept(values.astype(np.float32, copy=False), keep)
 
 
-def _linear(linear: Linear, n: int, k: int, name: str, keep: list[np.ndarray]) -> tuple[list[tuple], int]:
-    """What `_cpu.Decoder` takes for a linear [n, k]: (segments, bias)."""
-    if linear.shape != (n, k) or any(segment.shape[1] != k for segment in linear.segments):
-        raise ValueError(f"{name} is {[segment.shape for segment in linear.segments]}, expected {(n, k)} in all")
-    bias = _vector(linear.bias, n, f"bias of {name}", keep)
-    return [_segment(segment, keep) for segment in linear.segments], bias
-
-
-def _segment(weight: Weight, keep: list[np.ndarray]) -> tuple:
-    """(shape, addresses of values, scales, zeros)."""
-    n, k = weight.shape
-    if isinstance(weight, QTensor):
-        if weight.bits > 4:
-            raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 4")
-        wide = weight.scales.dtype != np.float16
-        scales = weight.scales.astype(np.float32, copy=False) if wide else weight.scales
-        shape = _cpu.WeightShape(_cpu.WeightType.q4, n, k, min(weight.group_size, k), wide)
-        return shape, _kept(weight.codes, keep), _kept(scales, keep), _kept(weight.zeros, keep)
-    return _cpu.WeightShape(_float_type(weight), n, k, k, False), _kept(weight, keep), 0, 0
+def _segment(weight: Weight, activations: int, keep: list[np.ndarray], bits: int) -> tuple:
+    """(shape, source, addresses of values, scales, zeros); a plain weight is rounded where `bits` is 8."""
+    (n, k), source, types = weight.shape, _cpu.Source.codes, _cpu.WeightType
+    if isinstance(weight, np.ndarray):
+        kind, address = _float_type(weight), _kept(weight, keep)
+        if bits == 16:
+            return _cpu.LinearShape(kind, n, k, k, False), source, address, 0, 0
+        shape = _cpu.LinearShape(types.quantized, n, k, min(HEAD_GROUP, k), False, bits, activations)
+        return shape, getattr(_cpu.Source, kind.name), address, 0, 0
+    if weight.bits > 4:
+        raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 4")
+    wide = weight.scales.dtype != np.float16
+    scales = weight.scales.astype(np.float32, copy=False) if wide else weight.scales
+    if isinstance(weight, AwqWords):
+        source, values, zeros = _cpu.Source.awq, weight.qweight, weight.qzeros
+    else:
+        values, zeros = weight.codes, weight.zeros
+    shape = _cpu.LinearShape(types.quantized, n, k, min(weight.group_size, k), wide, 4, activations)
+    return shape, source, _kept(values, keep), _kept(scales, keep), _kept(zeros, keep)
 
 
 def _float_type(values: np.ndarray) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tinychat.backends import backend
 from tinychat.errors import BackendError
-from tinychat.qtensor import QTensor, Weight, bfloat16
+from tinychat.qtensor import QTensor, Weight, bfloat16, canonical
 from tinychat.weights import Linear
 
 _ALIGNMENT = 64  # bytes: a cache line, and the widest register
@@ -41,7 +41,7 @@ def aligned(nbytes: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """One weight in the kernels' layout: `shape` is a `_cpu.WeightShape`, `data` 64-byte aligned bytes."""
+    """One weight in the kernels' layout: `shape` is a `_cpu.LinearShape`, `data` 64-byte aligned bytes."""
 
     shape: Any
     data: np.ndarray
@@ -49,19 +49,26 @@ class Segment:
     bits: int  # of the codes; 0 where the weight is not quantized
 
 
-def pack_weight(weight: Weight, isa: str) -> Segment:
-    """A QTensor of at most 4 bits, or an fp32, fp16 or bf16 array [N, K], in the layout of level `isa`."""
+def pack_weight(weight: Weight, isa: str, activation_bits: int = 16) -> Segment:
+    """A QTensor or an fp32, fp16 or bf16 array [N, K] in the layout of level `isa`.
+
+    Codes of up to 4 bits are kept in 4, wider ones in 8. Activations meet them as integers of `activation_bits`, 16 or
+    8; other weights take them as they are.
+    """
     cpu = extension()
     n, k = weight.shape
     if n < 1 or k < 1:
         raise ValueError(f"a weight of shape [{n}, {k}] has nothing to multiply")
+    weight = canonical(weight)
     if isinstance(weight, QTensor):
-        if weight.bits > 4:
-            raise BackendError(f"the cpu kernels hold codes of up to 4 bits; found {weight.bits}")
-        if weight.codes.max() > 15 or weight.zeros.max() > 15:
-            raise ValueError(f"codes up to {weight.codes.max()}, zeros up to {weight.zeros.max()}; 4 bits hold 15")
+        if weight.bits > 8:
+            raise BackendError(f"the cpu kernels hold codes of up to 8 bits; found {weight.bits}")
+        kept = 4 if weight.bits <= 4 else 8
+        if max(weight.codes.max(), weight.zeros.max()) >= 2**kept:
+            found = f"codes up to {weight.codes.max()}, zeros up to {weight.zeros.max()}"
+            raise ValueError(f"{found}; {kept} bits hold {2**kept - 1}")
         wide = weight.scales.dtype != np.float16
-        shape = cpu.WeightShape(cpu.WeightType.q4, n, k, weight.group_size, wide)
+        shape = cpu.LinearShape(cpu.WeightType.quantized, n, k, weight.group_size, wide, kept, activation_bits)
         values = np.ascontiguousarray(weight.codes)
         scales = np.ascontiguousarray(weight.scales, np.float32 if wide else np.float16)
         zeros = np.ascontiguousarray(weight.zeros)
@@ -71,7 +78,7 @@ def pack_weight(weight: Weight, isa: str) -> Segment:
         types = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", bfloat16: "bf16"}
         if weight.dtype not in types:
             raise TypeError(f"a weight is fp32, fp16, bf16 or a QTensor; found {weight.dtype}")
-        shape = cpu.WeightShape(getattr(cpu.WeightType, types[weight.dtype]), n, k, k, False)
+        shape = cpu.LinearShape(getattr(cpu.WeightType, types[weight.dtype]), n, k, k, False)
         values = np.ascontiguousarray(weight)
         addresses = values.ctypes.data, 0, 0
         dtype, bits = weight.dtype, 0
@@ -104,8 +111,10 @@ class PackedLinear:
     bias: np.ndarray | None
 
     @classmethod
-    def pack(cls, weight: Weight | Linear, isa: str | None = None) -> PackedLinear:
+    def pack(cls, weight: Weight | Linear, isa: str | None = None, activation_bits: int = 16) -> PackedLinear:
         """Packs for level `isa`, or for the best that runs here (or the one that TINYCHAT_ISA names)."""
+        if activation_bits not in (8, 16):
+            raise ValueError(f"activations are integers of 8 or 16 bits, not {activation_bits}")
         isa = isa or extension().isa()
         if isa not in supported_isas():
             raise BackendError(f"instruction set {isa!r} does not run here; supported: {' '.join(supported_isas())}")
@@ -115,7 +124,7 @@ class PackedLinear:
         if linear.bias is not None and linear.bias.shape != linear.shape[:1]:
             raise ValueError(f"a bias for {linear.shape[0]} outputs is [{linear.shape[0]}]; found {linear.bias.shape}")
         bias = None if linear.bias is None else np.ascontiguousarray(linear.bias, np.float32)
-        return cls(isa, tuple(pack_weight(segment, isa) for segment in linear.segments), bias)
+        return cls(isa, tuple(pack_weight(segment, isa, activation_bits) for segment in linear.segments), bias)
 
     def unpack(self) -> Linear:
         """What was packed, exactly."""

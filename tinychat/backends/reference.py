@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinychat.cache import KVCache
+from tinychat.cache import KV_DTYPES, KVCache
 from tinychat.config import Activation
 from tinychat.errors import UsageError
 from tinychat.memory import Footprint
-from tinychat.qtensor import QTensor, Weight, bfloat16
+from tinychat.qtensor import QTensor, Weight, bfloat16, canonical
 from tinychat.weights import Linear, WeightSource
 
 try:
@@ -47,16 +47,21 @@ def build(
     n_slots: int = 1,
     kv_dtype: str = "fp32",
     dtype: str = "fp32",
+    activations: int = 16,
+    head: int = 16,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """A runner of `source` with `n_slots` caches of `ctx_size` positions each.
 
-    kv_dtype fp32 or fp16; dtype (of activations and arithmetic) fp32 or fp64; threads: PyTorch's, for the process;
-    progress(done, total): called after each layer. Raises UsageError for another dtype.
+    kv_dtype fp32, fp16 or int8; dtype (of activations and arithmetic) fp32 or fp64; activations: 16 alone, and they
+    are not rounded at all; head: 16 for the output head as it is stored, 8 to round it; threads: PyTorch's, for the
+    process; progress(done, total): called after each layer. Raises UsageError for another dtype.
     """
-    if kv_dtype not in ("fp32", "fp16"):
-        raise UsageError(f"kv_dtype {kv_dtype!r}; the reference backend has fp32 and fp16")
+    if kv_dtype not in KV_DTYPES:
+        raise UsageError(f"kv_dtype {kv_dtype!r}; the reference backend has {', '.join(KV_DTYPES)}")
+    if activations != 16:
+        raise UsageError(f"activations {activations!r}; the reference backend does not round them: leave it at 16")
     config = source.config
     cache = KVCache(config.n_layers, n_slots, config.n_kv_heads, ctx_size, config.head_dim, kv_dtype)
     if threads is not None:
@@ -168,6 +173,7 @@ def visible(start: int, n: int, length: int, window: int) -> torch.Tensor:
 
 
 def _segment(weight: Weight) -> QSegment | torch.Tensor:
+    weight = canonical(weight)
     if isinstance(weight, QTensor):
         return QSegment(_tensor(weight.codes), _tensor(weight.scales), _tensor(weight.zeros), weight.group_size)
     return _tensor(weight)

@@ -4,10 +4,7 @@ For a linear of K inputs and N outputs in groups of G inputs:
 
     qweight  int32 [K, N/8]     qzeros  int32 [K/G, N/8]     scales  fp16 [K/G, N]
 
-    word c of a row holds the outputs 8c .. 8c+7, nibble i (bits 4i .. 4i+3) the output 8c + ORDER[i]:
-
-        bits    31-28 27-24 23-20 19-16 15-12 11-8   7-4   3-0
-        output   8c+7  8c+5  8c+3  8c+1  8c+6  8c+4  8c+2  8c
+    word c of a row holds the outputs 8c .. 8c+7, in the order that `qtensor` draws
 
     w[n, k] = (q[k, n] - z[k // G, n]) * scales[k // G, n], zeros being stored as they are
 
@@ -24,19 +21,11 @@ import numpy as np
 
 from tinychat.checkpoint.quoting import quote
 from tinychat.errors import ConfigError
-from tinychat.qtensor import QTensor
+from tinychat.qtensor import QTensor, pack_words
 
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 BITS = 4
-PARTS = ("qweight", "qzeros", "scales")  # endings of the three tensors, in the order of `unpack`
+PARTS = ("qweight", "qzeros", "scales")  # endings of the three tensors, in the order of `AwqWords`
 PER_WORD = 8
-
-# A word's four bytes hold two nibbles each: the low one is output ORDER[2j], the high one ORDER[2j + 1].
-_LOW, _HIGH = ORDER[0::2], ORDER[1::2]
-# Transposing bytes is the work of both directions. In tiles of one cache line by this many inputs, each line
-# that is fetched is used whole before it is evicted.
-_TILE_WORDS = 16
-_TILE_INPUTS = 1024
 
 
 @dataclass(frozen=True)
@@ -127,55 +116,7 @@ def pack(q: QTensor) -> dict[str, np.ndarray]:
     if not np.array_equal(scales.astype(np.float32), q.scales.astype(np.float32)):
         raise ValueError("AWQ stores fp16 scales and these are not: round them before choosing the codes")
     return {
-        "qweight": _pack_words(q.codes),
-        "qzeros": _pack_words(q.zeros),
+        "qweight": pack_words(q.codes),
+        "qzeros": pack_words(q.zeros),
         "scales": np.ascontiguousarray(scales.T),  # [K/G, N]
     }
-
-
-def unpack(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray) -> QTensor:
-    """The linear in these three arrays, whose shapes must agree (`ValueError`); `unpack(**pack(q))` equals `q`."""
-    k, words = qweight.shape
-    groups = scales.shape[0]
-    if scales.shape != (groups, words * PER_WORD) or qzeros.shape != (groups, words) or groups == 0 or k % groups:
-        raise ValueError(f"qweight {qweight.shape}, qzeros {qzeros.shape} and scales {scales.shape} do not agree")
-    return QTensor(
-        codes=_unpack_words(qweight),
-        scales=np.ascontiguousarray(scales.T),  # [N, K/G]
-        zeros=_unpack_words(qzeros),
-        bits=BITS,
-        group_size=k // groups,
-    )
-
-
-def _unpack_words(words: np.ndarray) -> np.ndarray:
-    """int32 [K, N/8] -> uint8 codes [N, K]."""
-    k, n_words = words.shape
-    source = np.ascontiguousarray(words).view(np.uint8)  # [K, N/2] bytes
-    codes = np.empty((n_words, PER_WORD, k), np.uint8)
-    tile = np.empty((4 * _TILE_WORDS, _TILE_INPUTS), np.uint8)
-    for c in range(0, n_words, _TILE_WORDS):
-        n_tile = min(_TILE_WORDS, n_words - c)
-        for start in range(0, k, _TILE_INPUTS):
-            stop = min(start + _TILE_INPUTS, k)
-            turned = tile[: 4 * n_tile, : stop - start]
-            turned[...] = source[start:stop, 4 * c : 4 * (c + n_tile)].T
-            pairs = turned.reshape(n_tile, 4, stop - start)  # byte j of each word, along the inputs
-            out = codes[c : c + n_tile, :, start:stop]
-            for j in range(4):
-                np.bitwise_and(pairs[:, j], 15, out=out[:, _LOW[j]])
-                np.right_shift(pairs[:, j], 4, out=out[:, _HIGH[j]])
-    return codes.reshape(n_words * PER_WORD, k)
-
-
-def _pack_words(codes: np.ndarray) -> np.ndarray:
-    """uint8 codes [N, K] -> int32 [K, N/8]."""
-    n, k = codes.shape
-    outputs = codes.reshape(n // PER_WORD, PER_WORD, k)
-    packed = np.empty((k, n // 2), np.uint8)
-    for c in range(0, n // PER_WORD, _TILE_WORDS):
-        for start in range(0, k, _TILE_INPUTS):
-            block = outputs[c : c + _TILE_WORDS, :, start : start + _TILE_INPUTS]
-            pairs = block[:, _LOW] | block[:, _HIGH] << 4  # [words, 4, inputs]
-            packed[start : start + _TILE_INPUTS, 4 * c : 4 * (c + len(block))] = pairs.reshape(-1, block.shape[2]).T
-    return packed.view("<i4")

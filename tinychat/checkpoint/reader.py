@@ -26,7 +26,7 @@ from tinychat.checkpoint.quoting import quote
 from tinychat.checkpoint.shards import Shards
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError, ConfigError
-from tinychat.qtensor import Weight
+from tinychat.qtensor import AwqWords, Weight
 from tinychat.weights import Layer, Linear
 
 MAX_CONFIG_BYTES = 4 << 20
@@ -71,10 +71,12 @@ class Checkpoint:
 
     def embed(self) -> np.ndarray:
         """The embedding table [vocab_size, hidden_size], read-only on the mapped file."""
-        return self._read(f"{self.names.embed}.weight")
+        table = self._read(f"{self.names.embed}.weight")
+        self._shards.release()  # looked through whole; a reader may want few rows of it
+        return table
 
     def layer(self, index: int) -> Layer:
-        """Block `index`. Plain weights are read-only on the mapped file, quantized ones are unpacked copies."""
+        """Block `index`. Weights are read-only on the mapped file, as they lie there."""
         if not 0 <= index < self.config.n_layers:
             raise IndexError(f"layer {index} of {self.config.n_layers}")
         self._shards.release()
@@ -108,6 +110,10 @@ class Checkpoint:
             )
         return None
 
+    def release(self) -> None:
+        """Give back the memory of the pages read so far; arrays stay valid and read them again."""
+        self._shards.release()
+
     def _linear(self, linear: str, layer: int) -> Linear:
         parts = segments(self.config, self.names, linear, layer)
         bias = None
@@ -117,7 +123,7 @@ class Checkpoint:
 
     def _weight(self, module: str) -> Weight:
         if module in self._quantized:
-            return awq.unpack(*(self._read(f"{module}.{part}") for part in awq.PARTS))
+            return AwqWords(*(self._read(f"{module}.{part}") for part in awq.PARTS))
         return self._read(f"{module}.weight")
 
     def _vector(self, name: str) -> np.ndarray:

@@ -16,7 +16,7 @@ import torch
 from tinychat.backends.reference import TorchOps
 from tinychat.decoder import PackedLayer
 from tinychat.errors import CheckpointError, UsageError
-from tinychat.qtensor import QTensor, Weight
+from tinychat.qtensor import Weight
 from tinychat.quantize.grid import FP16_MAX, Grid, as_float
 from tinychat.weights import LINEARS, Layer, Linear
 
@@ -82,7 +82,7 @@ def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:
         parts, modules, kept = [], [], []
         for i, segment in enumerate(found.segments):
             module, reason = plan(name, i, segment.shape)
-            if isinstance(segment, QTensor):
+            if not isinstance(segment, np.ndarray):
                 raise UsageError(
                     f"{module} is quantized already, to {segment.bits} bits; quantize the original checkpoint instead"
                 )

@@ -21,7 +21,7 @@ from tinychat import checkpoint
 from tinychat.architectures.names import TensorNames
 from tinychat.checkpoint import awq as awq_layout
 from tinychat.errors import UsageError
-from tinychat.qtensor import QTensor
+from tinychat.qtensor import QTensor, canonical
 from tinychat.quantize import calibration as calibrating
 from tinychat.quantize.activations import Activations
 from tinychat.quantize.dense import NORMS, dense_layer, half, quantized_layer
@@ -208,6 +208,7 @@ def _write(writer: checkpoint.CheckpointWriter, names: TensorNames, index: int, 
         first = 0
         for part, segment in zip(getattr(names, name), linear.segments, strict=True):
             module = prefix + part
+            segment = canonical(segment)
             if isinstance(segment, QTensor):
                 for ending, array in awq_layout.pack(segment).items():
                     writer.add(f"{module}.{ending}", array)
@@ -226,6 +227,6 @@ def _half_head(source: WeightSource) -> Linear | None:
     head = source.head()
     if head is None:
         return None
-    if any(isinstance(segment, QTensor) for segment in head.segments):
+    if not all(isinstance(segment, np.ndarray) for segment in head.segments):
         raise UsageError("the output head is quantized already; quantize the original checkpoint instead")
     return Linear(tuple(half(np.asarray(segment), "the output head") for segment in head.segments), head.bias)

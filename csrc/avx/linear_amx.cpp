@@ -1,0 +1,421 @@
+// The linear of many rows on AMX: the level avx512vnni, whose packing and activations it takes as they are, with tiles in
+// place of dot products wherever there are rows enough to fill some.
+//
+//   y[t, r] = sum over blocks of (sum over k of (q - z) x) * (s * scale of x)  +  sum over outliers of (q - z) s x
+//
+// in the order of operations of avx512vnni, so that both levels give the same bits. A tile of the matrix unit is 16 lines
+// of 64 bytes, and tdpbssd multiplies bytes with sign:
+//
+//   A: 16 rows of activations x 64 k, one plane of x = 256 hi + lo; read where they lie
+//   B: 16 lines of 4 k x 16 outputs x 4 k; codes unpacked to q - z once for all rows, in a scratch of this thread
+//   C: 16 rows x 16 outputs, int32, exact; one for each plane
+//
+// Codes of 8 bits are unpacked to q - 128, and (128 - z) sum(x) is added where z is another. B is filled with zeros beyond the
+// end of a block, and what A reads there (never beyond its row) does not count.
+//
+// Order of work: a panel of rows that stays in the level-2 cache; kTogether tiles of outputs; a piece of k whose B and A stay
+// in the level-1 cache; 16 rows; a tile of outputs; its blocks. Sums of 16 x 16 outputs lie in registers over a piece. While
+// the matrix unit multiplies a block, C of the block before is stored, scaled and added.
+#include <immintrin.h>
+
+#include "levels.h"
+#include "linear_layout.h"
+
+namespace tinychat {
+namespace {
+
+constexpr int64_t kLeastRows = 8;        // below, dot products are faster
+constexpr int64_t kLines = 16;           // of a tile
+constexpr int64_t kDepth = 64;           // k of a tile
+constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kPieceTiles = 8;       // of B
+constexpr int64_t kTogether = 3;         // tiles of outputs
+constexpr int64_t kPanelTiles = 32;      // of rows, at most
+constexpr int64_t kPanelBlocks = 2048;   // tiles of rows times blocks of k, at most
+constexpr int64_t kPanelBytes = 5 << 18;  // of integers
+
+// A block of a piece: where it lies in a tile of packed weights and in an activation.
+struct Place {
+    int64_t codes, scales, zeros, x;  // bytes
+    int64_t length, depth;            // k, tiles
+    int64_t index;                    // in the row
+};
+
+// One block of B for one tile of outputs.
+struct alignas(64) Factors {
+    float scale[kTile];
+    int32_t shift[kTile];  // added to each code: nothing but 128 - z of 8 bits
+    int64_t shifted;
+};
+
+struct alignas(64) Scratch {
+    int8_t weights[kTogether][kPieceTiles][kTileBytes];
+    int32_t products[2][2][kLines][kTile];  // of even and odd blocks; of each plane
+    Factors factors[kTogether][kPieceTiles];
+    Place places[kPieceTiles];
+    float sums[kPanelTiles][kTogether][kLines][kTile];
+    float spilled[kLines][kTile];
+    float scales[kPanelBlocks][kLines];  // of the blocks of x: [tile of rows][block]
+    uint16_t outliers[kPanelBlocks];     // a bit for each row that has some
+};
+thread_local Scratch scratch;
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t line_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t lines[16] = {};
+};
+
+// Memory is read and written by tile instructions of which the compiler knows nothing.
+void barrier() { __asm__ volatile("" ::: "memory"); }
+
+// What stays the same for all tiles and rows of a call.
+struct Call {
+    const LinearShape& shape;
+    QuantizedLayout layout;
+    const char* packed;
+    const char* activations;
+    int64_t rows, tile_rows;  // tile_rows: of activations in a tile, at most 16
+    float* y;
+    int64_t y_stride;
+};
+
+// ---- weights ---------------------------------------------------------------------------------------------------------
+
+// Walks the blocks of a tile, piece by piece.
+struct Walk {
+    const QuantizedLayout& layout;
+    int64_t at = 0, group = 0, in_group = 0, x = 0, index = 0;
+
+    bool done() const { return group == layout.groups; }
+
+    // Fills places and returns how many blocks there are: as many as B has room for.
+    int64_t next(Place* places) {
+        int64_t count = 0, depth = 0;
+        while (!done()) {
+            const int64_t length = smaller(kBlock, layout.padded(group) - in_group);
+            const int64_t in_chunk = group % kChunk, m = smaller(kChunk, layout.groups - (group - in_chunk));
+            Place place{};
+            place.depth = divide_up(length, kDepth);
+            if (depth + place.depth > kPieceTiles) break;
+            depth += place.depth;
+            if (in_chunk == 0 && in_group == 0) {
+                header = at;
+                at += layout.header_bytes(m);
+            }
+            place.codes = at;
+            place.scales = header + in_chunk * layout.scale_bytes;
+            place.zeros = header + m * layout.scale_bytes + in_chunk * kTile;
+            place.x = x;
+            place.length = length;
+            place.index = index++;
+            places[count++] = place;
+            at += length / kStep * layout.step_bytes;
+            x += length * layout.integer_bytes;
+            in_group += length;
+            if (in_group == layout.padded(group)) {
+                group++;
+                in_group = 0;
+            }
+        }
+        return count;
+    }
+
+    int64_t header = 0;
+};
+
+// One block of a tile of packed weights to lines of B; prefetches the same block of the tile `ahead` bytes further.
+void unpack_block(const LinearShape& shape, const char* tile, const Place& place, int64_t ahead, int8_t* lines,
+                  Factors* factors) {
+    const char* scales = tile + place.scales;
+    const __m512 scale = shape.wide_scales ? _mm512_load_ps(scales)
+                                           : _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(scales)));
+    const __m512i zero = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(tile + place.zeros)));
+    _mm512_store_ps(factors->scale, scale);
+    const char* codes = tile + place.codes;
+    int8_t* end = lines + place.depth * kTileBytes;
+    if (shape.bits == 8) {
+        const __m512i middle = _mm512_set1_epi32(128), shift = _mm512_sub_epi32(middle, zero);
+        _mm512_store_si512(factors->shift, shift);
+        factors->shifted = _mm512_test_epi32_mask(shift, shift);
+        for (int64_t i = 0; i < place.length; i += 4, codes += kRegisterBytes, lines += kRegisterBytes) {
+            _mm_prefetch(codes + ahead, _MM_HINT_T1);
+            _mm512_store_si512(lines, _mm512_xor_si512(_mm512_load_si512(codes), _mm512_set1_epi8(-128)));
+        }
+    } else {
+        factors->shifted = 0;
+        const __m512i mask = _mm512_set1_epi8(15), zeros = _mm512_mullo_epi32(zero, _mm512_set1_epi32(0x01010101));
+        for (int64_t i = 0; i < place.length; i += 8, codes += kRegisterBytes, lines += 2 * kRegisterBytes) {
+            _mm_prefetch(codes + ahead, _MM_HINT_T1);
+            const __m512i q = _mm512_load_si512(codes);
+            const __m512i first = _mm512_and_si512(q, mask), second = _mm512_and_si512(_mm512_srli_epi16(q, 4), mask);
+            _mm512_store_si512(lines, _mm512_sub_epi8(first, zeros));
+            _mm512_store_si512(lines + kRegisterBytes, _mm512_sub_epi8(second, zeros));
+        }
+    }
+    for (; lines < end; lines += kRegisterBytes) _mm512_store_si512(lines, _mm512_setzero_si512());
+}
+
+// ---- rows ------------------------------------------------------------------------------------------------------------
+
+// The first of the rows of tile `index`: the last tile shares rows with the one before rather than be a smaller one.
+int64_t first_row(const Call& call, int64_t index) {
+    return smaller(index * call.tile_rows, call.rows - call.tile_rows);
+}
+
+// Scales and outliers of the rows of tiles [begin, end), in the order that the sums want.
+void gather(const Call& call, int64_t begin, int64_t end) {
+    const int64_t blocks = call.layout.blocks, stride = call.layout.activation_bytes;
+    for (int64_t tile = begin; tile < end; tile++) {
+        const char* row = call.activations + first_row(call, tile) * stride + call.layout.blocks_at;
+        float(*scales)[kLines] = scratch.scales + (tile - begin) * blocks;
+        uint16_t* outliers = scratch.outliers + (tile - begin) * blocks;
+        for (int64_t b = 0; b < blocks; b++) {
+            outliers[b] = 0;
+            for (int64_t t = 0; t < kLines; t++) scales[b][t] = 0;
+        }
+        for (int64_t t = 0; t < call.tile_rows; t++, row += stride) {
+            const auto* block = reinterpret_cast<const Block*>(row);
+            for (int64_t b = 0; b < blocks; b++) {
+                scales[b][t] = block[b].scale;
+                outliers[b] = static_cast<uint16_t>(outliers[b] | (block[b].outliers != 0) << t);
+            }
+        }
+    }
+}
+
+// A block of 16 x 16 results on its way through the pipeline.
+struct Item {
+    const Factors* factors;
+    const int8_t* lines;  // of B
+    const char* row;      // the first activation
+    int64_t block;        // in the row
+    int64_t entry;        // of scratch.scales
+    float* sums;          // where the sums lie between pieces
+    bool first, last;     // block of the piece
+};
+
+template <int i>
+struct Index {
+    static constexpr int value = i;
+};
+
+// Calls work(Index<i>) for each i < count: an array indexed so stays in registers.
+template <int count, int i = 0, class Work>
+__attribute__((always_inline)) inline void each(const Work& work) {
+    if constexpr (i < count) {
+        work(Index<i>{});
+        each<count, i + 1>(work);
+    }
+}
+
+// products += shift * sum of x; any plane will do that is not shifted up.
+__attribute__((noinline)) void shift_products(const Call& call, const Item& item, int32_t (*products)[kTile]) {
+    const __m512i shift = _mm512_load_si512(item.factors->shift);
+    const char* row = item.row + call.layout.blocks_at + item.block * int64_t{sizeof(Block)};
+    for (int64_t t = 0; t < call.tile_rows; t++, row += call.layout.activation_bytes) {
+        const __m512i product = _mm512_mullo_epi32(shift, _mm512_set1_epi32(reinterpret_cast<const Block*>(row)->sum));
+        _mm512_store_si512(products[t], _mm512_add_epi32(_mm512_load_si512(products[t]), product));
+    }
+}
+
+// The outliers of one block of the rows that have some: sum + (q - z) s x for each.
+__attribute__((noinline)) void add_outliers(const Call& call, const Item& item) {
+    const QuantizedLayout& layout = call.layout;
+    const __m512 scale = _mm512_load_ps(item.factors->scale);
+    for (int64_t t = 0; t < call.tile_rows; t++) {
+        const char* row = item.row + t * layout.activation_bytes;
+        const int64_t count = (reinterpret_cast<const Block*>(row + layout.blocks_at) + item.block)->outliers;
+        const auto* outliers = reinterpret_cast<const Outlier*>(row + layout.outliers_at) + item.block * layout.block_outliers;
+        __m512 sum = _mm512_load_ps(scratch.spilled[t]);
+        for (int64_t o = 0; o < count; o++) {
+            const int64_t index = outliers[o].index;
+            const __m512i lanes = _mm512_load_si512(item.lines + index / 4 * kRegisterBytes);
+            const __m128i up = _mm_cvtsi32_si128(static_cast<int32_t>(24 - index % 4 * 8));
+            __m512i code = _mm512_srai_epi32(_mm512_sll_epi32(lanes, up), 24);
+            if (item.factors->shifted) code = _mm512_add_epi32(code, _mm512_load_si512(item.factors->shift));
+            const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(code), scale);
+            sum = _mm512_fmadd_ps(weight, _mm512_set1_ps(outliers[o].value), sum);
+        }
+        _mm512_store_ps(scratch.spilled[t], sum);
+    }
+}
+
+// Products of a block: C of its planes = A B. The tile numbers are part of the instructions.
+#define TINYCHAT_MULTIPLY(high, low)                            \
+    do {                                                        \
+        _tile_zero(high);                                       \
+        if constexpr (planes == 2) _tile_zero(low);             \
+        for (int64_t d = 0; d < depth; d++) {                   \
+            _tile_loadd(6, b + d * kTileBytes, kRegisterBytes); \
+            _tile_loadd(4, a + d * kDepth, stride);             \
+            _tile_dpbssd(high, 4, 6);                           \
+            if constexpr (planes == 2) {                        \
+                _tile_loadd(5, a + plane + d * kDepth, stride); \
+                _tile_dpbssd(low, 5, 6);                        \
+            }                                                   \
+        }                                                       \
+    } while (false)
+
+template <int planes>
+void multiply(const char* a, int64_t stride, int64_t plane, const int8_t* b, int64_t depth, bool odd) {
+    if (odd) {
+        TINYCHAT_MULTIPLY(2, 3);
+    } else {
+        TINYCHAT_MULTIPLY(0, 1);
+    }
+}
+
+#undef TINYCHAT_MULTIPLY
+
+template <int planes>
+void store_products(bool odd) {
+    if (odd) {
+        _tile_stored(2, scratch.products[1][0], kRegisterBytes);
+        if constexpr (planes == 2) _tile_stored(3, scratch.products[1][1], kRegisterBytes);
+    } else {
+        _tile_stored(0, scratch.products[0][0], kRegisterBytes);
+        if constexpr (planes == 2) _tile_stored(1, scratch.products[0][1], kRegisterBytes);
+    }
+}
+
+// Adds the stored products of a block to the sums of R rows.
+template <int planes, int R>
+__attribute__((always_inline)) inline void add_products(const Call& call, const Item& item, bool odd, __m512 (&sums)[R]) {
+    int32_t(*products)[kLines][kTile] = scratch.products[odd];
+    if (__builtin_expect(item.factors->shifted != 0, 0)) shift_products(call, item, products[planes - 1]);
+    if (item.first) each<R>([&](auto t) { sums[t.value] = _mm512_load_ps(item.sums + t.value * kTile); });
+    const float* scales = scratch.scales[item.entry];
+    const __m512 scale = _mm512_load_ps(item.factors->scale);
+    each<R>([&](auto t) {
+        __m512i exact = _mm512_load_si512(products[0][t.value]);
+        if constexpr (planes == 2) {
+            exact = _mm512_add_epi32(_mm512_slli_epi32(exact, 8), _mm512_load_si512(products[1][t.value]));
+        }
+        const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(scales[t.value]));
+        sums[t.value] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), factor, sums[t.value]);
+    });
+    if (__builtin_expect(scratch.outliers[item.entry] != 0, 0)) {
+        each<R>([&](auto t) { _mm512_store_ps(scratch.spilled[t.value], sums[t.value]); });
+        add_outliers(call, item);
+        each<R>([&](auto t) { sums[t.value] = _mm512_load_ps(scratch.spilled[t.value]); });
+    }
+    if (item.last) each<R>([&](auto t) { _mm512_store_ps(item.sums + t.value * kTile, sums[t.value]); });
+}
+
+// All rows of a panel, tiles [begin, end) of them, times a piece of `outputs` tiles. R rows of a tile of C are added up.
+// A pipeline of three: one block is multiplied while that before is stored and that before it is added.
+template <int planes, int R>
+__attribute__((noinline)) void multiply_piece(const Call& call, int64_t begin, int64_t end, int64_t outputs,
+                                              int64_t count) {
+    const int64_t stride = call.layout.activation_bytes;
+    __m512 sums[R];
+    each<R>([&](auto t) { sums[t.value] = _mm512_setzero_ps(); });
+    Item items[4];
+    int64_t at = 0;
+    for (int64_t rows = 0; rows < end - begin; rows++) {
+        const char* row = call.activations + first_row(call, begin + rows) * stride;
+        for (int64_t output = 0; output < outputs; output++) {
+            const int8_t* lines = scratch.weights[output][0];
+            for (int64_t b = 0; b < count; b++, at++) {
+                const Place& place = scratch.places[b];
+                multiply<planes>(row + place.x, stride, place.length, lines, place.depth, at & 1);
+                items[at & 3] = {&scratch.factors[output][b], lines, row, place.index,
+                                 rows * call.layout.blocks + place.index, scratch.sums[rows][output][0], b == 0,
+                                 b == count - 1};
+                if (at > 0) store_products<planes>(~at & 1);
+                if (at > 1) add_products<planes, R>(call, items[(at - 2) & 3], at & 1, sums);
+                lines += place.depth * kTileBytes;
+            }
+        }
+    }
+    store_products<planes>(~at & 1);
+    if (at > 1) add_products<planes, R>(call, items[(at - 2) & 3], at & 1, sums);
+    add_products<planes, R>(call, items[(at - 1) & 3], ~at & 1, sums);
+}
+
+// Sums of a panel to y.
+void write(const Call& call, int64_t begin, int64_t end, int64_t tile_begin, int64_t outputs) {
+    for (int64_t rows = 0; rows < end - begin; rows++) {
+        for (int64_t output = 0; output < outputs; output++) {
+            const int64_t tile = tile_begin + output, width = smaller(kTile, call.shape.n - tile * kTile);
+            const auto mask = static_cast<__mmask16>((1u << width) - 1);
+            float* y = call.y + first_row(call, begin + rows) * call.y_stride + tile * kTile;
+            for (int64_t t = 0; t < call.tile_rows; t++) {
+                _mm512_mask_storeu_ps(y + t * call.y_stride, mask, _mm512_load_ps(scratch.sums[rows][output][t]));
+            }
+        }
+    }
+}
+
+// All rows of a panel, tiles [begin, end) of them, times `outputs` tiles from tile_begin on.
+template <int planes>
+void multiply_tiles(const Call& call, int64_t begin, int64_t end, int64_t tile_begin, int64_t outputs) {
+    const int64_t tile_bytes = call.layout.tile_bytes;
+    std::memset(scratch.sums, 0, static_cast<size_t>(end - begin) * sizeof scratch.sums[0]);
+    for (Walk walk{call.layout}; !walk.done();) {
+        const int64_t count = walk.next(scratch.places);
+        for (int64_t output = 0; output < outputs; output++) {
+            const char* tile = call.packed + (tile_begin + output) * tile_bytes;
+            int8_t* lines = scratch.weights[output][0];
+            for (int64_t b = 0; b < count; b++) {
+                const Place& place = scratch.places[b];
+                unpack_block(call.shape, tile, place, outputs * tile_bytes, lines, &scratch.factors[output][b]);
+                lines += place.depth * kTileBytes;
+            }
+        }
+        barrier();
+        if (call.tile_rows > 8) {
+            multiply_piece<planes, 16>(call, begin, end, outputs, count);
+        } else {
+            multiply_piece<planes, 8>(call, begin, end, outputs, count);
+        }
+    }
+    write(call, begin, end, tile_begin, outputs);
+}
+
+void configure(int64_t rows) {
+    TileConfig config;
+    for (int i = 0; i < 8; i++) config.lines[i] = static_cast<uint8_t>(i < 6 ? rows : kLines);
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));
+}
+
+void linear(const LinearShape& shape, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
+            int64_t tile_end, float* y, int64_t y_stride) {
+    const bool quantized = shape.type == WeightType::quantized && (shape.bits == 4 || shape.bits == 8);
+    if (rows < kLeastRows || !quantized || QuantizedLayout(shape).blocks > kPanelBlocks) {
+        return linear_avx512vnni().linear(shape, packed, activations, rows, tile_begin, tile_end, y, y_stride);
+    }
+    const int64_t row_tiles = divide_up(rows, kLines), tile_rows = divide_up(rows, row_tiles);
+    const Call call{shape, QuantizedLayout(shape), static_cast<const char*>(packed), static_cast<const char*>(activations),
+                    rows, tile_rows, y, y_stride};
+    int64_t panel = kPanelBytes / (call.layout.padded_k * call.layout.integer_bytes * tile_rows);
+    panel = smaller(smaller(panel > 1 ? panel : 1, kPanelTiles), kPanelBlocks / call.layout.blocks);
+    configure(tile_rows);
+    for (int64_t begin = 0; begin < row_tiles; begin += panel) {
+        const int64_t end = smaller(begin + panel, row_tiles);
+        gather(call, begin, end);
+        for (int64_t tile = tile_begin; tile < tile_end; tile += kTogether) {
+            const int64_t outputs = smaller(kTogether, tile_end - tile);
+            if (shape.activation_bits == 8) {
+                multiply_tiles<1>(call, begin, end, tile, outputs);
+            } else {
+                multiply_tiles<2>(call, begin, end, tile, outputs);
+            }
+        }
+    }
+    _tile_release();
+}
+
+}  // namespace
+
+const LinearKernels& linear_amx() {
+    static const LinearKernels table = [] {
+        LinearKernels level = linear_avx512vnni();
+        level.linear = linear;
+        return level;
+    }();
+    return table;
+}
+
+}  // namespace tinychat

@@ -1,0 +1,161 @@
+// The attention phases of the lowered decoder: queries and keys normed and rotated, the cache extended, values mixed.
+//
+// Where each row is the only one of its slot, as when decoding, all of it is one phase: an item rotates its own queries, and
+// the one with a row's last entries appends its key and value first. Otherwise rows see what others append, and appending
+// is a phase of its own.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "decoder.h"
+
+namespace tinychat {
+
+// Scratch for attention over these rows; `rows` of a step fit their slots.
+void Decoder::plan(const Step& step) {
+    plan_.set_rows(step.slots, step.positions, step.rows);
+    const QueryGroup group = query_group(0);
+    int64_t partials = 0;
+    for (size_t layer = 0; layer < shape_.windows.size(); ++layer) {
+        if (layer > 0 && shape_.windows[layer] == shape_.windows[layer - 1]) continue;
+        plan_.set_window(shape_.windows[layer]);
+        partials = std::max(partials, plan_.partials());
+        for (const Piece& piece : plan_.pieces()) {
+            // of the kernel | queries of a row | maximum and sum of each query
+            const int64_t queries = piece.rows * group.heads;
+            const int64_t size = kernels_.attention.scratch(group, piece.rows, piece.end - piece.begin) +
+                                 group.heads * group.dim + 2 * queries;
+            scratch_size_ = std::max(scratch_size_, (size + 15) / 16 * 16);
+        }
+    }
+    scratch_.reserve(n_threads_ * scratch_size_ * static_cast<int64_t>(sizeof(float)));
+    partials_.reserve(partials * shape_.n_heads * (group.dim + 2) * static_cast<int64_t>(sizeof(float)));
+    const int64_t counters = plan_.runs() * shape_.n_kv_heads;
+    if (counters > n_counters_) {
+        finished_pieces_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(counters));
+        n_counters_ = counters;
+    }
+}
+
+void Decoder::attend(const Step& step, size_t layer) {
+    const int64_t heads = shape_.n_kv_heads;
+    plan_.set_window(shape_.windows[layer]);
+    if (!plan_.rows_alone()) {
+        team().run(step.rows * heads, [&](Range items, int) {
+            for (int64_t item = items.begin; item < items.end; ++item) {
+                const int64_t t = item / heads, head = item % heads;
+                turn_queries(step, layer, t, queries(t, head));
+                append(step, layer, t, head);
+            }
+        });
+    }
+    const int64_t runs = plan_.runs(), pieces = static_cast<int64_t>(plan_.pieces().size());
+    for (int64_t i = 0; i < runs * heads; ++i) finished_pieces_[static_cast<size_t>(i)].store(0, std::memory_order_relaxed);
+    // The items of a head are neighbours: a thread that takes several finds its entries in its caches.
+    team().run(heads * pieces, [&](Range items, int thread) {
+        float* scratch = scratch_.floats() + thread * scratch_size_;
+        for (int64_t item = items.begin; item < items.end; ++item) {
+            attend_piece(step, layer, plan_.pieces()[static_cast<size_t>(item % pieces)], item / pieces, scratch);
+        }
+    });
+}
+
+void Decoder::attend_piece(const Step& step, size_t layer, const Piece& piece, int64_t head, float* scratch) {
+    const QueryGroup group = query_group(head);
+    const int64_t n = piece.rows * group.heads;
+    float* turned = scratch + kernels_.attention.scratch(group, piece.rows, piece.end - piece.begin);
+    float* maximum = turned + group.heads * group.dim;
+    QueryRows rows{queries(piece.row, head), shape_.qkv_size(), piece.rows, step.positions[piece.row],
+                   shape_.windows[layer]};
+    if (plan_.rows_alone()) {
+        std::memcpy(turned, rows.q, static_cast<size_t>(group.heads * group.dim) * sizeof(float));
+        turn_queries(step, layer, piece.row, turned);
+        rows.q = turned;
+        if (piece.index == piece.count - 1) append(step, layer, piece.row, head);
+    }
+    float* mixed = mixed_.floats() + piece.row * shape_.q_size() + head * group.heads * group.dim;
+    Partial partial{mixed, shape_.q_size(), maximum, maximum + n};
+    if (piece.count > 1) partial = partial_of(piece, head, piece.index);
+    kernels_.attention.attend(entries(step, layer, piece.row, head), group, rows, piece.begin, piece.end, scratch, partial);
+    if (piece.count == 1) {
+        for (int64_t query = 0; query < n; ++query) {
+            float* out = mixed + query / group.heads * shape_.q_size() + query % group.heads * group.dim;
+            for (int64_t d = 0; d < group.dim; ++d) out[d] /= partial.sum[query];
+        }
+    } else if (finished_pieces_[static_cast<size_t>(head * plan_.runs() + piece.run)].fetch_add(1) == piece.count - 1) {
+        merge(piece, head, mixed);
+    }
+}
+
+// One of the partials of the piece's rows: out [rows, group, head_dim], then maximum and sum [rows, group].
+Partial Decoder::partial_of(const Piece& piece, int64_t head, int64_t index) const {
+    const int64_t group = shape_.group(), dim = shape_.head_dim, before = head * plan_.partials() + piece.partials;
+    float* out = partials_.floats() + (before + index * piece.rows) * group * (dim + 2);
+    float* maximum = out + piece.rows * group * dim;
+    return {out, group * dim, maximum, maximum + piece.rows * group};
+}
+
+// In the order of the pieces, whoever finished last.
+void Decoder::merge(const Piece& piece, int64_t head, float* mixed) const {
+    const int64_t group = shape_.group(), dim = shape_.head_dim;
+    for (int64_t query = 0; query < piece.rows * group; ++query) {
+        float* out = mixed + query / group * shape_.q_size() + query % group * dim;
+        float largest = -INFINITY, sum = 0;
+        for (int64_t i = 0; i < piece.count; ++i) {
+            const float maximum = partial_of(piece, head, i).maximum[query];
+            if (!(maximum <= largest)) largest = maximum;  // NaN stays
+        }
+        std::fill(out, out + dim, 0.0f);
+        for (int64_t i = 0; i < piece.count; ++i) {
+            const Partial partial = partial_of(piece, head, i);
+            const float factor = std::exp(partial.maximum[query] - largest);
+            const float* from = partial.out + query * dim;
+            sum += factor * partial.sum[query];
+            for (int64_t d = 0; d < dim; ++d) out[d] += factor * from[d];
+        }
+        for (int64_t d = 0; d < dim; ++d) out[d] /= sum;
+    }
+}
+
+// The queries of row t that share a key-value head: [group, head_dim]. A row of qkv_ is q | k | v.
+float* Decoder::queries(int64_t t, int64_t head) const {
+    return qkv_.floats() + t * shape_.qkv_size() + head * shape_.group() * shape_.head_dim;
+}
+
+// Norm and rotate the queries q [group, head_dim] of row t.
+void Decoder::turn_queries(const Step& step, size_t layer, int64_t t, float* q) const {
+    for (int64_t g = 0; g < shape_.group(); ++g) turn(step, layers_[layer].q_norm, t, q + g * shape_.head_dim);
+}
+
+// Norm one head of row t, where the model has that, and rotate it.
+void Decoder::turn(const Step& step, const Buffer& norm, int64_t t, float* head) const {
+    const int64_t half = shape_.rope_dim / 2;
+    if (norm) kernels_.block.rms_norm(head, norm.floats(), shape_.norm_eps, shape_.head_dim, head);
+    kernels_.attention.rotate(head, step.cos + t * half, step.sin + t * half, half);
+}
+
+// Norm and rotate a key of row t; it and its value become an entry.
+void Decoder::append(const Step& step, size_t layer, int64_t t, int64_t head) const {
+    float* key = qkv_.floats() + t * shape_.qkv_size() + shape_.q_size() + head * shape_.head_dim;
+    turn(step, layers_[layer].k_norm, t, key);
+    kernels_.attention.store(entries(step, layer, t, head), key, key + shape_.kv_size(), shape_.head_dim,
+                             step.positions[t]);
+}
+
+QueryGroup Decoder::query_group(int64_t head) const {
+    const float* slopes = shape_.slopes.empty() ? nullptr : shape_.slopes.data() + head * shape_.group();
+    return {shape_.head_dim, shape_.group(), 1.0f / std::sqrt(static_cast<float>(shape_.head_dim)), slopes};
+}
+
+// The entries of `head` in the slot of row t.
+CacheView Decoder::entries(const Step& step, size_t layer, int64_t t, int64_t head) const {
+    const int64_t slot = static_cast<int64_t>(layer) * step.n_slots + step.slots[t];
+    const int64_t first = (slot * shape_.n_kv_heads + head) * step.capacity;
+    const int64_t size = step.cache_type == CacheType::f32 ? 4 : step.cache_type == CacheType::f16 ? 2 : 1;
+    const auto from = [&](void* cache) { return static_cast<char*>(cache) + first * shape_.head_dim * size; };
+    const bool scaled = step.cache_type == CacheType::q8;
+    return {step.cache_type, from(step.keys), from(step.values), scaled ? step.key_scales + first : nullptr,
+            scaled ? step.value_scales + first : nullptr};
+}
+
+}  // namespace tinychat

@@ -1,0 +1,100 @@
+#include "packed_linear.h"
+
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+
+namespace tinychat {
+namespace {
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+constexpr int64_t kTilesTogether = 8;  // packed by one thread: what a line of some sources holds parts of
+
+int64_t cache_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+}  // namespace
+
+PackedLinear::PackedLinear(const LinearData& data, int64_t n, int64_t k, const LinearKernels& kernels, Team& team) {
+    int64_t bytes = 0, rows = 0;
+    for (const SegmentData& segment : data.segments) {
+        const LinearShape& shape = segment.shape;
+        if (shape.n < 1 || shape.k != k) refuse("a segment of a linear has the wrong shape");
+        if (shape.type == WeightType::quantized && shape.group < 1) refuse("a group of less than one weight");
+        if (!segment.data.values) refuse("a segment of a linear has no values");
+        add_segment(shape, kernels);
+        bytes += cache_line(kernels.packed_bytes(shape));
+        rows += shape.n;
+    }
+    if (rows != n) refuse("the segments of a linear have " + std::to_string(rows) + " rows, not " + std::to_string(n));
+    packed_.reserve(bytes);
+    for (size_t i = 0; i < segments_.size(); ++i) {
+        const Segment& segment = segments_[i];
+        team.run((segment.tiles + kTilesTogether - 1) / kTilesTogether, [&](Range part, int) {
+            kernels.pack(segment.shape, data.segments[i].data, packed_.data() + segment.offset, part.begin * kTilesTogether,
+                         std::min(part.end * kTilesTogether, segment.tiles));
+        });
+    }
+    if (data.bias) {
+        bias_.reserve(n * static_cast<int64_t>(sizeof(float)));
+        std::memcpy(bias_.data(), data.bias, static_cast<size_t>(bias_.bytes()));
+    }
+}
+
+void PackedLinear::add_segment(const LinearShape& shape, const LinearKernels& kernels) {
+    const auto same = [&](const Preparation& p) {
+        return p.shape.type == shape.type && p.shape.k == shape.k && p.shape.group == shape.group &&
+               p.shape.activation_bits == shape.activation_bits;
+    };
+    auto preparation = std::find_if(preparations_.begin(), preparations_.end(), same);
+    if (preparation == preparations_.end()) {
+        const int64_t bytes = kernels.activation_bytes(shape);
+        preparation = preparations_.insert(preparation, {shape, activation_bytes_, bytes});
+        activation_bytes_ += bytes;
+        prepare_step_ = std::lcm(prepare_step_, kernels.prepare_step(shape));
+    }
+    Segment segment{shape, 0, 0, tiles_, (shape.n + kernels.tile - 1) / kernels.tile,
+                    static_cast<size_t>(preparation - preparations_.begin())};
+    if (!segments_.empty()) {
+        const Segment& last = segments_.back();
+        segment.offset = last.offset + cache_line(kernels.packed_bytes(last.shape));
+        segment.first_row = last.first_row + last.shape.n;
+    }
+    segments_.push_back(segment);
+    tiles_ += segment.tiles;
+}
+
+void PackedLinear::prepare(const LinearKernels& kernels, const float* x, Range part, int64_t row, int64_t rows,
+                           char* activations) const {
+    for (const Preparation& preparation : preparations_) {
+        char* all = activations + preparation.offset * rows;  // [rows, bytes]
+        kernels.prepare(preparation.shape, x, all + row * preparation.bytes, part.begin, part.end);
+    }
+}
+
+void PackedLinear::apply(const LinearKernels& kernels, const char* activations, int64_t rows, float* y,
+                         int64_t y_stride, Team& team) const {
+    const auto apply_tiles = [&](const Segment& segment, Range tiles) {
+        const char* prepared = activations + preparations_[segment.preparation].offset * rows;
+        float* first = y + segment.first_row;
+        kernels.linear(segment.shape, packed_.data() + segment.offset, prepared, rows, tiles.begin, tiles.end, first,
+                       y_stride);
+        if (!bias_) return;
+        const int64_t begin = tiles.begin * kernels.tile;
+        const int64_t end = std::min(tiles.end * kernels.tile, segment.shape.n);
+        const float* bias = bias_.floats() + segment.first_row;
+        for (int64_t t = 0; t < rows; ++t) {
+            for (int64_t r = begin; r < end; ++r) first[t * y_stride + r] += bias[r];
+        }
+    };
+    team.run(tiles_, [&](Range tiles, int) { each_segment(tiles, apply_tiles); });
+}
+
+void PackedLinear::unpack_row(const LinearKernels& kernels, int64_t row, float* values) const {
+    const auto begins_by = [&](const Segment& segment) { return segment.first_row <= row; };
+    const Segment& segment = *(std::partition_point(segments_.begin(), segments_.end(), begins_by) - 1);
+    kernels.unpack_row(segment.shape, packed_.data() + segment.offset, row - segment.first_row, values);
+}
+
+}  // namespace tinychat

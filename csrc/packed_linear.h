@@ -1,0 +1,82 @@
+// A linear as the lowered decoder holds it: row segments that may differ in precision, each in the kernels' packed form.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "buffer.h"
+#include "kernels.h"
+#include "threads.h"
+
+namespace tinychat {
+
+// Weights as the caller holds them: read while packing, not kept.
+struct SegmentData {
+    LinearShape shape;
+    WeightData data;
+};
+struct LinearData {
+    std::vector<SegmentData> segments;  // stacked along the outputs
+    const float* bias;                  // [sum of n], or null
+};
+class PackedLinear {
+  public:
+    struct Segment {
+        LinearShape shape;
+        int64_t offset;       // of its packed weight in `packed`
+        int64_t first_row;    // of the whole linear
+        int64_t first_tile;   // of the whole linear
+        int64_t tiles;
+        size_t preparation;   // of the activations it reads
+    };
+    // Segments that differ in type or group may want their activations prepared differently.
+    struct Preparation {
+        LinearShape shape;
+        int64_t offset;  // bytes before it, for one row
+        int64_t bytes;   // of one row
+    };
+
+    PackedLinear() = default;
+    // Packs `data`, a linear [n, k], on the team. Throws std::invalid_argument where the sizes do not agree.
+    PackedLinear(const LinearData& data, int64_t n, int64_t k, const LinearKernels& kernels, Team& team);
+
+    // Bytes of one row's activations, all preparations.
+    int64_t activation_bytes() const { return activation_bytes_; }
+    int64_t nbytes() const { return packed_.bytes() + bias_.bytes(); }
+
+    // A row is prepared in parts of a multiple of this, but for the last.
+    int64_t prepare_step() const { return prepare_step_; }
+    // The values `part` of row `row` of `rows` rows of inputs, which x holds, in the forms that the segments read, to
+    // activations [rows * activation_bytes].
+    void prepare(const LinearKernels& kernels, const float* x, Range part, int64_t row, int64_t rows,
+                 char* activations) const;
+    // y[rows, n] = the linear of the prepared rows, on the team.
+    void apply(const LinearKernels& kernels, const char* activations, int64_t rows, float* y, int64_t y_stride,
+               Team& team) const;
+    // Row `row` of the weight as fp32 [k].
+    void unpack_row(const LinearKernels& kernels, int64_t row, float* values) const;
+
+  private:
+    void add_segment(const LinearShape& shape, const LinearKernels& kernels);
+
+    // work(segment, tiles of its own) for each segment that reaches into the tiles `part` of the whole.
+    template <class Work>
+    void each_segment(Range part, const Work& work) const {
+        const auto ends_by = [&](const Segment& segment) { return segment.first_tile + segment.tiles <= part.begin; };
+        auto segment = std::partition_point(segments_.begin(), segments_.end(), ends_by);
+        for (; segment != segments_.end() && segment->first_tile < part.end; ++segment) {
+            work(*segment, Range{std::max<int64_t>(part.begin - segment->first_tile, 0),
+                                 std::min(part.end - segment->first_tile, segment->tiles)});
+        }
+    }
+
+    std::vector<Segment> segments_;
+    std::vector<Preparation> preparations_;
+    Buffer packed_;
+    Buffer bias_;  // [n], or nothing
+    int64_t tiles_ = 0;
+    int64_t activation_bytes_ = 0;
+    int64_t prepare_step_ = 1;
+};
+
+}  // namespace tinychat

@@ -1,0 +1,38 @@
+// The native tests: kernels, threads and the lowered decoder without Python, for sanitizers and cross builds.
+//
+//     cmake -S . -B build/native -DTINYCHAT_NATIVE_TESTS=ON [-DTINYCHAT_SANITIZE=address,undefined]
+//     cmake --build build/native && build/native/native_tests [linear] [team]
+#include <chrono>
+#include <sstream>
+
+#include "check.h"
+#include "kernels.h"
+
+namespace tinychat::test {
+
+std::vector<std::string> isas() {
+    std::istringstream names(supported_isas());
+    std::vector<std::string> list;
+    for (std::string name; names >> name;) list.push_back(name);
+    return list;
+}
+
+}  // namespace tinychat::test
+
+int main(int argc, char** argv) {
+    using namespace tinychat::test;
+    const auto run = [&](const char* name, void (*test)()) {
+        bool asked = argc == 1;
+        for (int i = 1; i < argc; i++) asked |= std::strcmp(argv[i], name) == 0;
+        if (!asked) return;
+        const auto begin = std::chrono::steady_clock::now();
+        const int before = failures, done = checks;
+        test();
+        const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - begin;
+        std::printf("%-8s %6d checks, %d failed, %.1f s\n", name, checks - done, failures - before, spent.count());
+    };
+    std::printf("levels: %s\n", tinychat::supported_isas());
+    run("linear", test_linear);
+    run("team", test_team);
+    return failures ? 1 : 0;
+}

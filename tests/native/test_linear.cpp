@@ -1,0 +1,110 @@
+// Every linear of every level: packing is undone by unpacking, products agree with float64, nothing beyond is touched.
+#include <cmath>
+
+#include "check.h"
+#include "half.h"
+#include "kernels.h"
+
+namespace tinychat::test {
+namespace {
+
+struct Quantized {
+    LinearShape shape;
+    int64_t groups;
+    std::vector<uint8_t> codes, zeros;
+    std::vector<uint16_t> scales;
+
+    Quantized(int64_t n, int64_t k, int64_t group, int32_t bits, int32_t activation_bits, Random& random)
+        : shape{WeightType::quantized, n, k, group, false, bits, activation_bits}, groups((k + group - 1) / group) {
+        for (int64_t i = 0; i < n * k; i++) codes.push_back(static_cast<uint8_t>(random.below(1 << bits)));
+        for (int64_t i = 0; i < n * groups; i++) {
+            zeros.push_back(static_cast<uint8_t>(bits == 8 ? 128 : random.below(1 << bits)));
+            scales.push_back(to_half(static_cast<float>(0.01 + 0.01 * random.uniform())));
+        }
+    }
+    WeightData data() { return {codes.data(), scales.data(), zeros.data(), Source::codes}; }
+    double weight(int64_t row, int64_t k) const {
+        const auto at = static_cast<size_t>(row * groups + k / shape.group);
+        return (codes[static_cast<size_t>(row * shape.k + k)] - zeros[at]) * static_cast<double>(from_half(scales[at]));
+    }
+};
+
+std::string name(const char* isa, const LinearShape& s, int64_t rows) {
+    return std::string(isa) + " [" + std::to_string(s.n) + ", " + std::to_string(s.k) + "] group " +
+           std::to_string(s.group) + ", " + std::to_string(s.bits) + " bits, activations " +
+           std::to_string(s.activation_bits) + ", " + std::to_string(rows) + " rows";
+}
+
+void packing(const char* isa, Quantized& weight, const Memory& packed) {
+    const LinearKernels& kernels = tinychat::kernels(isa).linear;
+    const int64_t tiles = (weight.shape.n + kernels.tile - 1) / kernels.tile;
+    for (int64_t tile = 0; tile < tiles; tile++) kernels.pack(weight.shape, weight.data(), packed.data(), tile, tile + 1);
+    Quantized found = weight;
+    std::memset(found.codes.data(), 255, found.codes.size());
+    std::memset(found.zeros.data(), 255, found.zeros.size());
+    std::memset(found.scales.data(), 255, found.scales.size() * 2);
+    kernels.unpack(weight.shape, packed.data(), found.data());
+    check(found.codes == weight.codes && found.zeros == weight.zeros && found.scales == weight.scales,
+          "unpacking undoes packing: " + name(isa, weight.shape, 0));
+    std::vector<float> row(static_cast<size_t>(weight.shape.k));
+    const int64_t last = weight.shape.n - 1;
+    kernels.unpack_row(weight.shape, packed.data(), last, row.data());
+    bool same = true;
+    for (int64_t k = 0; k < weight.shape.k; k++) {
+        same &= row[static_cast<size_t>(k)] == static_cast<float>(weight.weight(last, k));
+    }
+    check(same, "a row is unpacked: " + name(isa, weight.shape, 0));
+}
+
+void product(const char* isa, const Quantized& weight, const Memory& packed, int64_t rows, Random& random) {
+    const LinearKernels& kernels = tinychat::kernels(isa).linear;
+    const LinearShape& shape = weight.shape;
+    const std::vector<float> x = random.normals(rows * shape.k);
+    const int64_t bytes = kernels.activation_bytes(shape), step = kernels.prepare_step(shape);
+    const Memory activations(bytes * rows);
+    for (int64_t t = 0; t < rows; t++) {  // in two parts
+        const float* row = x.data() + t * shape.k;
+        const int64_t middle = shape.k / 2 / step * step;
+        char* activation = activations.data() + t * bytes;
+        if (middle) kernels.prepare(shape, row, activation, 0, middle);
+        kernels.prepare(shape, row + middle, activation, middle, shape.k);
+    }
+    const int64_t tiles = (shape.n + kernels.tile - 1) / kernels.tile;
+    std::vector<float> y(static_cast<size_t>(rows * shape.n), NAN);
+    for (int64_t part = 0; part < 2; part++) {
+        kernels.linear(shape, packed.data(), activations.data(), rows, tiles * part / 2, tiles * (part + 1) / 2, y.data(),
+                       shape.n);
+    }
+    std::vector<double> expected;
+    for (int64_t t = 0; t < rows; t++) {
+        for (int64_t r = 0; r < shape.n; r++) {
+            double sum = 0;
+            for (int64_t k = 0; k < shape.k; k++) sum += weight.weight(r, k) * x[static_cast<size_t>(t * shape.k + k)];
+            expected.push_back(sum);
+        }
+    }
+    const double error = nmse(expected, y.data()), limit = shape.activation_bits == 8 ? 5e-4 : 1e-7;
+    check(error <= limit, "NMSE " + std::to_string(error) + " of " + name(isa, shape, rows));
+}
+
+}  // namespace
+
+void test_linear() {
+    constexpr int64_t kShapes[][3] = {{1, 8, 8},     {17, 100, 100}, {33, 172, 32},   {16, 129, 128},
+                                      {40, 192, 64}, {31, 700, 200}, {19, 1100, 1100}, {48, 512, 128}};
+    for (const std::string& isa : isas()) {
+        for (int32_t bits : {4, 8}) {
+            for (int32_t activation_bits : {16, 8}) {
+                Random random(7);
+                for (const auto& [n, k, group] : kShapes) {
+                    Quantized weight(n, k, group, bits, activation_bits, random);
+                    const Memory packed(kernels(isa.c_str()).linear.packed_bytes(weight.shape));
+                    packing(isa.c_str(), weight, packed);
+                    for (int64_t rows : {1, 2, 3, 8, 13, 33}) product(isa.c_str(), weight, packed, rows, random);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace tinychat::test

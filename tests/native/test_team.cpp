@@ -1,0 +1,71 @@
+// The team of threads: every item once, results seen by the caller and by later runs, teams that come and go.
+#include <atomic>
+#include <numeric>
+#include <thread>
+
+#include "check.h"
+#include "threads.h"
+
+namespace tinychat::test {
+namespace {
+
+void covers(int threads) {
+    Team team(threads);
+    Random random(static_cast<uint64_t>(threads));
+    bool once = true;
+    std::atomic<bool> in_range{true};
+    for (int run = 0; run < 2000; run++) {
+        const int64_t items = random.below(40);
+        std::vector<int> counts(static_cast<size_t>(items));  // plain: a race on them is for the sanitizer to see
+        team.run(items, [&](Range part, int thread) {
+            if (thread < 0 || thread >= threads) in_range = false;
+            for (int64_t i = part.begin; i < part.end; i++) counts[static_cast<size_t>(i)]++;
+        });
+        for (int count : counts) once &= count == 1;
+    }
+    check(once && in_range, "each item once with " + std::to_string(threads) + " threads");
+}
+
+// Each phase reads what the one before wrote, whoever wrote it.
+void phases(int threads) {
+    Team team(threads);
+    std::vector<int64_t> values(100, 0);
+    for (int phase = 0; phase < 2000; phase++) {
+        std::vector<int64_t> next(values.size());
+        team.run(100, [&](Range part, int) {
+            for (int64_t i = part.begin; i < part.end; i++) {
+                next[static_cast<size_t>(i)] = values[static_cast<size_t>((i + 37) % 100)] + 1;
+            }
+        });
+        values = next;
+    }
+    check(std::accumulate(values.begin(), values.end(), int64_t{0}) == 2000 * 100, "phases follow one another");
+}
+
+void pauses() {
+    Team team(3);
+    int64_t total = 0;
+    for (int run = 0; run < 20; run++) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));  // the helpers fall asleep
+        std::vector<int64_t> sums(64);
+        team.run(64, [&](Range part, int) {
+            for (int64_t i = part.begin; i < part.end; i++) sums[static_cast<size_t>(i)] = i;
+        });
+        total += std::accumulate(sums.begin(), sums.end(), int64_t{0});
+    }
+    check(total == 20 * 63 * 32, "helpers that slept come back");
+}
+
+}  // namespace
+
+void test_team() {
+    for (int threads : {1, 2, 3, 8}) {
+        covers(threads);
+        phases(threads);
+    }
+    pauses();
+    for (int i = 0; i < 50; i++) Team team(4);
+    check(true, "teams come and go");
+}
+
+}  // namespace tinychat::test

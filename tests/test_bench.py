@@ -1,0 +1,440 @@
+"""`tinychat bench`: shapes and random weights, what a token reads, the probe's verdict, one run; on tiny shapes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tinychat
+from tinychat import checkpoint, cli, memory
+from tinychat.backends import cpu
+from tinychat.bench import contexts, measure, probe, shapes, traffic, write
+from tinychat.bench.random_weights import RandomWeights
+from tinychat.bench.subject import Options, Subject
+from tinychat.cache import KVCache, Rows
+from tinychat.engine import Engine
+from tinychat.errors import BackendError, ConfigError, UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = shapes.Shape(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 80,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+    },
+    group_size=32,
+)
+QKV, OUT, UP, DOWN = 64 * (64 + 2 * 32), 64 * 64, 64 * 256, 128 * 64  # weights of a block
+BLOCK, TABLE, HEAD_DIM = QKV + OUT + UP + DOWN, 80 * 64, 16
+BODY = 3 * (BLOCK * (4 + 20 / 32) / 8 + 2 * 64 * 2) + 64 * 2  # codes, scales and zeros; norms
+
+needs_kernels = pytest.mark.skipif(cpu.available() is not None, reason="the compiled kernels are not built")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A shape called 'tiny', and a probe that reads little."""
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
+    for name, size in (("BUFFER_BYTES", 4 << 20), ("SLICE_BYTES", 1 << 20), ("READ_BYTES", 8 << 20)):
+        monkeypatch.setattr(probe, name, size)
+
+
+def run(*argv: str) -> int:
+    try:
+        return cli.main(argv)
+    except SystemExit as leaving:
+        return leaving.code or 0
+
+
+# ---- shapes and weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, parameters",  # as the hub counts them
+    [
+        ("llama-2-7b", 6_738_415_616),
+        ("tinyllama-1.1b", 1_100_048_384),
+        ("llama-3-8b", 8_030_261_248),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-4b", 4_022_468_096),
+        ("mpt-7b", 6_649_286_656),
+        ("falcon-7b", 6_921_720_704),
+    ],
+)
+def test_shapes_are_those_of_the_published_models(name, parameters):
+    shape = shapes.find(name)
+    try:
+        config, names = shape.translate()
+    except ConfigError as error:
+        assert "is not supported" in str(error) and name in ("mpt-7b", "falcon-7b")
+        return
+    assert RandomWeights(config, names, shape.group_size).n_parameters == parameters
+
+
+def test_other_engines_read_the_shapes_too():
+    transformers = pytest.importorskip("transformers")
+    for shape in shapes.SHAPES.values():
+        config = transformers.AutoConfig.for_model(**shape.hf_config)
+        assert config.architectures == shape.hf_config["architectures"]
+
+
+def test_random_weights_stay_finite_at_any_depth_and_no_two_matrices_are_equal():
+    deep = {**TINY.hf_config, "num_hidden_layers": 80}
+    weights = RandomWeights(*shapes.Shape(deep).translate(), group_size=32)
+    first, second = (weights.layer(i).up.segments for i in range(2))
+    matrices = [segment.tensor().dequantize() for segment in (*first, *second)]
+    assert len({m.tobytes() for m in matrices}) == 4
+    for matrix in matrices:  # an input of unit size gives an output of about unit size
+        assert 0.7 < matrix.std() * 64**0.5 < 1.5
+    runner = tinychat.backends.choose()[0].build(weights, ctx_size=8)
+    logits = runner.step(Rows.of([1, 2, 3], 0, wanted="all"))
+    assert np.isfinite(logits).all() and 0.3 < logits.std() < 3
+
+
+def test_weights_that_awq_cannot_hold_are_refused():
+    config, names = TINY.translate()
+    with pytest.raises(UsageError, match=r"64 inputs cannot be quantized: its 64 inputs are not a multiple of .* 48"):
+        RandomWeights(config, names, group_size=48)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_written_shape_loads(tmp_path, plain):
+    done = []
+    path = write.write(TINY, tmp_path / "model", plain=plain, progress=lambda *at: done.append(at))
+    assert done[-1] == (3, 3)
+    opened = checkpoint.open(path)
+    weights = RandomWeights(*TINY.translate(), None if plain else 32)
+    assert opened.n_parameters == weights.n_parameters == 3 * (BLOCK + 2 * 64) + 2 * TABLE + 64
+    assert opened.n_quantized == weights.n_quantized == (0 if plain else 3 * BLOCK)
+    assert (opened.quantization is None) == plain
+    for index in range(3):  # made anew from the same seed: what was written is what is measured
+        for name in ("qkv", "out", "up", "down"):
+            there, here = (getattr(w.layer(index), name).segments for w in (opened, weights))
+            assert [s.shape for s in there] == [s.shape for s in here]
+    with tinychat.load(path) as llm:
+        assert np.isfinite(llm.logits([1, 2, 3])).all()
+    transformers = pytest.importorskip("transformers")
+    assert transformers.AutoConfig.from_pretrained(path).hidden_size == 64
+
+
+# ---- what a token reads ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_bits, head", [(16, 2 * TABLE), (8, TABLE * (1 + 2 / 128))])
+def test_traffic_counts_what_is_needed(tmp_path, head_bits, head):
+    for source in (
+        RandomWeights(*TINY.translate(), 32),
+        checkpoint.open(write.write(TINY, tmp_path / "model")),
+    ):
+        need = traffic.of(source, head_bits=head_bits)
+        assert need.body == BODY and need.quantized == 3 * BLOCK * (4 + 20 / 32) / 8
+        assert (need.head, need.table, need.row) == (head, 2 * TABLE, 2 * 64)
+        assert need.kv(10) == 3 * 10 * 2 * 2 * HEAD_DIM * 2  # layers, positions, keys and values, heads, fp16
+        assert need.token(10) == BODY + head + 2 * 64 + need.kv(10)
+
+
+def test_traffic_of_a_tied_head_and_a_window():
+    config = {**TINY.hf_config, "model_type": "mistral", "sliding_window": 4, "tie_word_embeddings": True}
+    need = traffic.of(RandomWeights(*shapes.Shape(config).translate(), None), kv_dtype="fp32")
+    assert (need.head, need.table, need.quantized) == (2 * TABLE, 0, 0)
+    assert need.kv(100) == need.kv(4) == 3 * 4 * 2 * 2 * HEAD_DIM * 4
+
+
+# ---- the probe -------------------------------------------------------------------------------------------------------
+
+
+@needs_kernels
+def test_the_probe_reads_with_every_thread_and_walks_its_buffer(tiny):
+    found = probe.Probe(threads=3)
+    places = []
+    read = found._read
+
+    def watched(address, size, threads):
+        places.append(address)
+        assert (size, threads) == (3 << 20, 3)
+        return read(address, size, threads)
+
+    found._read = watched
+    found.complete()
+    assert found.bytes_read >= 8 << 20
+    assert all(0 < speed < 10_000 for speed in found.samples)  # GB/s: it does read
+    assert len(set(places)) == 1  # of a buffer of 4 MiB, one slice of 3 fits
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [0, 64, 4096 + 64, 1 << 20])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_reading_any_size(size, threads):
+    buffer = np.ones(size + 64, np.uint8)
+    assert 0 <= tinychat._cpu.read_probe(buffer.ctypes.data + -buffer.ctypes.data % 64, size, threads) < 10
+
+
+def test_a_probe_in_two_steady_modes_is_valid():
+    verdict = probe.judge([45.0] * 20 + [80.0] * 20 + [45.0] * 10, 1 << 30, fraction=0.9)
+    assert verdict.valid and verdict.gb_s == 45 and verdict.quartiles == (45, 80) and verdict.unsteadiness == 0
+
+
+@pytest.mark.parametrize(
+    "samples, fraction, least, reason",
+    [
+        ([10.0, 20.0] * 10, 0.9, None, "a slice and the next differ by 67%"),
+        ([10.0] * 9, 1.2, None, "1.20 times as fast"),
+        ([10.0] * 9, 0.9, 35, "reads 10.0 GB/s, less than the 35"),
+    ],
+)
+def test_a_probe_that_cannot_be_the_limit_is_invalid(samples, fraction, least, reason):
+    verdict = probe.judge(samples, 1 << 30, fraction, least)
+    assert not verdict.valid and reason in verdict.reasons[0] and len(verdict.reasons) == 1
+
+
+def test_caches_excuse_a_model_that_is_faster_than_the_probe():
+    assert probe.judge([10.0], 1 << 30, fraction=None).valid
+
+
+# ---- one run, by a clock of our own ----------------------------------------------------------------------------------
+
+
+class Clock:
+    """perf_counter, moved by whoever works."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+
+
+class Work:
+    """A `Runner` whose step takes 10 ms, a probe whose slice takes 5, twice as fast from the 8th on."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.config = TINY.translate()[0]
+        self.cache = KVCache(1, 1, 1, 128, 2)
+        self.weight_bytes = 1000
+        self.reads = 0
+
+    def step(self, rows):
+        self.clock.now += 0.01 if self.reads < 8 else 0.005
+        self.cache.lengths[:] = self.cache.check(rows)
+        return np.zeros((len(rows.wanted), 80), np.float32)
+
+    def read(self):
+        self.clock.now += 0.005
+        self.reads += 1
+        return 10.0 if self.reads < 8 else 20.0
+
+
+def test_decoding_is_paired_with_the_probe(monkeypatch):
+    work = Work(Clock(monkeypatch))
+    session = measure.Session(Engine(work))
+    found = session.decode(100, lambda n: 80e6, work)  # 80 MB in 10 ms: 8 GB/s, then 16
+    assert found.latencies == pytest.approx(found.steps) and len(found.latencies) == 99
+    assert {round(latency, 6) for latency in found.latencies} == {0.01, 0.005}
+    assert work.reads == len(found.stretches) + 1
+    fractions = [stretch.fraction for stretch in found.stretches]
+    assert sum(fraction == pytest.approx(0.8) for fraction in fractions) == len(fractions) - 1  # all but the turn
+    assert sum(s.bytes_read for s in found.stretches) == 99 * 80e6
+
+
+def test_no_prompt_is_in_the_cache(monkeypatch):
+    session = measure.Session(Engine(Work(Clock(monkeypatch))))
+    for _ in range(3):
+        assert session.timings(5, 2).prefill_tokens == 5
+
+
+@pytest.mark.parametrize(
+    "limit, tokens, ctx_size, expected",
+    [
+        (4096, None, None, (512, 64, 128, 200, 513)),
+        (4096, 1000, None, (512, 64, 128, 1000, 1004)),
+        (128, None, None, (127, 64, 127, 124, 128)),
+        (4096, None, 600, (512, 64, 128, 200, 600)),
+    ],
+)
+def test_lengths_fit_the_model(limit, tokens, ctx_size, expected):
+    assert measure.Lengths.of(limit, tokens, ctx_size) == measure.Lengths(*expected)
+
+
+@pytest.mark.parametrize(
+    "limit, tokens, ctx_size, message",
+    [
+        (128, 125, None, "125 tokens after a prompt of 4 need a context of 129; the model has 128"),
+        (4096, 125, 128, "need a context of 129; --ctx-size is 128"),
+        (128, None, 129, "a context of 129 was asked for; the model has 128 positions"),
+        (128, None, 5, "too short"),
+        (128, 1, None, "--tokens 2 or more"),
+    ],
+)
+def test_lengths_that_cannot_be(limit, tokens, ctx_size, message):
+    with pytest.raises(UsageError, match=message):
+        measure.Lengths.of(limit, tokens, ctx_size)
+
+
+# ---- contexts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape, free, expected",
+    [
+        ("llama-3-8b", 64 << 30, (0, 2048, 8192, 32768)),
+        ("llama-3-8b", 8 << 30, (0, 2048, 8192)),
+        ("llama-3-8b", 4 << 30, ()),
+        ("llama-2-7b", 64 << 30, (0, 2048)),  # 4096 positions
+        ("tinyllama-1.1b", None, (0, 2016)),  # 2048
+    ],
+)
+def test_default_contexts_are_those_that_fit(monkeypatch, shape, free, expected):
+    monkeypatch.setattr(memory, "available", lambda: free)
+    subject = Subject(Options(model=None, shape=shape))
+    assert contexts.chosen(subject, None) == expected
+
+
+def test_a_shape_goes_as_far_as_it_is_asked_and_a_model_does_not(tmp_path, tiny):
+    assert contexts.chosen(Subject(Options(model=None, shape="tiny")), (500, 0, 500)) == (0, 500)
+    path = write.write(TINY, tmp_path / "model")
+    with pytest.raises(UsageError, match=r"the model has 128 positions, and 32 are kept .* at most 96"):
+        contexts.chosen(Subject(Options(model=str(path))), (0, 97))
+
+
+def test_the_cache_is_filled_with_entries_that_differ():
+    cache = KVCache(n_layers=2, n_slots=1, n_kv_heads=2, capacity=50, head_dim=8)
+    contexts.fill(cache, 40)
+    entries = np.concatenate([a[:, 0, :, :40].reshape(-1, 8) for a in (cache.keys, cache.values)])
+    assert len(np.unique(entries, axis=0)) == len(entries) and 0.8 < entries.astype(np.float32).std() < 1.2
+    assert not cache.keys[:, :, :, 40:].any() and cache.lengths.tolist() == [40]
+
+
+def test_what_a_context_adds_is_set_against_what_it_takes():
+    need = traffic.of(RandomWeights(*TINY.translate(), 32))
+    more = need.kv(1001) - need.kv(1)
+    speed = 10.0  # GB/s
+    short = need.token(1) / (0.9 * speed * 1e9)
+    long = short + more / (0.5 * speed * 1e9)
+    turns = [[(short, speed), (long, speed)], [(short, 2 * speed), (long, 2 * speed)], [(short, speed), (long, speed)]]
+    first, second = (contexts._figures(c, i, turns, (0, 1000), need) for i, c in enumerate((0, 1000)))
+    assert first["bandwidth_fraction"] == pytest.approx(0.9) and first["kv_bandwidth_fraction"] is None
+    assert second["kv_bandwidth_fraction"] == pytest.approx(0.5)
+    assert second["kv_bytes"] == need.kv(1001) and second["tokens_per_second"] == pytest.approx(1 / long)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+PROMISED = [
+    *("decode_tokens_per_second", "prefill_tokens_per_second", "time_to_first_token_s", "overhead_fraction"),
+    *("bytes_per_token", "bandwidth_fraction", "probe_gb_s", "probe_valid", "load_s", "peak_rss_bytes"),
+    *("threads", "isa", "activations", "head", "kv_dtype"),
+]
+
+
+@needs_kernels
+def test_a_shape_is_measured(tiny, capsys):
+    assert run("bench", "--shape", "tiny", "--repeats", "2", "--tokens", "20", "--threads", "1", "--json") == 0
+    *text, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert set(PROMISED) <= set(found)
+    assert found["isa"] == tinychat._cpu.isa() and found["threads"] == 1 and found["fits_cache"] is not None
+    assert all(found[name] > 0 for name in PROMISED if isinstance(found[name], float) and name != "overhead_fraction")
+    assert 0 <= found["overhead_fraction"] < found["outside_kernels_fraction"] < 1
+    assert found["bytes_per_token"] == pytest.approx(
+        traffic.of(RandomWeights(*TINY.translate(), 32), head_bits=found["head"]).token(4 + 10), abs=1
+    )
+    assert [c["context"] for c in found["contexts"]] == [0, 96]
+    assert found["resident_bits_per_weight"] >= 4
+    shown = "\n".join(text)
+    for word in ("pp127", "pp64", "tg127", "first token", "decode", "overhead", "read probe", "█", "g32"):
+        assert word in shown
+
+
+@needs_kernels
+def test_a_written_shape_is_measured_without_contexts(tiny, capsys, tmp_path):
+    assert run("bench", "--shape", "tiny", "--write", str(tmp_path / "model")) == 0
+    assert "4-bit" in capsys.readouterr().out
+    assert run("bench", str(tmp_path / "model"), "--repeats", "1", "--tokens", "9", "--contexts", "--json") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "contexts" not in found and found["weights"] == "4-bit AWQ g32"
+
+
+@pytest.mark.parametrize(
+    "argv, code, message",
+    [
+        (("--shape", "lama-2-7b"), 2, "no shape 'lama-2-7b' (did you mean 'llama-2-7b'?); there are: llama-2-7b, tiny"),
+        (("pebble", "--shape", "tiny"), 2, "give one"),
+        (("--shape", "tiny", "--float"), 2, "--float says what --write writes"),
+        (("--write", "somewhere"), 2, "--write needs --shape"),
+        (("--shape", "tiny", "--contexts", "-1"), 2, "expected a whole number, 0 or more"),
+        (("--shape", "tiny", "-c", "200"), 2, "the model has 128 positions"),
+        (("--shape", "tiny", "--tokens", "125"), 2, "need a context of 129"),
+    ],
+)
+def test_mistakes(tiny, capsys, argv, code, message):
+    assert run("bench", *argv) == code
+    assert message in capsys.readouterr().err
+
+
+def test_writing_over_something_is_refused(tiny, capsys, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    assert run("bench", "--shape", "tiny", "--write", str(tmp_path)) == 1
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_shape_that_is_larger_than_the_memory(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 1 << 30)
+    with pytest.raises(BackendError, match=r"the model needs about 4.* and 1.1 GB are available"):
+        Subject(Options(model=None, shape="llama-2-7b")).load(513, 1)
+
+
+def elsewhere(code: str) -> subprocess.CompletedProcess:
+    """`code` in a fresh interpreter."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd="/", check=True)
+
+
+@needs_kernels
+def test_several_threads_are_runs_of_their_own():
+    argv = ["bench", "--threads", "1", "2", "--repeats", "1", "--tokens", "5", "--contexts", "--json"]
+    done = elsewhere(f"from tinychat.cli import main\nif __name__ == '__main__': main({argv})")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [r["threads"] for r in found["runs"]] == [1, 2] and found["threads"] == 2
+    for r in found["runs"]:
+        assert r["peak_rss_bytes"] < 400 << 20 and r["probe_bytes"] >= 1 << 30  # whose buffer is not in the peak
+
+
+@needs_kernels
+def test_measuring_imports_nothing_heavy():
+    argv = ["bench", "--repeats", "1", "--tokens", "5"]
+    done = elsewhere(
+        "from tinychat.bench import probe\nprobe.BUFFER_BYTES = probe.READ_BYTES = 1 << 24\n"
+        f"import sys\nfrom tinychat.cli import main\nmain({argv})\nprint(*sys.modules, file=sys.stderr)"
+    )
+    assert not {"torch", "transformers"} & {module.split(".")[0] for module in done.stderr.split()}
+
+
+def test_no_kernels_no_probe(tiny, monkeypatch):
+    def missing(threads):
+        raise BackendError("backend 'cpu' cannot be used here")
+
+    pytest.importorskip("torch")
+    monkeypatch.setattr(measure, "Probe", missing)
+    subject = Subject(Options(model=None, shape="tiny", device="reference", kv_dtype="fp32", repeats=1, tokens=5))
+    found = measure.measure(subject, 1)
+    assert found["probe_gb_s"] is None and not found["probe_valid"] and found["bandwidth_fraction"] is None
+    assert found["isa"] is None and found["backend"] == "reference"
+    assert [c["context"] for c in found["contexts"]] == [0, 96]
+    from tinychat.bench.report import report
+
+    assert "no valid probe: there is none" in report(found)

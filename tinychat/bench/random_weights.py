@@ -1,0 +1,141 @@
+"""RandomWeights: a model of a given shape whose weights are random, made at once, for measurements.
+
+Every matrix is a window of one random pool, each at another place: making one takes no time and no memory, and no two
+are equal, so that nothing but the pool is held while a backend packs them one by one.
+
+How large the numbers are keeps activations finite at any depth: a linear's output has about the size of its normalized
+input, so that a residual stream to which every block adds its part grows like the square root of the depth.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+
+from tinychat.architectures.names import TensorNames
+from tinychat.checkpoint import awq
+from tinychat.checkpoint.inventory import segments
+from tinychat.config import ModelConfig
+from tinychat.errors import UsageError
+from tinychat.qtensor import AwqWords, Weight
+from tinychat.weights import LINEARS, Layer, Linear
+
+PLACES = 1 << 20  # at which a window may begin
+TABLE_POOL = PLACES + 7  # numbers that a table repeats: odd, so that its rows differ
+# codes and zeros are uniform in 0..15, so q - z has this standard deviation
+CODE_STD = math.sqrt(2 * (16**2 - 1) / 12)
+
+
+class RandomWeights:
+    """A `WeightSource` (see `tinychat.weights`) of `config`, its linears in 4 bits, all else in fp16.
+
+    group_size  of the quantized linears; None: nothing is quantized
+    """
+
+    def __init__(self, config: ModelConfig, names: TensorNames, group_size: int | None = 128, seed: int = 0):
+        self.config = config
+        self.names = names
+        self.group_size = group_size
+        self._rng = np.random.default_rng(seed)
+        shapes = [segment.shape for linear in LINEARS for segment in segments(config, names, linear, 0)]
+        for shape in shapes:
+            if group_size is not None and (reason := awq.fits(shape, group_size)):
+                raise UsageError(f"a linear of {shape[0]} outputs and {shape[1]} inputs cannot be quantized: {reason}")
+        largest = max(n * k for n, k in shapes)
+        self._std = 1 / math.sqrt(config.hidden_size)
+        if group_size is not None:
+            self._pool = np.frombuffer(self._rng.bytes(4 * (largest // awq.PER_WORD + PLACES)), np.int32)
+        else:
+            self._pool = self._normal(largest + PLACES)
+        self._scales = lru_cache(maxsize=None)(self._make_scales)
+
+    def embed(self) -> np.ndarray:
+        """See `WeightSource`. Made anew at each call: it need not stay in memory beside its packed form."""
+        return self._table()
+
+    def layer(self, index: int) -> Layer:
+        """See `WeightSource`."""
+        c = self.config
+        ones = np.ones(c.hidden_size, np.float32)
+        head_ones = np.ones(c.head_dim, np.float32) if c.qk_norm else None
+        made = {name: self._linear(name, index) for name in LINEARS}
+        return Layer(norm1=ones, norm2=ones, q_norm=head_ones, k_norm=head_ones, **made)
+
+    def norm(self) -> np.ndarray:
+        """See `WeightSource`."""
+        return np.ones(self.config.hidden_size, np.float32)
+
+    def head(self) -> Linear | None:
+        """See `WeightSource`; made anew at each call."""
+        return None if self.config.tied_head else Linear((self._table(),))
+
+    def release(self) -> None:
+        """See `WeightSource`: nothing is kept but the pool, which the next layer needs."""
+
+    @property
+    def n_quantized(self) -> int:
+        """Weights of 4 bits."""
+        return 0 if self.group_size is None else self.config.n_layers * self._in_linears()
+
+    @property
+    def n_parameters(self) -> int:
+        """Of the model; a tied head is not counted again."""
+        c = self.config
+        tables = c.vocab_size * c.hidden_size * (1 if c.tied_head else 2)
+        return c.n_layers * (self._in_linears() + self._in_vectors()) + tables + self.norm().size
+
+    @property
+    def file_bytes(self) -> int:
+        """Of the tensors, were they in files."""
+        c = self.config
+        quantized = 0 if self.group_size is None else c.n_layers * self.linear_bytes
+        return quantized + 2 * (self.n_parameters - self.n_quantized)
+
+    @property
+    def linear_bytes(self) -> int:
+        """Of one block's linears, were they in files."""
+        layer = self.layer(0)
+        return sum(getattr(layer, name).nbytes for name in LINEARS)
+
+    def _in_linears(self) -> int:
+        """Weights in one block."""
+        return sum(math.prod(s.shape) for name in LINEARS for s in segments(self.config, self.names, name, 0))
+
+    def _in_vectors(self) -> int:
+        """Norms and biases in one block."""
+        layer = self.layer(0)
+        norms = (layer.norm1, layer.norm2, layer.q_norm, layer.k_norm)
+        biases = (getattr(layer, name).bias for name in LINEARS)
+        return sum(values.size for values in (*norms, *biases) if values is not None)
+
+    def _linear(self, name: str, index: int) -> Linear:
+        parts = segments(self.config, self.names, name, index)
+        bias = None
+        if name in self.config.biases:
+            bias = self._normal(sum(part.shape[0] for part in parts)).astype(np.float32)
+        return Linear(tuple(self._weight(*part.shape) for part in parts), bias)
+
+    def _weight(self, n: int, k: int) -> Weight:
+        if self.group_size is None:
+            return self._window(n, k)
+        groups, words = k // self.group_size, n // awq.PER_WORD
+        return AwqWords(self._window(k, words), self._window(groups, words), self._scales(groups, n, k))
+
+    def _make_scales(self, groups: int, n: int, k: int) -> np.ndarray:
+        around = self._rng.uniform(0.5, 1.5, groups * n).reshape(groups, n)
+        return (around / CODE_STD / math.sqrt(k)).astype(np.float16)
+
+    def _window(self, rows: int, columns: int) -> np.ndarray:
+        place = int(self._rng.integers(PLACES))
+        return self._pool[place : place + rows * columns].reshape(rows, columns)
+
+    def _normal(self, size: int) -> np.ndarray:
+        return (self._rng.standard_normal(size, np.float32) * np.float32(self._std)).astype(np.float16)
+
+    def _table(self) -> np.ndarray:
+        c = self.config
+        table = np.resize(self._normal(TABLE_POOL), (c.vocab_size, c.hidden_size))
+        table.flags.writeable = False  # as of a mapped file: a backend may keep it instead of a copy
+        return table

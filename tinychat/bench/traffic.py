@@ -1,0 +1,87 @@
+"""Traffic: the bytes that decoding one token has to read, counted from the weights' sizes: no padding, no estimate.
+
+Codes, scales and zeros as a file holds them, the head at the precision it runs in, one row of the embedding table,
+norms and biases, and the keys and values of the positions that the token sees.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tinychat import checkpoint
+from tinychat.bench.random_weights import RandomWeights
+from tinychat.checkpoint import awq
+from tinychat.checkpoint.safetensors_file import DTYPES
+from tinychat.checkpoint.shards import Shards
+from tinychat.config import ModelConfig
+from tinychat.engine import KV_ITEMSIZE
+
+HEAD_GROUP = 128  # outputs' inputs that share a scale in a head rounded to 8 bits
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes by what they are for.
+
+    body       everything but the tables: codes, scales, zeros, plain linears, norms, biases
+    quantized  of it, codes with their scales and zeros
+    head       the output head, a tied table included
+    row        one token's embedding
+    table      the embedding table where it is not the head: resident, not read
+    """
+
+    config: ModelConfig
+    body: float
+    quantized: float
+    head: float
+    row: float
+    table: float
+    kv_itemsize: int
+
+    @property
+    def weights(self) -> float:
+        """What every token reads."""
+        return self.body + self.head + self.row
+
+    def kv(self, context: float) -> float:
+        """Keys and values that a token sees which is the `context`-th of its text (itself included)."""
+        c = self.config
+        seen = sum(min(context, c.window(layer) or context) for layer in range(c.n_layers))
+        return seen * c.kv_bytes(1, self.kv_itemsize) / c.n_layers
+
+    def token(self, context: float) -> float:
+        """All that this token reads."""
+        return self.weights + self.kv(context)
+
+
+def of(source: RandomWeights | checkpoint.Checkpoint, *, head_bits: int = 16, kv_dtype: str = "fp16") -> Traffic:
+    """The traffic of `source`. `head_bits` 8: a head that is not quantized is rounded to 8 bits at load."""
+    c = source.config
+    sizes = _of_random(source) if isinstance(source, RandomWeights) else _of_files(source)
+    body, quantized, head, table = sizes
+    if head_bits == 8 and head == c.vocab_size * c.hidden_size * 2:  # not one that the file holds in 4 bits
+        head = c.vocab_size * c.hidden_size * (1 + 2 / HEAD_GROUP)
+    return Traffic(c, body, quantized, head, table / c.vocab_size, 0 if c.tied_head else table, KV_ITEMSIZE[kv_dtype])
+
+
+def _of_random(source: RandomWeights) -> tuple[float, float, float, float]:
+    """See `_of_files`."""
+    c = source.config
+    table = c.vocab_size * c.hidden_size * 2
+    body = source.file_bytes - table * (1 if c.tied_head else 2)
+    return body, c.n_layers * source.linear_bytes if source.n_quantized else 0, table, table
+
+
+def _of_files(source: checkpoint.Checkpoint) -> tuple[float, float, float, float]:
+    """Bytes of the body, of what is quantized in it, of the head, and of the embedding table, from the headers."""
+    shards, names = Shards(source.path), source.names
+    sizes = {}
+    for name in shards.names:
+        info = shards.info(name)
+        sizes[name] = math.prod(info.shape) * DTYPES[info.dtype].itemsize
+    table = sizes.pop(f"{names.embed}.weight")
+    head = sum(sizes.pop(name) for name in list(sizes) if name.startswith(f"{names.head}."))
+    body = {name: size for name, size in sizes.items() if not name.endswith(names.ignored)}
+    quantized = sum(size for name, size in body.items() if name.rpartition(".")[2] in awq.PARTS)
+    return sum(body.values()), quantized, table if source.config.tied_head else head, table
