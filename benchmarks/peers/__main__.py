@@ -27,11 +27,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import awq_model
 import contenders
 import measure
 import report
 
+from tinychat.bench.shapes import SHAPES
+
+LLAMAS = [name for name, shape in SHAPES.items() if shape.hf_config["model_type"] == "llama"]
 FEW = {"llama-2-7b": ["llama.cpp"]}  # the peers worth their memory at a shape; elsewhere all
 
 
@@ -42,7 +44,7 @@ def arguments() -> argparse.Namespace:
         prog="python benchmarks/peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--shape", choices=list(awq_model.SHAPES), default="tinyllama-1.1b", help="(default: %(default)s)")
+    add("--shape", choices=LLAMAS, default="tinyllama-1.1b", help="(default: %(default)s)")
     add("--only", nargs="+", metavar="PEER", help=f"names, or how they begin: {', '.join(names)}")
     add("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2)")
     add("--rounds", type=int, default=5, metavar="N", help="(default: %(default)s)")

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import awq_model
 import environments
+
+from tinychat import checkpoint
+from tinychat.bench import traffic
 
 HERE = Path(__file__).parent
 
@@ -109,8 +111,13 @@ class Models:
 
     def _make_awq(self, path: Path) -> dict[str, Any]:
         if not path.exists():
-            awq_model.write(self._shape, path)
+            write = [sys.executable, "-m", "tinychat", "bench", "--shape", self._shape, "--write", str(path)]
+            subprocess.run(write, stdout=subprocess.DEVNULL, check=True)
         return {}
+
+    def bytes_per_token(self, head_bits: int) -> float:
+        """What tinychat reads for one token: its weights, the head at `head_bits`."""
+        return traffic.of(checkpoint.open(self.find("awq")[0]), head_bits=head_bits).weights
 
     def _make_config(self, path: Path) -> dict[str, Any]:
         config = json.loads((self.find("awq")[0] / "config.json").read_text())

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from contenders import Contender, Models
-from probe import Probe
 from process import Worker, WorkerError, first_token
 
+from tinychat.bench.probe import Probe
+
 PROMPT, PREFILL = 4, 512
+HEAD_BITS = 8  # of a quantized checkpoint in tinychat, unless it is told otherwise
+SLICES = 4  # of the probe, before a run and after it
 
 
 @dataclass
@@ -88,7 +91,10 @@ def speeds(plan: Plan) -> tuple[list[Run], dict[str, str]]:
                     missing[contender.name] = str(error)
                     _say(f"{contender.name} does not run: {error}")
                     continue
-                workers.append((Run(contender, threads, worker.about | {"without_amx": worker.limited}), worker))
+                about = worker.about | {"without_amx": worker.limited}
+                if contender.ours:
+                    about["bytes_per_token"] = plan.models.bytes_per_token(contender.options.get("head", HEAD_BITS))
+                workers.append((Run(contender, threads, about), worker))
             runs += [run for run, _ in workers]
             for number in range(plan.rounds):
                 turn = number % max(1, len(workers))
@@ -105,10 +111,10 @@ def _measure(run: Run, worker: Worker, probe: Probe, plan: Plan, number: int) ->
     def prompt(length: int) -> list[int]:
         return [numbers.randrange(3, 30000) for _ in range(length)]
 
-    before = probe.read()
+    before = [probe.read() for _ in range(SLICES)]
     decode = {"do": "decode", "prompt": prompt(PROMPT), "tokens": plan.tokens, "seconds": plan.seconds}
     latency = statistics.median(worker.ask(decode)["latencies"])
-    read = 2 / (1 / before + 1 / probe.read())
+    read = statistics.harmonic_mean(before + [probe.read() for _ in range(SLICES)])
     run.decode.append(1 / latency)
     run.probe_gb_s.append(read)
     run.fraction.append(run.about["bytes_per_token"] / latency / 1e9 / read)

@@ -16,11 +16,9 @@ class Tinychat:
         import tinychat
 
         self._llm = tinychat.load(args.model, device="cpu", ctx_size=args.context, threads=args.threads, **args.options)
-        embedding = self._llm.config.vocab_size * self._llm.config.hidden_size * 2
         self.about: dict[str, Any] = {
             "version": tinychat.__version__,
             "setting": self._llm.description,
-            "bytes_per_token": self._llm._runner.weight_bytes - embedding,
         }
 
     def generate(self, prompt: list[int], seen: Callable[[], bool]) -> None:

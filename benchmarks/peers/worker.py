@@ -21,7 +21,8 @@ from typing import Any, Protocol
 class Peer(Protocol):
     """An engine with a model loaded, on a number of threads that does not change.
 
-    about  what it is: version, precision, bytes_per_token (read for one token: all weights but the embedding table)
+    about  what it is: version, setting, and but for tinychat, where the parent counts them, bytes_per_token: read for
+           one token, all weights but the embedding table
     """
 
     about: dict[str, Any]
