@@ -1,0 +1,164 @@
+"""Rounds: in each, every engine decodes and prefills once, alone, while the others are stopped; the order rotates.
+
+What changes on the machine from minute to minute changes a whole round, so engines are compared within rounds: a ratio
+is the median over the rounds of the quotients. Decoding lies between two reads of memory, and is compared with them.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from contenders import Contender, Models
+from process import Worker, WorkerError, first_token
+
+from tinychat.bench.probe import Probe
+
+PROMPT, PREFILL = 4, 512
+HEAD_BITS = 8  # of a quantized checkpoint in tinychat, unless it is told otherwise
+SLICES = 4  # of the probe, before a run and after it
+
+
+@dataclass
+class Run:
+    """One engine with one number of threads; a list has an entry for each round. Speeds are tokens per second.
+
+    fraction  of the read bandwidth that decoding reached: bytes_per_token over the time, over the probes around it
+    """
+
+    contender: Contender
+    threads: int
+    about: dict[str, Any]
+    decode: list[float] = field(default_factory=list)
+    fraction: list[float] = field(default_factory=list)
+    probe_gb_s: list[float] = field(default_factory=list)
+    prefill: list[float] = field(default_factory=list)
+    peak_rss_bytes: int = 0
+
+
+@dataclass
+class Start:
+    """Starts of one engine: seconds from the command to the first token, and of them those before the worker's code."""
+
+    contender: Contender
+    threads: int
+    about: dict[str, Any] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    interpreter: list[float] = field(default_factory=list)
+    peak_rss_bytes: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """What to measure: see `--help`."""
+
+    contenders: list[Contender]
+    models: Models
+    threads: list[int]
+    rounds: int
+    tokens: int
+    seconds: float
+    logs: Path
+
+
+def speeds(plan: Plan) -> tuple[list[Run], dict[str, str]]:
+    """A run for each engine and number of threads; and why engines are missing, by name."""
+    runs: list[Run] = []
+    missing: dict[str, str] = {}
+    commands = {contender.name: contender.command(plan.models) for contender in plan.contenders}
+    for threads in plan.threads:
+        probe = Probe(threads)
+        with ExitStack() as stack:
+            workers: list[tuple[Run, Worker]] = []
+            for contender in plan.contenders:
+                try:
+                    worker = stack.enter_context(
+                        Worker(
+                            commands[contender.name],
+                            threads=threads,
+                            context=PREFILL + PROMPT + plan.tokens,
+                            log=plan.logs / f"{contender.name}.log",
+                            variables=contender.variables(),
+                        )
+                    )
+                except WorkerError as error:
+                    missing[contender.name] = str(error)
+                    _say(f"{contender.name} does not run: {error}")
+                    continue
+                about = worker.about | {"without_amx": worker.limited}
+                if contender.ours:
+                    about["bytes_per_token"] = plan.models.bytes_per_token(contender.options.get("head", HEAD_BITS))
+                workers.append((Run(contender, threads, about), worker))
+            runs += [run for run, _ in workers]
+            for number in range(plan.rounds):
+                turn = number % max(1, len(workers))
+                for run, worker in workers[turn:] + workers[:turn]:
+                    _measure(run, worker, probe, plan, number)
+            for run, worker in workers:
+                run.peak_rss_bytes = worker.ask({"do": "memory"})["peak_rss_bytes"]
+    return runs, missing
+
+
+def _measure(run: Run, worker: Worker, probe: Probe, plan: Plan, number: int) -> None:
+    numbers = random.Random(number)  # the same prompts for all, others in each round: nothing cached helps
+
+    def prompt(length: int) -> list[int]:
+        return [numbers.randrange(3, 30000) for _ in range(length)]
+
+    before = [probe.read() for _ in range(SLICES)]
+    decode = {"do": "decode", "prompt": prompt(PROMPT), "tokens": plan.tokens, "seconds": plan.seconds}
+    latency = statistics.median(worker.ask(decode)["latencies"])
+    read = statistics.harmonic_mean(before + [probe.read() for _ in range(SLICES)])
+    run.decode.append(1 / latency)
+    run.probe_gb_s.append(read)
+    run.fraction.append(run.about["bytes_per_token"] / latency / 1e9 / read)
+    run.prefill.append(PREFILL / worker.ask({"do": "prefill", "prompt": prompt(PREFILL)})["seconds"])
+    _say(
+        f"{run.threads} threads, round {number + 1}: {run.contender.name:<16} {run.decode[-1]:7.2f} tokens/s, "
+        f"{run.fraction[-1]:.2f} of {read:.1f} GB/s; prefill {run.prefill[-1]:7.1f}"
+    )
+
+
+def starts(plan: Plan) -> tuple[list[Start], dict[str, str]]:
+    """Starts of each engine with the files in the page cache, interleaved; and why engines are missing."""
+    found, missing = [], {}
+    for contender in plan.contenders:
+        _read_once(plan.models.find(contender.model)[0])
+        found.append(Start(contender, plan.threads[-1]))
+    for number in range(plan.rounds):
+        for start in [start for start in found if start.contender.name not in missing]:
+            name = start.contender.name
+            try:
+                answer = first_token(
+                    start.contender.command(plan.models),
+                    threads=start.threads,
+                    context=PREFILL,
+                    log=plan.logs / f"{name}.log",
+                    variables=start.contender.variables(),
+                )
+            except WorkerError as error:
+                missing[name] = str(error)
+                _say(f"{name} does not start: {error}")
+                continue
+            start.about = answer
+            start.seconds.append(answer["seconds"])
+            start.interpreter.append(answer["interpreter_s"])
+            start.peak_rss_bytes.append(answer["peak_rss_bytes"])
+            _say(f"start {number + 1}: {name:<16} {answer['seconds']:6.2f} s")
+    return [start for start in found if start.seconds], missing
+
+
+def _read_once(path: Path) -> None:
+    """Bring the files of a model into the page cache."""
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+    subprocess.run(["cat", *map(str, files)], stdout=subprocess.DEVNULL, check=True)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
