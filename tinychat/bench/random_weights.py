@@ -52,10 +52,8 @@ class RandomWeights:
         self._scales = lru_cache(maxsize=None)(self._make_scales)
 
     def embed(self) -> np.ndarray:
-        """See `WeightSource`. Made anew at each call, and read-only: a backend may keep it as it is."""
-        table = self._table()
-        table.flags.writeable = False
-        return table
+        """See `WeightSource`. Made anew at each call: it need not stay in memory beside its packed form."""
+        return self._table()
 
     def layer(self, index: int) -> Layer:
         """See `WeightSource`."""
