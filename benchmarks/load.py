@@ -2,10 +2,10 @@
 
     python benchmarks/load.py [--model DIR] [--threads N] [--layers 12] [--hidden-size 2048] [--vocab-size 32000]
 
-Of the checkpoint DIR; without it, of random weights, 4 bits in groups of 128, untied head, in a temporary folder,
-written first. The peak holds packed weights, the KV cache, the interpreter, and the largest piece (a layer, the head) as
-it is read; not two copies of the model. Where a virtual machine first has to fetch memory from its host, that is most of
-the time: system_s tells it, and a second run at once is faster. The last line is JSON.
+Of the checkpoint DIR; without it, of random weights, 4 bits in groups of 128, untied head, in a temporary folder. The
+peak holds the packed weights, the KV cache, the interpreter, and the largest piece (a layer, the head) as it is read;
+not two copies of the model. Where a virtual machine first has to fetch memory from its host, that is most of the time:
+system_s tells it, and a second run at once is faster. The last line is JSON.
 """
 
 from __future__ import annotations

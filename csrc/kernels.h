@@ -32,7 +32,7 @@ enum class Source : int32_t {
     codes = 0,  // the canonical form: codes uint8 [n, k], scales [n, groups] fp16 or fp32 (see wide_scales), zeros uint8
     awq = 1,    // 4 bits as AWQ "gemm" files hold them: words int32 [k, n/8], scales fp16 [groups, n], zero words [groups, n/8]
     f32 = 2,    // values [n, k] to be rounded to nearest, symmetric: scale = largest |w| of the group / (2^(bits-1) - 1),
-    f16 = 3,    // kept in the scales' type, zero = 2^(bits-1), codes w / scale + zero
+    f16 = 3,    // rounded up to the scales' type, zero = 2^(bits-1), codes w / scale + zero (pack_rounded.cpp)
     bf16 = 4,
 };
 
