@@ -79,6 +79,7 @@ void in_pieces(int64_t registers, const Work& work) {
 template <class Entry>
 void widen_keys(const Entry* keys, const float* scales, int64_t n, int64_t dim, float* k) {
     for (int64_t j = 0; j < rounded_up(n, kLanes); j += kLanes) {
+        for (int64_t e = j; e < j + kLanes && e < n; ++e) ask_ahead(keys + e * dim, dim * static_cast<int64_t>(sizeof(Entry)));
         for (int64_t d = 0; d < dim; d += kLanes) {
             const Part some = part(dim - d);
             Vector square[kLanes];
@@ -99,6 +100,7 @@ template <class Entry>
 void widen_values(const Entry* values, const float* scales, int64_t n, int64_t dim, float* v, int64_t stride) {
     for (int64_t j = 0; j < n; ++j) {
         const Vector scale = all(scales ? scales[j] : 1);
+        ask_ahead(values + j * dim, dim * static_cast<int64_t>(sizeof(Entry)));
         for (int64_t d = 0; d < dim; d += kLanes) save(v + j * stride + d, load(values + j * dim + d, part(dim - d)) * scale);
     }
 }
@@ -178,8 +180,10 @@ void tiles(const CacheView& cache, const QueryGroup& group, const QueryRows& row
         while (from < to && after(from) <= 0) from += heads;
         while (from < to && seen_by(rows, (to - 1) / heads, tile, tile + n).begin - tile >= n) to -= heads;
         const auto in_blocks = [&](const auto& work) {
-            for (int64_t m = from; m < to; m += kQueries) {
-                const int64_t some = to - m < kQueries ? to - m : kQueries;
+            const int64_t blocks = (to - from + kQueries - 1) / kQueries;
+            for (int64_t block = 0; block < blocks; ++block) {
+                const int64_t m = from + (to - from) * block / blocks;
+                const int64_t some = from + (to - from) * (block + 1) / blocks - m;
                 counted_out<kQueries>(some, [&](auto M) { work(M, m, after(m + some - 1)); });
             }
         };
