@@ -42,6 +42,26 @@ void phases(int threads) {
     check(std::accumulate(values.begin(), values.end(), int64_t{0}) == 2000 * 100, "phases follow one another");
 }
 
+// Steps in which the helpers stay awake, the profile on and off, with serial stretches between phases.
+void steps(int threads) {
+    Team team(threads);
+    int64_t total = 0;
+    for (int step = 0; step < 50; step++) {
+        const Team::Awake awake(team);
+        team.profile(step % 2 == 0);
+        for (int phase = 0; phase < 20; phase++) {
+            std::vector<int64_t> sums(30);
+            team.run(30, [&](Range part, int) {
+                for (int64_t i = part.begin; i < part.end; i++) sums[static_cast<size_t>(i)] = i;
+            });
+            total += std::accumulate(sums.begin(), sums.end(), int64_t{0});
+            if (phase % 7 == 0) std::this_thread::sleep_for(std::chrono::microseconds(150));
+        }
+    }
+    check(total == 50 * 20 * 435, "steps of phases, " + std::to_string(threads) + " threads");
+    check(team.busy_ns() > 0, "a profile counts");
+}
+
 void pauses() {
     Team team(3);
     int64_t total = 0;
@@ -63,6 +83,7 @@ void test_team() {
         covers(threads);
         phases(threads);
     }
+    for (int threads : {1, 2, 5}) steps(threads);
     pauses();
     for (int i = 0; i < 50; i++) Team team(4);
     check(true, "teams come and go");
