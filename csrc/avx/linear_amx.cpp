@@ -1,21 +1,22 @@
-// The linear of many rows on AMX: the level avx512vnni, whose packing and activations it takes as they are, with tiles in
-// place of dot products wherever there are rows enough to fill some.
+// The linear of many rows on AMX: the level avx512vnni, whose packing and activations it takes as they are, with tiles
+// in place of dot products wherever there are rows enough to fill some.
 //
 //   y[t, r] = sum over blocks of (sum over k of (q - z) x) * (s * scale of x)  +  sum over outliers of (q - z) s x
 //
-// in the order of operations of avx512vnni, so that both levels give the same bits. A tile of the matrix unit is 16 lines
-// of 64 bytes, and tdpbssd multiplies bytes with sign:
+// in the order of operations of avx512vnni, so that both levels give the same bits. A tile of the matrix unit is 16
+// lines of 64 bytes, and tdpbssd multiplies bytes with sign:
 //
 //   A: 16 rows of activations x 64 k, one plane of x = 256 hi + lo; read where they lie
 //   B: 16 lines of 4 k x 16 outputs x 4 k; codes unpacked to q - z once for all rows, in a scratch of this thread
 //   C: 16 rows x 16 outputs, int32, exact; one for each plane
 //
-// Codes of 8 bits are unpacked to q - 128, and (128 - z) sum(x) is added where z is another. B is filled with zeros beyond the
-// end of a block, and what A reads there (never beyond its row) does not count.
+// Codes of 8 bits are unpacked to q - 128, and (128 - z) sum(x) is added where z is another. B is filled with zeros
+// beyond the end of a block, and what A reads there (never beyond its row) does not count.
 //
-// Order of work: a panel of rows that stays in the level-2 cache; kTogether tiles of outputs; a piece of k whose B and A stay
-// in the level-1 cache; 16 rows; a tile of outputs; its blocks. Sums of 16 x 16 outputs lie in registers over a piece. While
-// the matrix unit multiplies a block, C of the block before is stored, scaled and added.
+// Order of work: a panel of rows that stays in the level-2 cache; kTogether tiles of outputs; a piece of k whose B and A
+// stay in the level-1 cache; 16 rows; a tile of outputs; its blocks. Sums of 16 x 16 outputs lie in registers over a
+// piece. While the matrix unit multiplies a block, C of the block before is stored, and that of the one before it is
+// scaled and added: what limits is this, and moving A and the sums between the caches, not the matrix unit.
 #include <immintrin.h>
 
 #include "levels.h"
@@ -139,8 +140,8 @@ struct Walk {
 // One block of a tile of packed weights to lines of B.
 void unpack_block(const LinearShape& shape, const char* tile, const Place& place, int8_t* lines, Factors* factors) {
     const char* scales = tile + place.scales;
-    const __m512 scale = shape.wide_scales ? _mm512_load_ps(scales)
-                                           : _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(scales)));
+    const auto* half = reinterpret_cast<const __m256i*>(scales);
+    const __m512 scale = shape.wide_scales ? _mm512_load_ps(scales) : _mm512_cvtph_ps(_mm256_load_si256(half));
     const __m512i zero = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(tile + place.zeros)));
     _mm512_store_ps(factors->scale, scale);
     const char* codes = tile + place.codes;
@@ -234,7 +235,8 @@ __attribute__((noinline)) void add_outliers(const Call& call, const Item& item, 
     for (int64_t t = 0; t < call.tile_rows; t++) {
         const char* row = x + t * layout.activation_bytes;
         const int64_t count = (reinterpret_cast<const Block*>(row + layout.blocks_at) + item.block)->outliers;
-        const auto* outliers = reinterpret_cast<const Outlier*>(row + layout.outliers_at) + item.block * layout.block_outliers;
+        const auto* list = reinterpret_cast<const Outlier*>(row + layout.outliers_at);
+        const Outlier* outliers = list + item.block * layout.block_outliers;
         __m512 sum = _mm512_load_ps(call.scratch.spilled[t]);
         for (int64_t o = 0; o < count; o++) {
             const int64_t index = outliers[o].index;
@@ -422,9 +424,10 @@ void multiply_tiles(const Call& call, int64_t begin, int64_t end, int64_t tile_b
         Ahead ahead{call.packed + tile_begin * tile_bytes + next, tile_bytes, outputs, lines};
         for (int64_t t = begin; t < end; t++) {
             const int64_t entry = (t - begin) * call.layout.blocks;
-            const Rows rows{call.activations + first_row(call, t) * call.layout.activation_bytes, scratch.scales + entry,
-                            scratch.outliers + entry, scratch.sums[t - begin],
-                            call.activations + first_row(call, t + 1) * call.layout.activation_bytes};
+            const auto x = [&](int64_t tile) {
+                return call.activations + first_row(call, tile) * call.layout.activation_bytes;
+            };
+            const Rows rows{x(t), scratch.scales + entry, scratch.outliers + entry, scratch.sums[t - begin], x(t + 1)};
             ahead.fetch(divide_up(lines * outputs, end - begin));
             if (call.tile_rows > 8) {
                 multiply_piece<planes, 16>(call, rows, outputs * count);
@@ -445,12 +448,13 @@ void configure(int64_t rows) {
 void linear(const LinearShape& shape, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
             int64_t tile_end, float* y, int64_t y_stride) {
     const bool quantized = shape.type == WeightType::quantized && (shape.bits == 4 || shape.bits == 8);
-    if (rows < (shape.activation_bits == 8 ? kLeastRows8 : kLeastRows16) || !quantized || QuantizedLayout(shape).blocks > kPanelBlocks) {
+    const int64_t least = shape.activation_bits == 8 ? kLeastRows8 : kLeastRows16;
+    if (rows < least || !quantized || QuantizedLayout(shape).blocks > kPanelBlocks) {
         return linear_avx512vnni().linear(shape, packed, activations, rows, tile_begin, tile_end, y, y_stride);
     }
     const int64_t row_tiles = divide_up(rows, kLines), tile_rows = divide_up(rows, row_tiles);
-    const Call call{shape, QuantizedLayout(shape), static_cast<const char*>(packed), static_cast<const char*>(activations),
-                    rows, tile_rows, y, y_stride, scratch_of_thread};
+    const auto *weights = static_cast<const char*>(packed), *x = static_cast<const char*>(activations);
+    const Call call{shape, QuantizedLayout(shape), weights, x, rows, tile_rows, y, y_stride, scratch_of_thread};
     int64_t panel = kPanelBytes / (call.layout.padded_k * call.layout.integer_bytes * tile_rows);
     panel = smaller(smaller(panel > 1 ? panel : 1, kPanelTiles), kPanelBlocks / call.layout.blocks);
     configure(tile_rows);
@@ -471,7 +475,7 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
 
 }  // namespace
 
-// Filled when the levels are listed, which is once: a table that is filled before it is used would need code to guard it.
+// Filled when the levels are listed, which is once: a static that fills itself would need code to guard it.
 const LinearKernels& linear_amx() {
     static LinearKernels table;
     table = linear_avx512vnni();
