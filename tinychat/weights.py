@@ -152,6 +152,10 @@ class RoundedHead:
         """See `WeightSource`."""
         return self.source.norm()
 
+    def norm_bias(self) -> np.ndarray | None:
+        """See `WeightSource`."""
+        return self.source.norm_bias()
+
     def head(self) -> Linear:
         """See `WeightSource`; segments that are quantized already stay as they are."""
         found = self.source.head() or Linear((self.source.embed(),))
