@@ -6,10 +6,12 @@ is the median over the rounds of the quotients. Decoding lies between two reads 
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ class Run:
     """One engine with one number of threads; a list has an entry for each round. Speeds are tokens per second.
 
     fraction  of the read bandwidth that decoding reached: bytes_per_token over the time, over the probes around it
+    others    cores that other programs kept busy meanwhile; one is enough to stall an engine that spins at barriers
     """
 
     contender: Contender
@@ -39,6 +42,7 @@ class Run:
     fraction: list[float] = field(default_factory=list)
     probe_gb_s: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
     peak_rss_bytes: int = 0
 
 
@@ -111,7 +115,9 @@ def _measure(run: Run, worker: Worker, probe: Probe, plan: Plan, number: int) ->
     def prompt(length: int) -> list[int]:
         return [numbers.randrange(3, 30000) for _ in range(length)]
 
+    began, busy, own = time.perf_counter(), _busy_seconds(), worker.cpu_seconds()
     before = [probe.read() for _ in range(SLICES)]
+    probed = time.perf_counter() - began
     decode = {"do": "decode", "prompt": prompt(PROMPT), "tokens": plan.tokens, "seconds": plan.seconds}
     latency = statistics.median(worker.ask(decode)["latencies"])
     read = statistics.harmonic_mean(before + [probe.read() for _ in range(SLICES)])
@@ -119,10 +125,18 @@ def _measure(run: Run, worker: Worker, probe: Probe, plan: Plan, number: int) ->
     run.probe_gb_s.append(read)
     run.fraction.append(run.about["bytes_per_token"] / latency / 1e9 / read)
     run.prefill.append(PREFILL / worker.ask({"do": "prefill", "prompt": prompt(PREFILL)})["seconds"])
+    others = _busy_seconds() - busy - (worker.cpu_seconds() - own) - 2 * probed * run.threads
+    run.others.append(max(0.0, others / (time.perf_counter() - began)))
     _say(
         f"{run.threads} threads, round {number + 1}: {run.contender.name:<16} {run.decode[-1]:7.2f} tokens/s, "
         f"{run.fraction[-1]:.2f} of {read:.1f} GB/s; prefill {run.prefill[-1]:7.1f}"
     )
+
+
+def _busy_seconds() -> float:
+    """CPU time that all programs have used since the machine's start, and what a hypervisor took from it."""
+    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting for input, output
 
 
 def starts(plan: Plan) -> tuple[list[Start], dict[str, str]]:

@@ -69,6 +69,11 @@ class Worker:
             if self._process.returncode is None:  # until it has stopped: a signal takes its time
                 os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
+    def cpu_seconds(self) -> float:
+        """CPU time that the process has used."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def _start(self) -> dict[str, Any]:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(

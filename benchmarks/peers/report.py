@@ -15,6 +15,7 @@ from typing import Any
 from measure import PREFILL, Run, Start
 
 GB = 1e9
+QUIET = 0.1  # cores
 
 
 def speeds(runs: list[Run]) -> str:
@@ -40,7 +41,21 @@ def speeds(runs: list[Run]) -> str:
     for row in ratios(runs):
         cells = (row["ours"], str(row["threads"]), row["peer"], _times(row["decode"]), _times(row["prefill"]))
         compared.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*measured, "", *compared])
+    return "\n".join([*measured, "", *compared, "", _disturbance(runs)])
+
+
+def _disturbance(runs: list[Run]) -> str:
+    """Whether the machine was quiet enough to believe the tables."""
+    shares = [share for run in runs for share in run.others]
+    if not shares:
+        return "Nothing was measured."
+    loud = sum(share > QUIET for share in shares)
+    text = f"Other programs kept {statistics.median(shares):.2f} cores busy (median), {max(shares):.2f} at most"
+    return (
+        f"{text}: {loud} of {len(shares)} turns were disturbed; measure again on a quiet machine."
+        if loud
+        else f"{text}."
+    )
 
 
 def ratios(runs: list[Run]) -> list[dict[str, Any]]:
