@@ -1,7 +1,7 @@
 """tinychat beside other engines: the same shapes, the same machine, in turns.
 
     python benchmarks/peers                                    # TinyLlama-1.1B's shape, every peer, 1 and 2 threads
-    python benchmarks/peers --only llama.cpp --threads 1       # tinychat and llama.cpp alone
+    python benchmarks/peers --only 'llama.cpp*' --threads 1    # tinychat and llama.cpp alone
     python benchmarks/peers --shape llama-2-7b                 # llama.cpp alone, unless --only says otherwise
     python benchmarks/peers --shape llama-2-7b --load          # from the command to the first token, and peak memory
 
@@ -21,6 +21,7 @@ JSON. An idle machine is worth more than many rounds.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import os
 from dataclasses import asdict
@@ -34,7 +35,7 @@ import report
 from tinychat.bench.shapes import SHAPES
 
 LLAMAS = [name for name, shape in SHAPES.items() if shape.hf_config["model_type"] == "llama"]
-FEW = {"llama-2-7b": ["llama.cpp"]}  # the peers worth their memory at a shape; elsewhere all
+FEW = {"llama-2-7b": ["llama.cpp", "llama.cpp-repack"]}  # the peers worth time and memory at a shape; elsewhere all
 
 
 def arguments() -> argparse.Namespace:
@@ -45,7 +46,7 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--shape", choices=LLAMAS, default="tinyllama-1.1b", help="(default: %(default)s)")
-    add("--only", nargs="+", metavar="PEER", help=f"names, or how they begin: {', '.join(names)}")
+    add("--only", nargs="+", metavar="PEER", help=f"names or patterns: {', '.join(names)}")
     add("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2)")
     add("--rounds", type=int, default=5, metavar="N", help="(default: %(default)s)")
     add("--tokens", type=int, default=200, metavar="N", help="to decode in a round (default: %(default)s)")
@@ -61,10 +62,10 @@ def arguments() -> argparse.Namespace:
         if value < 1:
             parser.error(f"{name} must be at least 1")
     wanted = args.only or FEW.get(args.shape, names)
-    for prefix in wanted:
-        if not any(name.startswith(prefix) for name in names):
-            parser.error(f"no peer is called {prefix}; there are {', '.join(names)}")
-    args.peers = [peer for peer in contenders.PEERS if peer.name.startswith(tuple(wanted))]
+    for pattern in wanted:
+        if not fnmatch.filter(names, pattern):
+            parser.error(f"no peer is called {pattern}; there are {', '.join(names)}")
+    args.peers = [peer for peer in contenders.PEERS if any(fnmatch.fnmatch(peer.name, pattern) for pattern in wanted)]
     return args
 
 

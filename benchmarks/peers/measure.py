@@ -20,11 +20,11 @@ from typing import Any
 from contenders import Contender, Models
 from process import Worker, WorkerError, first_token
 
-from tinychat.bench.probe import Probe
+from tinychat.bench.probe import Probe, between
 
 PROMPT, PREFILL = 4, 512
 HEAD_BITS = 8  # of a quantized checkpoint in tinychat, unless it is told otherwise
-SLICES = 4  # of the probe, before a run and after it
+SLICES = 5  # of the probe, before a run and after it
 
 
 @dataclass
@@ -116,11 +116,11 @@ def _measure(run: Run, worker: Worker, probe: Probe, plan: Plan, number: int) ->
         return [numbers.randrange(3, 30000) for _ in range(length)]
 
     began, busy, own = time.perf_counter(), _busy_seconds(), worker.cpu_seconds()
-    before = [probe.read() for _ in range(SLICES)]
+    before = statistics.median(probe.read() for _ in range(SLICES))
     probed = time.perf_counter() - began
     decode = {"do": "decode", "prompt": prompt(PROMPT), "tokens": plan.tokens, "seconds": plan.seconds}
     latency = statistics.median(worker.ask(decode)["latencies"])
-    read = statistics.harmonic_mean(before + [probe.read() for _ in range(SLICES)])
+    read = between(before, statistics.median(probe.read() for _ in range(SLICES)))
     run.decode.append(1 / latency)
     run.probe_gb_s.append(read)
     run.fraction.append(run.about["bytes_per_token"] / latency / 1e9 / read)
