@@ -197,14 +197,14 @@ typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
 // out, and multiplied in fp32. What remains has steps of at most 1/1020 of that mean: results that the taken do not touch,
 // their weights being zero, keep an NMSE of about 1e-7. The usual block pays one comparison for it. Not guaranteed: results
 // carried only by values much smaller than the mean of their block.
-// Of 8 bits (range 127), those more than 8 times the mean are taken out: steps of at most 1/16 of the mean, and of 1/40 of
-// the standard deviation in a block of normal values, whose NMSE is then 5e-5.
+// Of 8 bits (range 127), those more than 24 times the mean are taken out, which few blocks have: steps of at most 1/5 of the
+// mean, and of 1/40 of the standard deviation in a block of normal values, whose NMSE is then 5e-5.
 // Blocks whose values are all below 1e-33 count as zero; a block with NaN or infinity makes every output NaN.
 struct Limits {
     float range;
     float noise;  // an outlier is so many times the mean
 };
-constexpr Limits kLimits16{32639.0f, 32.0f}, kLimits8{127.0f, 8.0f};
+constexpr Limits kLimits16{32639.0f, 32.0f}, kLimits8{127.0f, 24.0f};
 
 // Takes the outliers out of values[0, length), padded with zeros to `count`: at most one in 16, the largest first. The m
 // largest of n sizes sum to at most m l + (what all have above l) for any l, which bounds the mean of the others from below

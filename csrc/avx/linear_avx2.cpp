@@ -14,7 +14,7 @@
 //
 // All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
 // Speed: one row runs at 0.93 or more of the speed at which a thread reads memory (benchmarks/linear.py), as codes are
-// fetched 4 KiB ahead; several rows share the unpacking, and many rows go in panels whose activations stay in the cache.
+// fetched ahead; several rows share the unpacking, and many rows go in panels whose activations stay in the cache.
 #include <immintrin.h>
 
 #include "levels.h"
@@ -24,7 +24,7 @@ namespace tinychat {
 namespace {
 
 constexpr int64_t kBlockSteps = kBlock / kStep;
-constexpr int64_t kAhead = 4096;          // bytes; without it the sums wait for memory (2/3 of the speed of reading)
+constexpr int64_t kAhead = 8192, kNear = 1024;  // bytes; without them the sums wait for memory
 constexpr int64_t kPanelBytes = 1 << 18;  // of activations: half of a small level-2 cache
 constexpr int64_t kHalf = 8;              // rows in a register
 constexpr int64_t kHalfBytes = 32;        // of a register
@@ -39,15 +39,22 @@ int32_t word(const char* at) {
 
 __m256i broadcast(const char* at) { return _mm256_set1_epi32(word(at)); }
 
+// Decoding waits for memory: a line is asked for into the second cache long before it is read, of which a core keeps more
+// on the way than into the first, and from there into the first shortly before.
+__attribute__((always_inline)) inline void fetch(const char* at) {
+    _mm_prefetch(at + kAhead, _MM_HINT_T1);
+    _mm_prefetch(at + kNear, _MM_HINT_T0);
+}
+
+// What lies ahead of a step.
+template <int bits>
+__attribute__((always_inline)) inline void fetch_step(const char* at) {
+    for (int64_t line = 0; line < kStep * kTile * bits / 8; line += 64) fetch(at + line);
+}
+
 // Codes of `bits`: load() gives a step of half a tile as two registers of bytes, one() a single k of its 8 rows.
 template <int bits>
 struct Codes;
-
-// Asks for what lies kAhead of a step.
-template <int bits>
-__attribute__((always_inline)) inline void fetch(const char* at) {
-    for (int64_t line = 0; line < kStep * kTile * bits / 8; line += 64) _mm_prefetch(at + kAhead + line, _MM_HINT_T0);
-}
 
 template <>
 struct Codes<4> {
@@ -96,7 +103,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
 #pragma GCC unroll 4
     for (int64_t i = 0; i < steps; i++) {
         __m256i q[H][2];
-        fetch<bits>(codes + i * Codes<bits>::kBytes);
+        fetch_step<bits>(codes + i * Codes<bits>::kBytes);
         for (int j = 0; j < H; j++) Codes<bits>::load(codes + j * kHalfBytes + i * Codes<bits>::kBytes, q[j]);
         for (int t = 0; t < R; t++) {
             for (int p = 0; p < planes; p++) {
@@ -140,7 +147,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
         }
         for (int64_t i = begin; i < end; i++) {
             __m256i q[kParts][H][2];
-            fetch<bits>(codes + i * Codes<bits>::kBytes);
+            fetch_step<bits>(codes + i * Codes<bits>::kBytes);
             for (int j = 0; j < H; j++) {
                 Codes<bits>::load(codes + j * kHalfBytes + i * Codes<bits>::kBytes, q[0][j]);
                 for (int h = 0; kParts == 2 && h < 2; h++) {

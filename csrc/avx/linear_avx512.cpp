@@ -13,7 +13,7 @@
 //
 // All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
 // Speed: one row runs at 0.95 or more of the speed at which a thread reads memory (benchmarks/linear.py), as codes are
-// fetched 4 KiB ahead; several rows share the unpacking, and many go in panels whose activations stay in the cache, with
+// fetched ahead; several rows share the unpacking, and many go in panels whose activations stay in the cache, with
 // VNNI at 0.65 or more of what its multipliers can do. (Two tiles at once share the broadcasts, and were no faster.)
 #include <immintrin.h>
 
@@ -24,7 +24,7 @@ namespace tinychat {
 namespace {
 
 constexpr int64_t kBlockSteps = kBlock / kStep;
-constexpr int64_t kAhead = 4096;          // bytes; without it the sums wait for memory (2/3 of the speed of reading)
+constexpr int64_t kAhead = 8192, kNear = 1024;  // bytes; without them 0.6 of the speed of reading
 constexpr int64_t kPanelBytes = 1 << 19;  // of activations: half of a usual level-2 cache
 
 int32_t word(const char* at) {
@@ -37,6 +37,13 @@ __m512i broadcast(const char* at) { return _mm512_set1_epi32(word(at)); }
 
 // Codes of `bits`: load() gives a step as two registers of bytes, and asks for what lies `ahead`; one() gives a single k of
 // the 16 rows.
+// Decoding waits for memory: a line is asked for into the second cache long before it is read, of which a core keeps more
+// on the way than into the first, and from there into the first shortly before.
+__attribute__((always_inline)) inline void fetch(const char* at, int64_t ahead) {
+    _mm_prefetch(at + ahead, _MM_HINT_T1);
+    _mm_prefetch(at + kNear, _MM_HINT_T0);
+}
+
 template <int bits>
 struct Codes;
 
@@ -45,7 +52,7 @@ struct Codes<4> {
     static constexpr int64_t kBytes = kStep * kTile / 2;  // of a step
     __attribute__((always_inline)) static void load(const char* at, int64_t ahead, __m512i (&q)[2]) {
         const __m512i mask = _mm512_set1_epi8(15), both = _mm512_load_si512(at);
-        _mm_prefetch(at + ahead, _MM_HINT_T0);
+        fetch(at, ahead);
         q[0] = _mm512_and_si512(both, mask);
         q[1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
     }
@@ -60,8 +67,8 @@ template <>
 struct Codes<8> {
     static constexpr int64_t kBytes = kStep * kTile;
     __attribute__((always_inline)) static void load(const char* at, int64_t ahead, __m512i (&q)[2]) {
-        _mm_prefetch(at + ahead, _MM_HINT_T0);
-        _mm_prefetch(at + ahead + 64, _MM_HINT_T0);
+        fetch(at, ahead);
+        fetch(at + 64, ahead);
         q[0] = _mm512_load_si512(at);
         q[1] = _mm512_load_si512(at + 64);
     }

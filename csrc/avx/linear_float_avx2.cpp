@@ -9,7 +9,7 @@
 namespace tinychat {
 namespace {
 
-constexpr int64_t kAhead = 4096;          // bytes; without it the sums wait for memory
+constexpr int64_t kAhead = 8192;          // bytes; without it the sums wait for memory
 constexpr int64_t kPanelBytes = 1 << 18;  // of activations: half of a small level-2 cache
 constexpr int64_t kHalf = 8;              // rows in a register
 
@@ -39,8 +39,8 @@ void tile_float(int64_t steps, const char* values, const char* activation, int64
     }
     for (int64_t k = 0; k < steps; k += 2) {
         const char* line = values + k * kTile * value_bytes(type);
-        _mm_prefetch(line + kAhead, _MM_HINT_T0);
-        if constexpr (type == WeightType::f32) _mm_prefetch(line + kAhead + 64, _MM_HINT_T0);
+        _mm_prefetch(line + kAhead, _MM_HINT_T1);
+        if constexpr (type == WeightType::f32) _mm_prefetch(line + kAhead + 64, _MM_HINT_T1);
         for (int j = 0; j < 2; j++) {
             const __m256 w0 = load<type>(values, k + j, 0), w1 = load<type>(values, k + j, 1);
             for (int t = 0; t < R; t++) {

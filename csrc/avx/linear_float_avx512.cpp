@@ -11,7 +11,7 @@
 namespace tinychat {
 namespace {
 
-constexpr int64_t kAhead = 4096;          // bytes; without it the sums wait for memory
+constexpr int64_t kAhead = 8192;          // bytes; without it the sums wait for memory
 constexpr int64_t kPanelBytes = 1 << 19;  // of activations: half of a usual level-2 cache
 
 template <WeightType type>
@@ -34,7 +34,7 @@ void tile_float(int64_t steps, const char* values, const char* activation, int64
     }
     for (int64_t k = 0; k < steps; k += kFloatStep) {
         const char* line = values + k * kTile * value_bytes(type) + kAhead;
-        for (int64_t i = 0; i < kFloatStep * kTile * value_bytes(type); i += 64) _mm_prefetch(line + i, _MM_HINT_T0);
+        for (int64_t i = 0; i < kFloatStep * kTile * value_bytes(type); i += 64) _mm_prefetch(line + i, _MM_HINT_T1);
         for (int j = 0; j < kFloatStep; j++) {
             const __m512 w = load<type>(values, k + j);
             for (int t = 0; t < R; t++) {
