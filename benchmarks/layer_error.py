@@ -3,8 +3,8 @@
     python benchmarks/layer_error.py [--shape llama-2-7b] [--rows 16]
 
 The layer stands between an embedding and a head of 1024 tokens, which both sides hold in 16 bits, and is run by the
-reference backend in float64 and by the cpu backend with activations of 16 and of 8 bits, on an fp32 cache. Printed is the
-normalized mean squared error of all logits, level by level; the last line is JSON.
+reference backend in float64 and by the cpu backend with activations of 16 and of 8 bits, on an fp32 cache. Printed is
+the normalized mean squared error of all logits, level by level; the last line is JSON.
 """
 
 from __future__ import annotations
