@@ -12,7 +12,7 @@
 //            of 4, the upper widened with 16 in place of ones.
 //
 // All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
-// Speed: one row runs at 0.95 or more of the speed at which a thread reads memory (benchmarks/linear.py), as codes are
+// Speed: one row runs at 0.89 of the speed at which a thread reads memory (Emerald Rapids; benchmarks/linear.py), as codes are
 // fetched ahead; several rows share the unpacking, and many go in panels whose activations stay in the cache, with
 // VNNI at 0.65 or more of what its multipliers can do. (Two tiles at once share the broadcasts, and were no faster.)
 #include <immintrin.h>
