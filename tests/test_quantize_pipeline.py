@@ -160,11 +160,11 @@ def test_errors_leave_nothing_behind(source, tmp_path):
 
 
 def test_being_told_to_end_leaves_nothing_behind(source, tmp_path, monkeypatch):
-    def transform(*arguments):
+    def round_layer(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("a terminated program went on")
 
-    monkeypatch.setattr(rtn, "transform", transform)
+    monkeypatch.setattr(rtn, "round_layer", round_layer)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"):
         main(["quantize", str(source), "-o", str(tmp_path / "out"), "--method", "rtn", "--group-size", "32"])

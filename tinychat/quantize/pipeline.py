@@ -1,18 +1,14 @@
 """The quantizer's walk: layers one at a time from a source, through a method, to memory or to a checkpoint.
 
-A method is a file of this package with `NEEDS_CALIBRATION` and `transform(config, layer, index, observed, grid)`, which
-returns the layer to round and what it found. What is handed on is what is written, fp16 rounding included.
+What is handed on is what is written, fp16 rounding included.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from tqdm import tqdm
@@ -26,8 +22,9 @@ from tinychat.errors import UsageError
 from tinychat.qtensor import QTensor, canonical
 from tinychat.quantize import calibration as calibrating
 from tinychat.quantize.activations import Activations
-from tinychat.quantize.dense import dense_layer, half, quantized_layer
+from tinychat.quantize.dense import dense_layer, half
 from tinychat.quantize.grid import Grid
+from tinychat.quantize.method import Method, find
 from tinychat.quantize.report import Report
 from tinychat.weights import LINEARS, NORMS, Layer, Linear, MemoryWeights, WeightSource
 
@@ -80,7 +77,7 @@ def quantize(
     report = Report(method, bits, group_size, bytes_before=opened.file_bytes)
     with checkpoint.CheckpointWriter(output, source=opened.path, overwrite=overwrite) as writer:
         sequences: Sequences | None = None
-        if chosen.NEEDS_CALIBRATION:
+        if chosen.needs_calibration:
             wanted = length or (SAMPLED if calibration is None else FROM_FILE)
             length = min(wanted, opened.config.max_positions)
             if calibration is None:
@@ -142,7 +139,7 @@ def quantize_in_memory(
     began = time.monotonic()
     grid, chosen = Grid(bits, group_size), find(method)
     report = Report(method, bits, group_size)
-    if chosen.NEEDS_CALIBRATION:
+    if chosen.needs_calibration:
         if not sequences:
             raise UsageError(f"method {method!r} needs calibration: give token sequences")
         report.calibration = _described(sequences, "the tokens given")
@@ -164,23 +161,9 @@ def quantize_in_memory(
     return weights, report
 
 
-def methods() -> list[str]:
-    """The names that `method` may have."""
-    package = importlib.import_module(__package__)
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    return [name for name in names if hasattr(importlib.import_module(f"{__package__}.{name}"), "transform")]
-
-
-def find(method: str) -> ModuleType:
-    """The file of a method; UsageError, listing those there are, where there is none."""
-    if method not in methods():
-        raise UsageError(f"no method {method!r}; there are: {', '.join(methods())}")
-    return importlib.import_module(f"{__package__}.{method}")
-
-
 def _layers(
     source: WeightSource,
-    method: ModuleType,
+    method: Method,
     grid: Grid,
     sequences: Sequences | None,
     plan: LayerPlan,
@@ -189,17 +172,15 @@ def _layers(
 ) -> Iterator[Layer]:
     """The layers as they are written, one after the other; what is found goes to the report."""
     activations = None
-    if method.NEEDS_CALIBRATION:
+    if method.needs_calibration:
         activations = Activations(source.config, source.embed(), sequences or [], SEARCH_TOKENS)
     layers = tqdm(range(source.config.n_layers), desc="quantizing", unit="layer", disable=not progress)
     for index in layers:
         layer = dense_layer(source.layer(index), partial(plan, index))
-        observed = activations.advance(layer, index) if activations else None
-        changed, results = method.transform(source.config, layer, index, observed, grid)
+        changed, done, results = method.apply(source.config, layer, index, activations, grid)
         report.groups += results
         for name in LINEARS:
             report.kept |= {module: reason for _, module, reason in getattr(layer, name).segments() if reason}
-        done = quantized_layer(changed, grid)
         report.count(changed, done)
         yield done
 
