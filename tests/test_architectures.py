@@ -4,17 +4,22 @@ Parameters are random with logits of standard deviation near 1; the largest diff
 1e-6). A family is a file in `tinychat/architectures/`; one without models here fails.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_families
 import torch
 from tiny_models import BASES, memory_weights, tiny
 
-from tinychat import architectures, decoder, rope
+from tinychat import architectures, checkpoint, decoder, rope
 from tinychat.backends import cpu, reference
 from tinychat.cache import Rows
 from tinychat.config import RopeScaling
+from tinychat.quantize.dense import dense_layer
+from tinychat.quantize.groups import scaling_groups
+from tinychat.weights import LINEARS, Layer, Linear, MemoryWeights
 
 TOLERANCE = 1e-4
 BACKENDS = [module for module in (reference, cpu) if module.available() is None]
@@ -47,6 +52,7 @@ OWN = {
         "one head": {"n_heads": 1},
         "a head of its own": {"tie_word_embeddings": False},
         "heads of 64": {"d_model": 192, "n_heads": 3},
+        "clipped, scaled": {"attn_config": {"clip_qkv": 0.6, "softmax_scale": 0.2}},
     },
     "falcon": {
         "7B": {},
@@ -81,6 +87,7 @@ OWN = {
         "window in layer_types": {**WINDOWED, "layer_types": MIXED_LAYERS},
     },
 }
+LEVELS = cpu._cpu.supported_isas().split() if cpu in BACKENDS else []
 LIKE_LLAMA = [family for family in OWN if family not in BASES]  # in the keys of config.json
 CASES = [
     (family, name, change)
@@ -104,9 +111,9 @@ def theirs(model, ids: np.ndarray, chunks: list[int] | None = None) -> np.ndarra
     return np.concatenate(logits)
 
 
-def ours(weights, ids: np.ndarray, chunks: list[int], backend=reference) -> np.ndarray:
+def ours(weights, ids: np.ndarray, chunks: list[int], backend=reference, **options) -> np.ndarray:
     """Our logits [tokens, vocab_size]."""
-    runner = backend.build(weights, ctx_size=len(ids), threads=1, kv_dtype="fp32")
+    runner = backend.build(weights, ctx_size=len(ids), threads=1, kv_dtype="fp32", **options)
     logits, start = [], 0
     for part in np.split(ids.astype(np.int32), np.cumsum(chunks)[:-1]):
         logits.append(runner.step(Rows.of(part, start, wanted="all")))
@@ -115,9 +122,10 @@ def ours(weights, ids: np.ndarray, chunks: list[int], backend=reference) -> np.n
 
 
 def test_every_family_has_models_here():
-    assert set(architectures.supported()) == set(OWN)
+    families = {*OWN, *tiny_families.CASES}
+    assert set(architectures.supported()) == families
     files = {path.stem for path in Path(architectures.__file__).parent.glob("*.py")}
-    assert files - set(OWN) == {"__init__", "config_reader", "names"}, (
+    assert files - families == {"__init__", "config_reader", "names"}, (
         "a file of a family needs NAMES and translate, and models in this test"
     )
 
@@ -136,6 +144,55 @@ def test_logits_equal_transformers(family, name, change, backend):
         assert 0.3 < want.std() < 3
 
 
+VARIANTS = [(family, name) for family, variants in tiny_families.CASES.items() for name in variants]
+
+
+@pytest.mark.parametrize(("family", "name"), VARIANTS, ids=[f"{f}: {n}" for f, n in VARIANTS])
+def test_logits_of_variants_equal_transformers(family, name, tmp_path, record_property):
+    """From files as transformers writes them: prefill, chunks and single tokens, past every window, on the reference
+    and at every level of instructions."""
+    model, _ = tiny(family, **tiny_families.CASES[family][name])
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    weights = checkpoint.open(tmp_path)
+    ids = tokens(23)
+    want = theirs(model, ids)
+    assert 0.3 < want.std() < 3
+    every = [[23], [1, 9, 2, 11], [4, 1, 5, 6, 7], [1] * 23]
+    runs = [(backend, chunks, {}) for backend in BACKENDS for chunks in every]
+    if cpu in BACKENDS:
+        runs += [(cpu, [1, 19, 3], {"isa": isa}) for isa in LEVELS]
+    for backend, chunks, options in runs:
+        difference = np.abs(ours(weights, ids, chunks, backend, **options) - want).max()
+        record_property(backend.__name__.rpartition(".")[2], float(difference))
+        assert difference < TOLERANCE, (backend.__name__, chunks, options)
+
+
+@pytest.mark.parametrize(("family", "name"), VARIANTS, ids=[f"{f}: {n}" for f, n in VARIANTS])
+def test_folding_scales_keeps_the_logits(family, name, tmp_path):
+    """Every scaling group of every family, with scales from a quarter to four, before anything is rounded."""
+    model, _ = tiny(family, **tiny_families.CASES[family][name])
+    model.save_pretrained(tmp_path)
+    source = checkpoint.open(tmp_path)
+    generator, folded = torch.Generator().manual_seed(0), []
+    for index in range(source.config.n_layers):
+        layer = dense_layer(source.layer(index), lambda *_: ("", "kept"))
+        for group in scaling_groups(source.config):
+            channels = group.pooled(torch.ones(getattr(layer, group.consumers[0]).weight.shape[1]))
+            layer = group.fold(layer, 4 ** (2 * torch.rand(len(channels), generator=generator) - 1))
+        changed = vars(layer) | {name: whole(getattr(layer, name)) for name in LINEARS}
+        folded.append(Layer(**{k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in changed.items()}))
+    ends = source.norm(), source.head(), source.norm_bias(), source.ends()
+    after = MemoryWeights(source.config, source.embed(), folded, *ends)
+    ids = tokens(23)
+    difference = np.abs(ours(after, ids, [20, 3]) - ours(source, ids, [20, 3])).max()
+    assert difference < TOLERANCE
+
+
+def whole(linear) -> Linear:
+    """A `Dense` as a `Linear` of one segment."""
+    return Linear((linear.weight.numpy(),), None if linear.bias is None else linear.bias.numpy())
+
+
 # A context of 64 stretched to 256 and run to 700: beyond both.
 STRETCHED = {"max_position_embeddings": 256, "num_hidden_layers": 2, "head_dim": 16, "rope_theta": 10000.0}
 SCALINGS = {
@@ -149,6 +206,13 @@ SCALINGS = {
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.0, 1.1, 1.3, 2.0, 3.0, 5.0, 8.0, 9.0],
+        "original_max_position_embeddings": 64,
+        "factor": 4.0,
     },
 }
 
@@ -184,8 +248,8 @@ def test_a_sequence_that_starts_at_position_100000(scaling):
             model(torch.from_numpy(ids)[None], position_ids=torch.from_numpy(positions)[None].long()).logits[0].numpy()
         )
     ops = reference.TorchOps()
-    turned = map(torch.from_numpy, rope.angles(weights.config.rope, positions, np.full(40, 100_040)))
-    context = decoder.Context(decoder.Context.of_sequences(weights.config.rope, [40]).spans, *turned)
+    turned = tuple(map(torch.from_numpy, rope.angles(weights.config.rope, positions, np.full(40, 100_040))))
+    context = dataclasses.replace(decoder.Context.of_sequences(weights.config, [40]), angles=(turned,))
     x = torch.from_numpy(weights.embedding[ids])
     for index, layer in enumerate(weights.layers):
         x = decoder.block(weights.config, ops, decoder.pack_layer(ops, layer), index, x, context)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from tiny_families import BASES as OTHERS
+from tiny_families import IDS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tinychat import architectures
-from tinychat.checkpoint import heads
-from tinychat.weights import Layer, Linear, MemoryWeights, norm_sizes
+from tinychat.checkpoint import heads, vectors
+from tinychat.config import Block
+from tinychat.weights import Ends, Layer, Linear, MemoryWeights, norm_sizes
 
 # Awkward on purpose: nothing is a power of two or a multiple of 64 but what a test sets.
 BASE = {
@@ -28,8 +31,8 @@ BASE = {
 }
 
 # Families whose keys are their own.
-IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 BASES = {
+    **OTHERS,
     "mpt": {"vocab_size": 97, "d_model": 60, "n_heads": 6, "n_layers": 2, "max_seq_len": 256, **IDS},
     "falcon": {
         "vocab_size": 97,
@@ -75,28 +78,38 @@ def memory_weights(model: AutoModelForCausalLM, hf_config: dict) -> MemoryWeight
         assert len(biases) in (0, len(modules))
         return Linear(tuple(state.pop(f"{m}.weight") for m in modules), np.concatenate(biases) if biases else None)
 
+    def norm(tensor: str) -> np.ndarray:
+        values = state.pop(tensor)
+        return values + np.float32(names.norm_offset if values.ndim == 1 and tensor.endswith(".weight") else 0)
+
     def layer(index: int) -> Layer:
         at = names.layer.format(index)
         qkv = linear(*(at + m for m in names.qkv))
-        norms = {name: state.pop(names.vector(name, index)) for name in norm_sizes(config)}
+        norms = {name: np.ones(size, np.float32) for name, size in norm_sizes(config).items()}
+        norms |= {name: norm(tensor) for name, (tensor, _) in vectors.vectors(config, names, index).items()}
         made = Layer(
-            **{"norm2": None, **norms},
+            **norms,
             qkv=heads.apart(qkv, config) if names.heads_interleaved else qkv,
             out=linear(*(at + m for m in names.out)),
             up=linear(*(at + m for m in names.up)),
             down=linear(*(at + m for m in names.down)),
         )
         present = {n for n in ("qkv", "out", "up", "down") if getattr(made, n).bias is not None}
-        assert present == config.biases
+        assert present == config.biases - {"head"}
         return made
 
+    ends = {name: norm(tensor) for name, (tensor, _) in vectors.ends(config, names).items()}
+    final = ends.pop("final_norm", None if config.block is Block.POST_NORM else np.ones(config.hidden_size, np.float32))
+    final_bias = ends.pop("final_norm_bias", None)
+    ends |= {name: Linear((ends[name],)) for name in ends if name.startswith("project")}
     weights = MemoryWeights(
         config=config,
         embedding=state.pop(f"{names.embed}.weight"),
         layers=[layer(index) for index in range(config.n_layers)],
-        final_norm=state.pop(f"{names.norm}.weight"),
-        final_norm_bias=state.pop(f"{names.norm}.bias") if config.norm_bias else None,
+        final_norm=final,
+        final_norm_bias=final_bias,
         output_head=None if config.tied_head else linear(names.head),
+        other_ends=Ends(**ends),
     )
     assert not state, f"left over: {sorted(state)}"
     return weights

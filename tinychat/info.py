@@ -67,7 +67,7 @@ def _weights(source: checkpoint.Checkpoint, shards: Shards) -> dict[str, Any]:
     c, names, quantization = source.config, source.names, source.quantization
     modules = Inventory(c, names, quantization, shards).quantized
     left = []
-    plain = Counter({_DTYPES[shards.info(f"{names.embed}.weight").dtype]: c.vocab_size * c.hidden_size})
+    plain = Counter({_DTYPES[shards.info(f"{names.embed}.weight").dtype]: c.vocab_size * c.table_width})
     places = [(linear, layer) for layer in range(c.n_layers) for linear in LINEARS]
     for linear, layer in places if c.tied_head else [*places, ("head", 0)]:
         for segment in segments(c, names, linear, layer):

@@ -56,7 +56,7 @@ def estimate(
     c = config
     block = c.hidden_size * (2 * c.q_size + 2 * c.kv_size + c.up_size + c.intermediate_size)
     kv_cache = n_slots * c.kv_bytes(ctx_size, kv_itemsize)
-    table, itemsize = c.vocab_size * c.hidden_size, 4 if c.dtype == "float32" else 2
+    table, itemsize = c.vocab_size * c.table_width, 4 if c.dtype == "float32" else 2
     weights = file_bytes + int((footprint.code_bytes - 0.5) * n_quantized)
     if head == 8:
         weights += int((1 + 3 / HEAD_GROUP) * table) - itemsize * table  # code, and a group's scale and zero

@@ -52,8 +52,7 @@ def translate(reader: ConfigReader) -> ModelConfig:
     if n_norms == 2 and not new:
         raise reader.error("num_ln_in_parallel_attn", "1: two norms are those of the new decoder architecture")
     parallel_block = Block.PARALLEL if n_norms == 2 else Block.PARALLEL_ONE_NORM
-    if reader.flag("apply_residual_connection_post_layernorm", False):
-        raise reader.error("apply_residual_connection_post_layernorm", "false: it is not implemented")
+    reader.refuse("apply_residual_connection_post_layernorm")
     reader.text("activation", "gelu", choices=("gelu",))
     max_positions = reader.integer("max_position_embeddings", 2048, high=LARGEST_POSITION)
     rope, slopes = reader.rope(head_dim, max_positions), ()
@@ -73,6 +72,7 @@ def translate(reader: ConfigReader) -> ModelConfig:
         norm_eps=reader.number("layer_norm_epsilon", 1e-5, above=0, high=1),
         rope=rope,
         activation=Activation.GELU,
+        gated=False,
         norm=Norm.LAYER,
         norm_bias=True,
         block=parallel_block if parallel else Block.SEQUENTIAL,

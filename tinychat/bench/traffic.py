@@ -59,15 +59,15 @@ def of(source: RandomWeights | checkpoint.Checkpoint, *, head_bits: int = 16, kv
     c = source.config
     sizes = _of_random(source) if isinstance(source, RandomWeights) else _of_files(source)
     body, quantized, head, table = sizes
-    if head_bits == 8 and head == c.vocab_size * c.hidden_size * 2:  # not one that the file holds in 4 bits
-        head = c.vocab_size * c.hidden_size * (1 + 2 / HEAD_GROUP)
+    if head_bits == 8 and head == c.vocab_size * c.table_width * 2:  # not one that the file holds in 4 bits
+        head = c.vocab_size * c.table_width * (1 + 2 / HEAD_GROUP)
     return Traffic(c, body, quantized, head, table / c.vocab_size, 0 if c.tied_head else table, KV_ITEMSIZE[kv_dtype])
 
 
 def _of_random(source: RandomWeights) -> tuple[float, float, float, float]:
     """See `_of_files`."""
     c = source.config
-    table = c.vocab_size * c.hidden_size * 2
+    table = c.vocab_size * c.table_width * 2
     body = source.file_bytes - table * (1 if c.tied_head else 2)
     return body, c.n_layers * source.linear_bytes if source.n_quantized else 0, table, table
 
@@ -80,6 +80,7 @@ def _of_files(source: checkpoint.Checkpoint) -> tuple[float, float, float, float
         info = shards.info(name)
         sizes[name] = math.prod(info.shape) * DTYPES[info.dtype].itemsize
     table = sizes.pop(f"{names.embed}.weight")
+    sizes.pop(f"{names.positions}.weight", None)  # one row is read
     head = sum(sizes.pop(name) for name in list(sizes) if name.startswith(f"{names.head}."))
     body = {name: size for name, size in sizes.items() if not name.endswith(names.ignored)}
     quantized = sum(size for name, size in body.items() if name.rpartition(".")[2] in awq.PARTS)

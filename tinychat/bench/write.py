@@ -10,9 +10,10 @@ import numpy as np
 from tinychat.architectures.names import TensorNames
 from tinychat.bench.random_weights import RandomWeights
 from tinychat.bench.shapes import Shape
-from tinychat.checkpoint import AwqFormat, CheckpointWriter, awq
+from tinychat.checkpoint import AwqFormat, CheckpointWriter, awq, vectors
+from tinychat.config import ModelConfig
 from tinychat.qtensor import AwqWords
-from tinychat.weights import LINEARS, NORMS, Layer, Linear
+from tinychat.weights import LINEARS, Layer, Linear
 
 
 def write(
@@ -39,20 +40,17 @@ def _groups(weights: RandomWeights) -> Iterator[Iterator[tuple[str, np.ndarray]]
     names = weights.names
     yield iter([(f"{names.embed}.weight", weights.embed())])
     for index in range(weights.config.n_layers):
-        yield _layer(weights.layer(index), names, index)
-    end = [(f"{names.norm}.weight", weights.norm().astype(np.float16))]
-    if (norm_bias := weights.norm_bias()) is not None:
-        end.append((f"{names.norm}.bias", norm_bias.astype(np.float16)))
+        yield _layer(weights.layer(index), weights.config, names, index)
+    end = [(name, values.astype(np.float16)) for name, values in vectors.of_ends(weights, names)]
     if head := weights.head():
         end.append((f"{names.head}.weight", np.asarray(head.segments[0])))
     yield iter(end)
 
 
-def _layer(layer: Layer, names: TensorNames, index: int) -> Iterator[tuple[str, np.ndarray]]:
+def _layer(layer: Layer, config: ModelConfig, names: TensorNames, index: int) -> Iterator[tuple[str, np.ndarray]]:
     prefix = names.layer.format(index)
-    for norm in NORMS:
-        if (values := getattr(layer, norm)) is not None:
-            yield names.vector(norm, index), values.astype(np.float16)
+    for tensor, values in vectors.of_layer(layer, config, names, index):
+        yield tensor, values.astype(np.float16)
     for name in LINEARS:
         linear: Linear = getattr(layer, name)
         first = 0

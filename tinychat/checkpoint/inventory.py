@@ -14,9 +14,10 @@ from tinychat.checkpoint import awq
 from tinychat.checkpoint.awq import AwqFormat
 from tinychat.checkpoint.quoting import listing, quote
 from tinychat.checkpoint.shards import Shards
+from tinychat.checkpoint.vectors import ends, vectors
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError
-from tinychat.weights import LINEARS, norm_sizes
+from tinychat.weights import LINEARS
 
 MAX_FAULTS = 12  # reported at once: where config.json is wrong, every tensor is
 _FLOATS = ("F16", "BF16", "F32")
@@ -35,7 +36,7 @@ def segments(config: ModelConfig, names: TensorNames, linear: str, layer: int) -
     """The row segments of a canonical linear: qkv, out, up, down of `layer`, or the head (`layer` is ignored)."""
     c = config
     if linear == "head":
-        return [Segment(names.head, (c.vocab_size, c.hidden_size))]
+        return [Segment(names.head, (c.vocab_size, c.table_width))]
     rows, k = {
         "qkv": ((c.q_size, c.kv_size, c.kv_size), c.hidden_size),
         "out": ((c.hidden_size,), c.q_size),
@@ -82,19 +83,19 @@ class Inventory:
 
     def _faults(self) -> Iterator[str]:
         c, names = self._config, self._names
-        yield from self._tensor(f"{names.embed}.weight", (c.vocab_size, c.hidden_size))
+        yield from self._tensor(f"{names.embed}.weight", (c.vocab_size, c.table_width))
+        for name, shape in ends(c, names).values():
+            yield from self._tensor(name, shape)
         for layer in range(c.n_layers):
-            for vector, size in norm_sizes(c).items():
-                yield from self._tensor(names.vector(vector, layer), (size,))
+            for name, size in vectors(c, names, layer).values():
+                yield from self._tensor(name, (size,))
             for linear in LINEARS:
                 yield from self._linear(linear, layer)
-        for part in ("weight", "bias") if c.norm_bias else ("weight",):
-            yield from self._tensor(f"{names.norm}.{part}", (c.hidden_size,))
         if not c.tied_head:
             yield from self._linear("head", 0)
         elif f"{names.head}.weight" in self._unseen:  # a copy of the embedding table, which some publishers keep
-            yield from self._tensor(f"{names.head}.weight", (c.vocab_size, c.hidden_size))
-            self.n_parameters -= c.vocab_size * c.hidden_size
+            yield from self._tensor(f"{names.head}.weight", (c.vocab_size, c.table_width))
+            self.n_parameters -= c.vocab_size * c.table_width
         left = sorted(name for name in self._unseen if not name.endswith(names.ignored))
         if left:
             yield f"tensors that this model does not have: {listing(left)}"

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from tinychat.backends.reference import TorchOps
 from tinychat.config import ModelConfig
-from tinychat.decoder import Context, PackedLayer, block
+from tinychat.decoder import Context, Entrance, PackedLayer, block
 from tinychat.errors import CheckpointError
 from tinychat.quantize.dense import Dense, DenseOps
-from tinychat.quantize.grid import as_float
+from tinychat.weights import Ends
 
+NO_ENDS = Ends()
 CHUNK_TOKENS = 4096  # run at once: bounds the memory of intermediate activations
 
 
@@ -45,21 +47,29 @@ class Activations:
     """The calibration tokens at the entrance of a block; `advance` takes them through it."""
 
     def __init__(
-        self, config: ModelConfig, embedding: np.ndarray, sequences: Sequence[Sequence[int]], sample_tokens: int
+        self,
+        config: ModelConfig,
+        embedding: np.ndarray,
+        sequences: Sequence[Sequence[int]],
+        sample_tokens: int,
+        ends: Ends = NO_ENDS,
     ):
         """At most about `sample_tokens` tokens, in whole sequences spread over the calibration set, are sampled."""
         self._config = config
         chosen = _spread(sequences, sample_tokens)
         self._chunks: list[tuple[slice, Context, bool]] = []
         ids: list[int] = []
+        positions: list[torch.Tensor] = []
         for sampled in (True, False):
             part = [s for s, is_chosen in zip(sequences, chosen, strict=True) if is_chosen == sampled]
             for chunk in _chunks(part):
                 begin = len(ids)
                 ids += [token for sequence in chunk for token in sequence]
-                context = Context.of_sequences(config.rope, [len(sequence) for sequence in chunk])
+                context = Context.of_sequences(config, [len(sequence) for sequence in chunk])
+                positions.append(context.positions)
                 self._chunks.append((slice(begin, len(ids)), context, sampled))
-        self._x = as_float(embedding[np.asarray(ids)])  # [tokens, hidden_size]
+        entrance = Entrance(config, TorchOps(), embedding[np.asarray(ids)], ends)
+        self._x = entrance.of_tokens(torch.arange(len(ids)), torch.cat(positions))  # [tokens, hidden_size]
 
     @property
     def n_tokens(self) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tinychat.config import Block, ModelConfig
+from tinychat.config import Activation, Block, ModelConfig
 from tinychat.decoder import PackedLayer
 from tinychat.quantize.dense import Dense, changed
 
@@ -94,12 +94,17 @@ class Group:
 def scaling_groups(config: ModelConfig) -> tuple[Group, ...]:
     """The groups of one block, in the order of the forward pass."""
     repeat = config.n_heads // config.n_kv_heads
-    mixed = Group("qkv", ("out",), repeat, config.head_dim)
-    if config.block is Block.PARALLEL_ONE_NORM:
-        groups = [Group("norm1", ("qkv", "up")), mixed]
-    else:
-        groups = [Group("norm1", ("qkv",)), mixed, Group("norm2", ("up",))]
-    # down(act(gate) * up) is linear in up; what passes through the non-linearity itself could not be scaled exactly.
-    if config.gated:
+    # What else reads a norm must be scaled with it: the residual stream of the other blocks, or nothing at all.
+    folds = config.norm_weight and config.block not in (Block.NORM_AFTER, Block.POST_NORM)
+    groups = []
+    if folds:
+        groups.append(Group("norm1", ("qkv", "up") if config.block is Block.PARALLEL_ONE_NORM else ("qkv",)))
+    if config.clip_qkv is None:  # clipping knows no scales
+        groups.append(Group("qkv", ("out",), repeat, config.head_dim))
+    if folds and config.block is not Block.PARALLEL_ONE_NORM:
+        groups.append(Group("norm2", ("up",)))
+    # down(act(gate) * up) is linear in up, and relu(x / s) is relu(x) / s; what passes through another non-linearity
+    # could not be scaled exactly.
+    if config.gated or config.activation is Activation.RELU:
         groups.append(Group("up", ("down",)))
     return tuple(groups)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tinychat import checkpoint
 from tinychat.architectures.names import TensorNames
 from tinychat.checkpoint import awq as awq_layout
-from tinychat.checkpoint import heads
+from tinychat.checkpoint import heads, vectors
 from tinychat.config import ModelConfig
 from tinychat.errors import UsageError
 from tinychat.qtensor import QTensor, canonical
@@ -26,7 +26,7 @@ from tinychat.quantize.dense import dense_layer, half
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.method import Method, find
 from tinychat.quantize.report import Report
-from tinychat.weights import LINEARS, NORMS, Layer, Linear, MemoryWeights, WeightSource
+from tinychat.weights import LINEARS, Layer, Linear, MemoryWeights, WeightSource
 
 FILE_BITS = 4
 SAMPLED, FROM_FILE = 128, 512  # tokens of a calibration sequence
@@ -102,11 +102,12 @@ def quantize(
         writer.add(f"{names.embed}.weight", half(opened.embed(), names.embed))
         for index, layer in enumerate(_layers(opened, chosen, grid, sequences, plan, report, progress)):
             _write(writer, opened.config, names, index, layer)
-        writer.add(f"{names.norm}.weight", half(opened.norm(), names.norm))
-        if (norm_bias := opened.norm_bias()) is not None:
-            writer.add(f"{names.norm}.bias", half(norm_bias, names.norm))
+        for tensor, values in vectors.of_ends(opened, names):
+            writer.add(tensor, values if names.norm_offset else half(values, tensor))
         if head := _half_head(opened):
             writer.add(f"{names.head}.weight", np.asarray(head.segments[0]))
+            if head.bias is not None:
+                writer.add(f"{names.head}.bias", half(head.bias, names.head))
         if not report.quantized_weights:
             raise UsageError(
                 f"no linear of {opened.path} can be quantized: "
@@ -148,14 +149,15 @@ def quantize_in_memory(
         return f"layers.{index}.{linear}[{i}]", None
 
     layers = list(_layers(source, chosen, grid, sequences, plan, report, progress))
-    norm_bias = source.norm_bias()
+    norm, norm_bias = source.norm(), source.norm_bias()
     weights = MemoryWeights(
         config=source.config,
         embedding=half(source.embed(), "embed"),
         layers=layers,
-        final_norm=half(source.norm(), "norm").astype(np.float32),
+        final_norm=None if norm is None else half(norm, "norm").astype(np.float32),
         output_head=_half_head(source),
         final_norm_bias=None if norm_bias is None else half(norm_bias, "norm").astype(np.float32),
+        other_ends=source.ends(),
     )
     report.seconds = time.monotonic() - began
     return weights, report
@@ -173,7 +175,7 @@ def _layers(
     """The layers as they are written, one after the other; what is found goes to the report."""
     activations = None
     if method.needs_calibration:
-        activations = Activations(source.config, source.embed(), sequences or [], SEARCH_TOKENS)
+        activations = Activations(source.config, source.embed(), sequences or [], SEARCH_TOKENS, source.ends())
     layers = tqdm(range(source.config.n_layers), desc="quantizing", unit="layer", disable=not progress)
     for index in layers:
         layer = dense_layer(source.layer(index), partial(plan, index))
@@ -189,9 +191,8 @@ def _write(
     writer: checkpoint.CheckpointWriter, config: ModelConfig, names: TensorNames, index: int, layer: Layer
 ) -> None:
     prefix = names.layer.format(index)
-    for norm in NORMS:
-        if (values := getattr(layer, norm)) is not None:
-            writer.add(names.vector(norm, index), half(values, norm))
+    for tensor, values in vectors.of_layer(layer, config, names, index):  # fp16 would round what is less 1 once more
+        writer.add(tensor, values if names.norm_offset else half(values, tensor))
     for name in LINEARS:
         linear: Linear = getattr(layer, name)
         if name == "qkv" and names.heads_interleaved:

@@ -1,0 +1,56 @@
+"""Tiny configurations of the families beyond Llama's closest kin: awkward sizes, one for each of their variants.
+
+BASES: keys of config.json that every variant of a family has; CASES: what each variant changes. A family found in
+`tinychat/architectures/` without a variant here or in test_architectures.py fails there.
+"""
+
+IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+SIZES = {"vocab_size": 97, "hidden_size": 60, "num_hidden_layers": 3, "num_attention_heads": 6, **IDS}
+LONG = {"max_position_embeddings": 256, "intermediate_size": 107}
+BASES = {
+    "opt": {**SIZES, "ffn_dim": 107, "max_position_embeddings": 64, "word_embed_proj_dim": 60},
+    "gpt_neox": {**SIZES, **LONG, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.4}},
+    "gpt_bigcode": {"vocab_size": 97, "n_embd": 60, "n_layer": 3, "n_head": 6, "n_positions": 64, "n_inner": 107, **IDS},
+    "starcoder2": {**SIZES, **LONG, "num_key_value_heads": 2},
+    "bloom": {"vocab_size": 97, "hidden_size": 60, "n_layer": 3, "n_head": 6, **IDS},
+    "phi": {**SIZES, **LONG, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.4}},
+    "stablelm": {
+        **SIZES,
+        **LONG,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.4},
+    },
+}
+CASES = {
+    "opt": {
+        "125M to 66B": {},
+        "350M": {"do_layer_norm_before": False, "word_embed_proj_dim": 28},
+        "no biases, a head of its own": {"enable_bias": False, "tie_word_embeddings": False},
+        "GELU, as Galactica": {"activation_function": "gelu", "num_attention_heads": 5},
+    },
+    "gpt_neox": {
+        "Pythia": {},
+        "20B": {"hidden_act": "gelu_fast", "tie_word_embeddings": True},
+        "sequential": {"use_parallel_residual": False},
+        "no attention bias, all of a head turns": {
+            "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0},
+        },
+    },
+    "gpt_bigcode": {
+        "StarCoder": {},
+        "a key-value head each": {"multi_query": False, "n_inner": None},
+        "erf, scores as they are": {"activation_function": "gelu", "scale_attn_weights": False},
+    },
+    "starcoder2": {
+        "3B": {"sliding_window": 5},
+        "no window, no biases": {"use_bias": False, "tie_word_embeddings": False},
+    },
+    "bloom": {"560M": {}, "heads of a power of two": {"n_head": 4, "hidden_size": 64, "tie_word_embeddings": False}},
+    "phi": {"2": {}, "tied, grouped queries": {"num_key_value_heads": 2, "num_attention_heads": 4, "hidden_size": 48}},
+    "stablelm": {
+        "3B": {},
+        "2 1.6B": {"use_qkv_bias": True},
+        "parallel": {"use_parallel_residual": True, "tie_word_embeddings": True, "num_attention_heads": 4},
+    },
+}
