@@ -20,7 +20,7 @@ from tinychat.config import Block
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
-from tinychat.qtensor import HEAD_GROUP, AwqWords, Weight, bfloat16
+from tinychat.qtensor import HEAD_GROUP, AwqWords, QTensor, Weight, bfloat16
 from tinychat.weights import NORMS, Layer, Linear, WeightSource, norm_sizes
 
 _cpu: Any = None
@@ -283,6 +283,8 @@ def _segment(weight: Weight, activations: int, keep: list[np.ndarray], bits: int
         return shape, getattr(_cpu.Source, kind.name), address, 0, 0
     if weight.bits > 8:
         raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 8")
+    if isinstance(weight, QTensor) and weight.permutation is not None:
+        raise BackendError("a weight with act-order; the cpu backend has no kernel for it")
     wide = weight.scales.dtype != np.float16
     scales = weight.scales.astype(np.float32, copy=False) if wide else weight.scales
     if isinstance(weight, AwqWords):
