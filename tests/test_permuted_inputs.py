@@ -26,7 +26,7 @@ def changed(weights: MemoryWeights, change) -> MemoryWeights:
 
 
 def in_own_orders(layer: Layer, index: int) -> Layer:
-    """The segments of a linear differ: the first keeps its order, the others have each their own, some of them equal."""
+    """The segments of a linear differ: the first keeps its order, those after it share another."""
 
     def linear(name: str) -> Linear:
         found: Linear = getattr(layer, name)
