@@ -83,6 +83,7 @@ class Checkpoint:
         self._shards.release()
         made: dict[str, Any] = {name: self._linear(name, index) for name in LINEARS}
         made |= {name: self._vector(self.names.vector(name, index)) for name in norm_sizes(self.config)}
+        made["act_scale"] = self._act_scale(self.names.vector("act_scale", index))
         return Layer(**{"norm2": None, **made})
 
     def norm(self) -> np.ndarray:
@@ -117,6 +118,14 @@ class Checkpoint:
             bias = np.concatenate([self._vector(f"{part.module}.bias") for part in parts])
         made = Linear(tuple(self._weight(part) for part in parts), bias)
         return heads.apart(made, self.config) if linear == "qkv" and self.names.heads_interleaved else made
+
+    def _act_scale(self, name: str) -> np.ndarray | None:
+        if name not in self._present:
+            return None
+        scale = self._vector(name)
+        if not scale.all():
+            raise CheckpointError(f"{self._where(name)} has a zero, and activations are divided by it")
+        return scale
 
     def _weight(self, segment: Segment) -> Weight:
         module, layout = segment.module, self.quantization

@@ -190,6 +190,8 @@ def _write(
     for norm in NORMS:
         if (values := getattr(layer, norm)) is not None:
             writer.add(names.vector(norm, index), half(values, norm))
+    if layer.act_scale is not None:
+        writer.add(names.vector("act_scale", index), half(layer.act_scale, "act_scale"))
     for name in LINEARS:
         linear: Linear = getattr(layer, name)
         if name == "qkv" and names.heads_interleaved:
