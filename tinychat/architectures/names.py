@@ -31,6 +31,7 @@ class TensorNames:
     down_norm: str = ""
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: tuple[str, ...] = ("mlp.down_proj",)
+    act_scale: str = "mlp.act.scales"  # AWQ's, where there is one: a tensor, not a module
     heads_interleaved: bool = False  # rows of a fused qkv: for each key-value head its queries, its key, its value
     norm_offset: float = 0.0  # a stored weight w of a norm stands for norm_offset + w
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)  # endings of tensors that carry nothing
@@ -48,6 +49,8 @@ class TensorNames:
         return self if found else bare
 
     def vector(self, name: str, layer: int) -> str:
-        """The tensor of one of `weights.NORMS` in block `layer`."""
+        """The tensor of one of `weights.NORMS` in block `layer`, or that of `act_scale`."""
+        if name == "act_scale":
+            return self.layer.format(layer) + self.act_scale
         norm, bias, _ = name.partition("_bias")
         return f"{self.layer.format(layer)}{getattr(self, norm)}.{'bias' if bias else 'weight'}"
