@@ -10,7 +10,15 @@ LONG = {"max_position_embeddings": 256, "intermediate_size": 107}
 BASES = {
     "opt": {**SIZES, "ffn_dim": 107, "max_position_embeddings": 64, "word_embed_proj_dim": 60},
     "gpt_neox": {**SIZES, **LONG, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.4}},
-    "gpt_bigcode": {"vocab_size": 97, "n_embd": 60, "n_layer": 3, "n_head": 6, "n_positions": 64, "n_inner": 107, **IDS},
+    "gpt_bigcode": {
+        "vocab_size": 97,
+        "n_embd": 60,
+        "n_layer": 3,
+        "n_head": 6,
+        "n_positions": 64,
+        "n_inner": 107,
+        **IDS,
+    },
     "starcoder2": {**SIZES, **LONG, "num_key_value_heads": 2},
     "bloom": {"vocab_size": 97, "hidden_size": 60, "n_layer": 3, "n_head": 6, **IDS},
     "phi": {**SIZES, **LONG, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.4}},

@@ -1,4 +1,4 @@
-"""BLOOM and BLOOMZ: ALiBi, a norm of the embedding, heads kept together, LayerNorm and a plain MLP with GELU by tanh."""
+"""BLOOM and BLOOMZ: ALiBi, a norm of the embedding, heads kept together in files, a plain MLP with GELU by tanh."""
 
 from tinychat import alibi
 from tinychat.architectures.config_reader import LARGEST_POSITION, ConfigReader
@@ -15,6 +15,7 @@ NAMES = TensorNames(
     up=("mlp.dense_h_to_4h",),
     down=("mlp.dense_4h_to_h",),
     heads_interleaved=True,
+    act_scale="mlp.gelu_impl.scales",
 )
 
 

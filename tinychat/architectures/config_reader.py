@@ -20,17 +20,18 @@ REQUIRED: Any = object()  # the default of a key that has none
 _BOOKKEEPING = """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _flash_attn_2_enabled _from_model_config _name_or_path architectures attention_dropout attn_implementation
-    attn_pdrop auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout cls_token_id
-    decoder_start_token_id diversity_penalty do_sample dropout early_stopping embd_pdrop emb_pdrop embedding_dropout embedding_fraction
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing hidden_dropout id2label init_config init_device init_std initializer_range
-    is_decoder is_llama_config label2id layerdrop length_penalty max_length max_new_tokens max_sequence_length min_length
-    model_max_length model_name no_repeat_ngram_size num_beam_groups num_beams num_logits_to_keep
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
-    problem_type quantization_config remove_invalid_values repetition_penalty resid_pdrop residual_dropout return_dict
-    return_dict_in_generate sep_token_id seq_length suppress_tokens task_specific_params temperature tf_legacy_loss
-    tokenizer_class tokenizer_name top_k top_p torchscript transformers.js_config transformers_version
-    trust_remote_code typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache verbose
+    attn_pdrop auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
+    cls_token_id decoder_start_token_id diversity_penalty do_sample dropout early_stopping embd_pdrop emb_pdrop
+    embedding_dropout embedding_fraction encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout id2label
+    init_config init_device init_std initializer_range is_decoder is_llama_config label2id layerdrop length_penalty
+    max_length max_new_tokens max_sequence_length min_length model_max_length model_name no_repeat_ngram_size
+    num_beam_groups num_beams num_logits_to_keep num_return_sequences output_attentions output_hidden_states
+    output_scores pad_token_id prefix pretraining_tp problem_type quantization_config remove_invalid_values
+    repetition_penalty resid_pdrop residual_dropout return_dict return_dict_in_generate sep_token_id seq_length
+    suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class tokenizer_name top_k top_p
+    torchscript transformers.js_config transformers_version trust_remote_code typical_p unsloth_fixed
+    unsloth_version use_bfloat16 use_cache verbose
 """
 HARMLESS = frozenset(_BOOKKEEPING.split())
 # Keys that are harmless at one value only: the one that switches off what is not implemented.
@@ -238,25 +239,23 @@ class ConfigReader:
         """Decoder blocks."""
         return self.integer("num_hidden_layers", high=2**10)
 
-    def sliding_window(self, default: int) -> int | None:
+    def sliding_window(self, default: int | None) -> int | None:
         """The window, `default` where the key is absent, None where it is null."""
         if "sliding_window" in self._values and self._values["sliding_window"] is None:
-            default = None  # type: ignore[assignment]
+            default = None
         return self.integer("sliding_window", default, high=LARGEST_POSITION)
 
     def windows(self) -> tuple[int | None, frozenset[int]]:
         """(window, layers it applies to), for families that switch it on by `use_sliding_window`: in `layer_types`
         where given, else from layer `max_window_layers` on."""
-        n_layers = self.n_layers()
         window = self.sliding_window(4096)
         if not self.flag("use_sliding_window", False):
             window = None
         first = self.integer("max_window_layers", 28, low=0, high=2**20)
         given = self.get("layer_types", None) is not None
         layers = self.sliding_layers(lambda layer: layer >= first)
-        if given:
-            if layers and window is None:
-                raise self.error("layer_types", "full_attention only: use_sliding_window or sliding_window is off")
+        if given and layers and window is None:
+            raise self.error("layer_types", "full_attention only: use_sliding_window or sliding_window is off")
         return (window, layers) if window is not None and layers else (None, frozenset())
 
     def every_layer(self, window: int | None) -> tuple[int | None, frozenset[int]]:
@@ -273,9 +272,7 @@ class ConfigReader:
             raise self.error("layer_types", f"{n_layers} times full_attention or sliding_attention")
         return frozenset(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
 
-    def rope(
-        self, head_dim: int, max_positions: int, *, partial: float | None = None, theta: float = 10000.0
-    ) -> Rope:
+    def rope(self, head_dim: int, max_positions: int, *, partial: float | None = None, theta: float = 10000.0) -> Rope:
         """Rotary parameters in either spelling: `rope_theta` and `rope_scaling`, or all in `rope_parameters`.
 
         partial: the default of partial_rotary_factor, the share of a head that turns; None: all of it always does.
@@ -308,8 +305,8 @@ class ConfigReader:
         if scaling is RopeScaling.NONE:
             return Rope(theta, dim)
         derived = (
-            scaling is RopeScaling.YARN and "factor" in self._values or scaling is RopeScaling.LONGROPE
-        )  # null: the ratio of the two contexts
+            scaling is RopeScaling.YARN and "factor" in self._values
+        ) or scaling is RopeScaling.LONGROPE  # null: the ratio of the two contexts
         factor = self.number("factor", None if derived else REQUIRED, above=0, high=1e6)
         if scaling is RopeScaling.LINEAR:
             return Rope(theta, dim, scaling, factor)

@@ -27,12 +27,16 @@ def translate(reader: ConfigReader) -> ModelConfig:
     reader.spelled(hidden_act="activation_function", rms_norm_eps="layer_norm_epsilon")
     reader.pass_over("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "inference_runner")
     reader.pass_over("max_batch_size", "pad_key_length", "pre_allocate_kv_cache", "validate_runner_input")
-    reader.pass_over(*(f"summary_{key}" for key in ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")))
+    reader.pass_over(
+        *(f"summary_{key}" for key in ("activation", "first_dropout", "proj_to_labels", "type", "use_proj"))
+    )
     return reader.decoder(
         n_kv_heads=1 if reader.flag("multi_query", True) else None,
         hidden_act="gelu_pytorch_tanh",
         tied=True,
-        intermediate_size=reader.integer("intermediate_size", 4 * reader.integer("hidden_size", high=2**17), high=2**20),
+        intermediate_size=reader.integer(
+            "intermediate_size", 4 * reader.integer("hidden_size", high=2**17), high=2**20
+        ),
         gated=False,
         norm=Norm.LAYER,
         norm_bias=True,

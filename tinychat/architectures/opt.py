@@ -1,4 +1,4 @@
-"""OPT, 125M to 66B: learned positions from row 2 on, ReLU, LayerNorm, biases; 350M norms sums and has narrow embeddings."""
+"""OPT 125M to 66B, Galactica: learned positions from row 2 on; 350M norms sums and has narrow embeddings."""
 
 from tinychat.architectures.config_reader import ConfigReader
 from tinychat.architectures.names import TensorNames
@@ -25,7 +25,10 @@ def translate(reader: ConfigReader) -> ModelConfig:
     reader.refuse("_remove_final_layer_norm")
     if not reader.flag("layer_norm_elementwise_affine", True):
         raise reader.error("layer_norm_elementwise_affine", "true: norms without weights are not implemented")
-    width, hidden_size = reader.integer("word_embed_proj_dim", None, high=2**17), reader.integer("hidden_size", high=2**17)
+    width, hidden_size = (
+        reader.integer("word_embed_proj_dim", None, high=2**17),
+        reader.integer("hidden_size", high=2**17),
+    )
     return reader.decoder(
         hidden_act="relu",
         tied=True,

@@ -4,9 +4,7 @@ from tinychat.architectures.config_reader import ConfigReader
 from tinychat.architectures.names import TensorNames
 from tinychat.config import Block, ModelConfig, Norm
 
-NAMES = TensorNames(
-    norm="model.final_layernorm", out=("self_attn.dense",), up=("mlp.fc1",), down=("mlp.fc2",)
-)
+NAMES = TensorNames(norm="model.final_layernorm", out=("self_attn.dense",), up=("mlp.fc1",), down=("mlp.fc2",))
 
 
 def translate(reader: ConfigReader) -> ModelConfig:

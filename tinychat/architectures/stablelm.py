@@ -1,4 +1,4 @@
-"""StableLM 3B and 2, StableCode 3B: Llama with LayerNorm and a share of each head rotated; 12B is parallel on one norm."""
+"""StableLM 3B, 2 and Zephyr, Stable Code 3B: Llama with LayerNorm and a share of each head rotated."""
 
 from tinychat.architectures.config_reader import ConfigReader
 from tinychat.architectures.names import TensorNames

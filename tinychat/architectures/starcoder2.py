@@ -1,4 +1,4 @@
-"""StarCoder2: grouped queries, rotary, biases, a window over all layers, LayerNorm and a plain MLP with GELU by tanh."""
+"""StarCoder2: rotary, a window over all layers, biases, LayerNorm and a plain MLP with GELU by tanh."""
 
 from tinychat.architectures.config_reader import ConfigReader
 from tinychat.architectures.names import TensorNames

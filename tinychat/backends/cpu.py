@@ -273,7 +273,9 @@ class CpuRunner:
 def _shape(config: ModelConfig) -> Any:
     """The numbers of `config`, as C++ has them."""
     c, shape = config, _cpu.DecoderShape()
-    same = "vocab_size hidden_size n_heads n_kv_heads head_dim intermediate_size norm_eps gated residual_scale embed_scale"
+    same = (
+        "vocab_size hidden_size n_heads n_kv_heads head_dim intermediate_size norm_eps gated residual_scale embed_scale"
+    )
     for name in [*same.split(), "slopes"]:
         setattr(shape, name, getattr(c, name))
     for name in ("clip_qkv", "attention_cap", "logit_cap"):

@@ -193,7 +193,7 @@ def activated(x: torch.Tensor, kind: Activation) -> torch.Tensor:
 def attended(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, cap: float | None
 ) -> torch.Tensor:
-    """softmax(q keys^T) values, scores perhaps capped: [heads, rows, dim]. mask: bool, or what is added to the scores."""
+    """softmax(q keys^T) values, scores perhaps capped: [heads, rows, dim]. mask: bool, or what is added."""
     if cap is None:
         return torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=1.0)
     scores = cap * torch.tanh(q @ keys.transpose(1, 2) / cap)
