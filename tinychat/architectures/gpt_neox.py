@@ -1,4 +1,4 @@
-"""GPT-NeoX 20B, Pythia, Dolly, StableCode alpha: a share of each head rotated, attention beside the MLP, heads kept together."""
+"""GPT-NeoX 20B, Pythia, Dolly, StableCode alpha: a share of each head rotated, attention beside the MLP."""
 
 from tinychat.architectures.config_reader import ConfigReader
 from tinychat.architectures.names import TensorNames
