@@ -29,6 +29,22 @@ BASES = {
         "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.4},
     },
 }
+LLAMA = {**SIZES, **LONG, "num_key_value_heads": 2, "num_hidden_layers": 4}
+HALVES = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 2.0, 5.0, 9.0]}
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+BASES |= {
+    "gemma": {**LLAMA, "head_dim": 14},
+    "gemma2": {**LLAMA, "head_dim": 14, "sliding_window": 5, "query_pre_attn_scalar": 20},
+    "gemma3_text": {**LLAMA, "head_dim": 14, "sliding_window": 5, "query_pre_attn_scalar": 20},
+    "olmo": LLAMA,
+    "olmo2": LLAMA,
+    "smollm3": LLAMA,
+    "granite": LLAMA,
+    "phi3": {**LLAMA, "original_max_position_embeddings": 256},
+}
 CASES = {
     "opt": {
         "125M to 66B": {},
@@ -60,5 +76,62 @@ CASES = {
         "3B": {},
         "2 1.6B": {"use_qkv_bias": True},
         "parallel": {"use_parallel_residual": True, "tie_word_embeddings": True, "num_attention_heads": 4},
+    },
+    "gemma": {
+        "2B": {"num_key_value_heads": 1},
+        "a head of its own, biases": {"tie_word_embeddings": False, "attention_bias": True},
+    },
+    "gemma2": {
+        "2B": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        "no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    },
+    "gemma3_text": {
+        "1B": {"sliding_window_pattern": 3},
+        "two ropes, one stretched": {"rope_parameters": TWO_ROPES, "num_hidden_layers": 7},
+        "capped": {"final_logit_softcapping": 3.0},
+    },
+    "olmo": {"1B": {}, "7B": {"clip_qkv": 0.6, "num_key_value_heads": 6}, "biases": {"attention_bias": True}},
+    "olmo2": {
+        "7B": {"num_key_value_heads": 6},
+        "32B": {},
+        "tied, biases": {"tie_word_embeddings": True, "attention_bias": True},
+    },
+    "smollm3": {
+        "3B": {},
+        "windows where nothing turns": {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "no_rope_layers": [1, 0, 1, 0],
+        },
+        "nothing turns": {"no_rope_layers": [0] * 4, "attention_bias": True, "mlp_bias": True},
+    },
+    "granite": {
+        "3.1 2B": {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 1.6,
+            "tie_word_embeddings": True,
+        },
+        "biases": {"attention_bias": True, "mlp_bias": True, "logits_scaling": 0.5, "attention_multiplier": 0.3},
+    },
+    "phi3": {
+        "mini 4k": {"sliding_window": 5},
+        "long, short texts": {
+            "hidden_size": 48,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {"rope_type": "longrope", **HALVES},
+        },
+        "long, long texts": {
+            "hidden_size": 48,
+            "original_max_position_embeddings": 8,
+            "rope_parameters": {"rope_type": "longrope", **HALVES},
+        },
+        "4 mini": {
+            "hidden_size": 60,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {"rope_type": "longrope", "partial_rotary_factor": 0.8, **HALVES},
+            "tie_word_embeddings": True,
+        },
     },
 }

@@ -214,6 +214,12 @@ class ConfigReader:
         """Of the MLP."""
         return ACTIVATIONS[self.text("hidden_act", default, choices=tuple(ACTIVATIONS))]
 
+    def cap(self, key: str, default: float | None) -> float | None:
+        """A bound that scores or logits approach; null, unlike an absent key, is none."""
+        if key in self._values and self._values[key] is None:
+            default = None
+        return self.number(key, default, above=0, high=1e6)
+
     def pass_over(self, *keys: str) -> None:
         """Keys that are the family's own and change nothing here."""
         for key in keys:
@@ -290,12 +296,29 @@ class ConfigReader:
             raise self.error("rope_scaling", f"the same as rope_parameters = {_show(self.get('rope_parameters'))}")
         return found[0]
 
+    def two_ropes(self, head_dim: int, *, theta: float, local_theta: float) -> tuple[Rope, Rope]:
+        """(that of layers that see everything, that of layers with a window): objects of `rope_parameters`, or the
+        keys of one rope and rope_local_base_freq."""
+        max_positions = self.integer("max_position_embeddings", high=LARGEST_POSITION)
+        kinds = self.get("rope_parameters", {})
+        if not isinstance(kinds, dict) or "full_attention" not in kinds:
+            local = Rope(self.number("rope_local_base_freq", local_theta, above=1, high=1e15), head_dim)
+            return self.rope(head_dim, max_positions, theta=theta), local
+        both = ConfigReader(kinds, self._ignore, f"{self._path}rope_parameters.", bookkeeping=False)
+        found = []
+        for key, base in (("full_attention", theta), ("sliding_attention", local_theta)):
+            inner = ConfigReader(both.get(key, {}), self._ignore, f"{both._path}{key}.", bookkeeping=False)
+            found.append(inner._rope(self, base, head_dim, None, max_positions))
+            inner.finish()
+        both.finish()
+        return found[0], found[1]
+
     def _rope(
         self, outer: ConfigReader, theta: float, head_dim: int, partial: float | None, max_positions: int
     ) -> Rope:
-        supported = [scaling.value for scaling in RopeScaling]
+        supported = {scaling.value: scaling for scaling in RopeScaling} | {"su": RopeScaling.LONGROPE}
         older = self.text("type", "default", choices=supported)
-        scaling = RopeScaling(self.text("rope_type", older, choices=supported))
+        scaling = supported[self.text("rope_type", older, choices=supported)]
         theta = self.number("rope_theta", theta, above=1, high=1e15)
         if partial is not None:
             partial = self.number("partial_rotary_factor", partial, above=0, high=1)
