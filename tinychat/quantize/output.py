@@ -1,0 +1,176 @@
+"""A quantized model on its way into a checkpoint: in which groups it fits the layout, and what its tensors are called.
+
+The choice of a layout is made here and nowhere else. Tables are converted to fp16 in parts, so that none is held.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tinychat.architectures.names import TensorNames
+from tinychat.checkpoint import Checkpoint, CheckpointWriter, heads
+from tinychat.checkpoint import awq as layout
+from tinychat.checkpoint.inventory import segments
+from tinychat.checkpoint.writer import SHARD_BYTES
+from tinychat.config import ModelConfig
+from tinychat.errors import CheckpointError, UsageError
+from tinychat.qtensor import QTensor, canonical
+from tinychat.quantize.dense import half
+from tinychat.quantize.report import Report, size
+from tinychat.weights import LINEARS, NORMS, Layer, Linear
+
+LEAST_GROUP = 32  # that a group size is lowered to, where it does not divide the inputs of a linear
+_PART_BYTES = 1 << 24  # of a table converted at a time
+
+
+class Output:
+    """The checkpoint that a quantization of `source` writes.
+
+    bits, group_size  asked for; `group_size` then is what the files get, which may be smaller, and `why` says why
+    """
+
+    def __init__(self, source: Checkpoint, bits: int, group_size: int):
+        if bits != layout.BITS:
+            raise UsageError(
+                f"{bits} bits cannot be written: the AWQ layout holds {layout.BITS}; "
+                f"other widths exist in memory (tinychat.quantize.quantize_in_memory)"
+            )
+        self.source = source
+        self.bits = bits
+        self.group_size, self.why = _fitting(source.config, source.names, bits, group_size)
+
+    def plan(self, index: int, linear: str, i: int, shape: tuple[int, int]) -> tuple[str, str | None]:
+        """The name of segment `i` of a canonical linear of layer `index`, and why it stays in 16 bits, if it does."""
+        names = self.source.names
+        return names.layer.format(index) + getattr(names, linear)[i], layout.fits(shape, self.group_size)
+
+    def predicted_bytes(self) -> int:
+        """Of the weight files."""
+        linears = _linears(self.source.config, self.source.names)
+        saved = sum(n * k * 16 - _bits((n, k), self.bits, self.group_size) for _, (n, k) in linears)
+        return 2 * self.source.n_parameters - int(saved) // 8
+
+    def require_room(self, where: Path, kept_bytes: int) -> None:
+        """CheckpointError unless the disk of `where` holds the checkpoint, a shard and twice what commits keep."""
+        whole = self.predicted_bytes()
+        needed, free = int(1.05 * (whole + min(whole, SHARD_BYTES) + 2 * kept_bytes)), shutil.disk_usage(where).free
+        if needed > free:
+            raise CheckpointError(
+                f"{where} has {size(free)} free; writing this checkpoint takes up to {size(needed)}: free some space, "
+                f"or write to another disk"
+            )
+
+    def add_embedding(self, writer: CheckpointWriter) -> None:
+        """Write what comes before the layers."""
+        name = self.source.names.embed
+        self._add_table(writer, f"{name}.weight", self.source.embed())
+
+    def add_layer(self, writer: CheckpointWriter, index: int, layer: Layer) -> None:
+        """Write block `index`."""
+        names = self.source.names
+        prefix = names.layer.format(index)
+        for norm in NORMS:
+            if (values := getattr(layer, norm)) is not None:
+                writer.add(names.vector(norm, index), half(values, norm))
+        for name in LINEARS:
+            linear: Linear = getattr(layer, name)
+            if name == "qkv" and names.heads_interleaved:
+                linear = heads.together(linear, self.source.config)
+            first = 0
+            for part, segment in zip(getattr(names, name), linear.segments, strict=True):
+                module = prefix + part
+                segment = canonical(segment)
+                if isinstance(segment, QTensor):
+                    for ending, array in layout.pack(segment).items():
+                        writer.add(f"{module}.{ending}", array)
+                else:
+                    writer.add(f"{module}.weight", segment)
+                if linear.bias is not None:
+                    writer.add(f"{module}.bias", half(linear.bias[first : first + segment.shape[0]], module))
+                first += segment.shape[0]
+
+    def add_end(self, writer: CheckpointWriter) -> None:
+        """Write what comes after the layers."""
+        source, names = self.source, self.source.names
+        writer.add(f"{names.norm}.weight", half(source.norm(), names.norm))
+        if (norm_bias := source.norm_bias()) is not None:
+            writer.add(f"{names.norm}.bias", half(norm_bias, names.norm))
+        if head := source.head():
+            self._add_table(writer, f"{names.head}.weight", plain_head(head))
+            if head.bias is not None:
+                writer.add(f"{names.head}.bias", half(head.bias, names.head))
+
+    def finish(self, writer: CheckpointWriter, report: Report) -> Path:
+        """Make the checkpoint visible; its directory. UsageError where nothing in it is quantized."""
+        if not report.quantized_weights:
+            raise UsageError(
+                f"no linear of {self.source.path} can be quantized: "
+                + "; ".join(sorted(set(report.kept.values())))
+                + ". Choose another --group-size"
+            )
+        config = {**self.source.hf_config, "torch_dtype": "float16"}
+        if "dtype" in config:
+            config["dtype"] = "float16"
+        form = layout.AwqFormat(group_size=self.group_size, modules_to_not_convert=tuple(report.kept))
+        return writer.finish(config, form)
+
+    def _add_table(self, writer: CheckpointWriter, name: str, table: np.ndarray) -> None:
+        """A large tensor in fp16, part by part; its mapped pages are given back on the way."""
+        rows = max(1, _PART_BYTES // table[:1].nbytes)
+
+        def parts() -> Iterator[np.ndarray]:
+            for first in range(0, len(table), rows):
+                yield half(table[first : first + rows], name)
+                self.source.release()
+
+        writer.add_parts(name, np.dtype(np.float16), table.shape, parts())
+
+
+def plain_head(head: Linear) -> np.ndarray:
+    """The weight of an output head. UsageError where it is quantized."""
+    (segment,) = head.segments
+    if not isinstance(segment, np.ndarray):
+        raise UsageError("the output head is quantized already; quantize the original checkpoint instead")
+    return segment
+
+
+def _linears(config: ModelConfig, names: TensorNames) -> list[tuple[str, tuple[int, int]]]:
+    """(module within its layer, (N, K)) of all linears of all layers."""
+    found = []
+    for index in range(config.n_layers):
+        at = names.layer.format(index)
+        parts = [part for linear in LINEARS for part in segments(config, names, linear, index)]
+        found += [(part.module.removeprefix(at), part.shape) for part in parts]
+    return found
+
+
+def _bits(shape: tuple[int, int], bits: int, group_size: int) -> float:
+    """Of a linear in the file: codes and, for each group, a scale and a zero; or 16 for each weight."""
+    n, k = shape
+    if layout.fits(shape, group_size):
+        return 16 * n * k
+    return n * (bits * k + (16 + bits) * (1 if group_size == -1 else k // group_size))
+
+
+def _fitting(config: ModelConfig, names: TensorNames, bits: int, group_size: int) -> tuple[int, str | None]:
+    """The group size that makes the smallest checkpoint, and why, if it is not the one asked for.
+
+    The layout has one group size for all: where it does not divide the inputs of a linear, that linear stays in 16
+    bits, or all get smaller groups, a power of two that does.
+    """
+    linears = _linears(config, names)
+    smaller = [1 << i for i in range(30) if LEAST_GROUP <= 1 << i < group_size]
+    candidates = [group_size, *reversed(smaller)]  # the largest of equals
+    totals = [sum(_bits(shape, bits, candidate) for _, shape in linears) for candidate in candidates]
+    chosen = candidates[totals.index(min(totals))]
+    if chosen == group_size:
+        return group_size, None
+    at_fault = next((module, k) for module, (n, k) in linears if n % layout.PER_WORD == 0 and k % group_size)
+    return chosen, (
+        f"groups of {chosen}, not {group_size}: the {at_fault[1]} inputs of {at_fault[0]} are not a multiple of "
+        f"{group_size}, and left in 16 bits it would outweigh the smaller groups"
+    )
