@@ -67,7 +67,9 @@ class Quantizers:
         self.log = ""
         self.events = 0  # of the last run that was not killed
 
-    def run(self, *argv, at: int = 0, signal: int = 9, largest_file: int | None = None, shard_bytes: int = 15_000) -> int:
+    def run(
+        self, *argv, at: int = 0, signal: int = 9, largest_file: int | None = None, shard_bytes: int = 15_000
+    ) -> int:
         """The exit code (-9: killed) of `tinychat ARGV`, which sends itself a signal before the `at`-th time that it
         opens a file for writing, renames or removes one below the root, may write no file beyond a size, and makes
         several shards of a tiny model."""

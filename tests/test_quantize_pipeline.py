@@ -120,7 +120,7 @@ def test_report(source, tmp_path):
     text = str(report)
     for part in ("norm1 -> qkv", "v -> out", "up -> down", "whole block", "alpha", "bits per quantized weight", " s"):
         assert part in text
-    assert "4 sequences, 96 tokens" in text
+    assert "4 sequences of 24, 96 tokens" in text
     found = json.loads(json.dumps(report.to_dict()))
     assert found["method"] == "awq" and len(found["groups"]) == 2 * 5 and found["seconds"] > 0
     plain = quantize(source, tmp_path / "rtn", method="rtn", group_size=32, progress=False)

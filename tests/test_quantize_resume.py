@@ -117,7 +117,7 @@ def test_a_full_disk_keeps_what_was_finished(quantizers, work):
 def test_another_run_does_not_go_on_with_it(quantizers, work):
     text = work / "text.jsonl"
     text.write_text("x")
-    assert quantizers.run(*command(work), at=30) == -signal.SIGKILL
+    assert quantizers.run(*command(work), at=18) == -signal.SIGKILL
     before = contents(work / ".out.partial")
     for more, expected in (
         (["--seed", "1"], "seed was 0, now 1"),
@@ -140,9 +140,11 @@ def test_another_run_does_not_go_on_with_it(quantizers, work):
 def test_two_at_once(work):
     """The lock is the system's: a file left by a killed process, as above, locks nothing."""
     arguments = {"method": "rtn", "group_size": 32, "progress": False}
-    with CheckpointWriter(work / "out"):
-        with pytest.raises(CheckpointError, match=rf"is being written by another process \(pid {os.getpid()}, since 20"):
-            quantize(work / "source", work / "out", **arguments)
+    with (
+        CheckpointWriter(work / "out"),
+        pytest.raises(CheckpointError, match=rf"is being written by another process \(pid {os.getpid()}, since 20"),
+    ):
+        quantize(work / "source", work / "out", **arguments)
     (work / ".out.partial").mkdir()
     (work / ".out.partial" / "lock").write_text(json.dumps({"pid": 1, "since": "2001-01-01 00:00:00"}))
     quantize(work / "source", work / "out", **arguments)
@@ -150,7 +152,7 @@ def test_two_at_once(work):
 
 
 def test_what_was_kept_and_is_damaged(quantizers, work):
-    assert quantizers.run(*command(work), at=25) == -signal.SIGKILL
+    assert quantizers.run(*command(work), at=18) == -signal.SIGKILL
     partial = work / ".out.partial"
     state = json.loads((partial / "state.json").read_text())
     data, kept = partial / f"data-{state['closed'] + 1}", partial / f"kept-{state['serial']}.activations"

@@ -168,7 +168,7 @@ writes the same bytes; what it needs for that lies in .DST.partial beside DST un
         type=lambda text: -1 if text == "-1" else whole(text),
         default=128,
         metavar="N",
-        help="inputs that share a scale: 32, 64, 128, or -1 for a whole row; smaller groups lose less and take more bits. "
+        help="inputs that share a scale: 32, 64, 128, or -1 for a whole row; smaller: less loss, more bits. "
         "Where it does not divide a layer's inputs, smaller groups or 16 bits are taken, and named (default: 128)",
     )
     text = parser.add_argument_group("what it is calibrated on", "Nothing of it matters to a method that only rounds.")

@@ -67,7 +67,7 @@ class CheckpointWriter:
     source       a checkpoint directory whose tokenizer, chat template, generation config and licence are copied
     shard_bytes  a new shard begins where this would be exceeded
     run          what determines the bytes written, as plain values by name: makes `commit` possible, and this writer
-                 go on where one with an equal `run` was stopped (`note` is then what that one committed)
+                 go on where one with an equal `run` was stopped (`note` and `arrays` are then what that one committed)
     restart      throw away what an earlier run left
 
     Every failure is a `CheckpointError` and leaves what was there before as it was. What was committed is lost only by
@@ -86,6 +86,7 @@ class CheckpointWriter:
     ):
         self.directory = Path(directory).resolve()
         self.note: dict[str, Any] | None = None
+        self.arrays: dict[str, np.ndarray] = {}
         self.complete = False  # nothing is left to add: an earlier run had come to `finish`
         self._source = None if source is None else Path(source)
         self._shard_bytes = shard_bytes
@@ -112,10 +113,6 @@ class CheckpointWriter:
     def kept_in(self) -> Path | None:
         """Where what was committed lies; None where nothing was."""
         return self._partial.path if self._partial is not None and self._partial.state is not None else None
-
-    def kept(self) -> dict[str, np.ndarray]:
-        """The arrays of the commit that `note` is of."""
-        return self._in_use().kept()
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Write one tensor. `ValueError` for a second one of that name, or a dtype that the format lacks."""
@@ -254,6 +251,7 @@ class CheckpointWriter:
                 f"{quote(str(partial.path))} lacks {listing(missing)} of the run that it is to continue; begin anew "
                 f"(--restart)"
             )
+        self.arrays = partial.kept()
         partial.sweep(counted)
 
     def _published_by(self, partial: Partial) -> bool:

@@ -136,11 +136,10 @@ class _State:
         if writer.note is not None:
             self.report = Report.from_dict(writer.note["report"])
             self.layers, self._before = writer.note["layers"], writer.note["seconds"]
-            kept = writer.kept()
-            self.activations = kept.get("activations")
-            if "tokens" in kept:
-                ends = np.cumsum(kept["lengths"])
-                self.sequences = [part.tolist() for part in np.split(kept["tokens"], ends[:-1])]
+            self.activations = writer.arrays.pop("activations", None)
+            if "tokens" in writer.arrays:
+                ends = np.cumsum(writer.arrays["lengths"])
+                self.sequences = [part.tolist() for part in np.split(writer.arrays["tokens"], ends[:-1])]
 
     @property
     def seconds(self) -> float:
