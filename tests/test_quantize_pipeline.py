@@ -212,7 +212,9 @@ def test_groups_get_smaller_where_that_makes_the_checkpoint_smaller(source, tmp_
     """96 inputs of down_proj are not a multiple of 64, but of 32; in 16 bits they would double the checkpoint."""
     report = quantize(source, tmp_path / "out", method="rtn", group_size=64, progress=False)
     assert report.group_size == 32 and not report.kept
-    assert "groups of 32, not 64: the 96 inputs of mlp.down_proj are not a multiple of 64" in str(report)
+    assert "groups of 32, not 64: of mlp.down_proj, its 96 inputs are not a multiple of the group size 64" in str(
+        report
+    )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["group_size"] == 32
     assert checkpoint.open(tmp_path / "out").layer(0).down.segments[0].group_size == 32

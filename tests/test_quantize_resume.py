@@ -46,7 +46,7 @@ def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-@pytest.mark.parametrize(("method", "overwritten", "step"), [("awq", False, 17), ("rtn", True, 4)])
+@pytest.mark.parametrize(("method", "overwritten", "step"), [("awq", False, 23), ("rtn", True, 5)])
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(quantizers, work, method, overwritten, step):
     arguments = command(work, "--method", method, "--overwrite")
     assert quantizers.run(*arguments) == 0, quantizers.log

@@ -5,6 +5,7 @@ The choice of a layout is made here and nowhere else. Tables are converted to fp
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from tinychat.architectures.names import TensorNames
-from tinychat.checkpoint import Checkpoint, CheckpointWriter, heads
-from tinychat.checkpoint import awq as layout
+from tinychat.checkpoint import Checkpoint, CheckpointWriter, heads, layouts
 from tinychat.checkpoint.inventory import segments
+from tinychat.checkpoint.layouts import Layout
+from tinychat.checkpoint.safetensors_file import DTYPES
 from tinychat.checkpoint.writer import SHARD_BYTES
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError, UsageError
@@ -31,28 +33,24 @@ class Output:
     """The checkpoint that a quantization of `source` writes.
 
     bits, group_size  asked for; `group_size` then is what the files get, which may be smaller, and `why` says why
+    layout            how they hold it
     """
 
     def __init__(self, source: Checkpoint, bits: int, group_size: int):
-        if bits != layout.BITS:
-            raise UsageError(
-                f"{bits} bits cannot be written: the AWQ layout holds {layout.BITS}; "
-                f"other widths exist in memory (tinychat.quantize.quantize_in_memory)"
-            )
         self.source = source
-        self.bits = bits
-        self.group_size, self.why = _fitting(source.config, source.names, bits, group_size)
+        self.layout, self.why = _fitting(source.config, source.names, bits, group_size)
+        self.group_size = self.layout.group_size
 
     def plan(self, index: int, linear: str, i: int, shape: tuple[int, int]) -> tuple[str, str | None]:
         """The name of segment `i` of a canonical linear of layer `index`, and why it stays in 16 bits, if it does."""
         names = self.source.names
-        return names.layer.format(index) + getattr(names, linear)[i], layout.fits(shape, self.group_size)
+        return names.layer.format(index) + getattr(names, linear)[i], self.layout.misfit(shape)
 
     def predicted_bytes(self) -> int:
         """Of the weight files."""
         linears = _linears(self.source.config, self.source.names)
-        saved = sum(n * k * 16 - _bits((n, k), self.bits, self.group_size) for _, (n, k) in linears)
-        return 2 * self.source.n_parameters - int(saved) // 8
+        saved = sum(2 * n * k - _bytes(self.layout, (n, k)) for _, (n, k) in linears)
+        return 2 * self.source.n_parameters - saved
 
     def require_room(self, where: Path, kept_bytes: int) -> None:
         """CheckpointError unless the disk of `where` holds the checkpoint, a shard and twice what commits keep."""
@@ -85,7 +83,7 @@ class Output:
                 module = prefix + part
                 segment = canonical(segment)
                 if isinstance(segment, QTensor):
-                    for ending, array in layout.pack(segment).items():
+                    for ending, array in self.layout.pack(segment).items():
                         writer.add(f"{module}.{ending}", array)
                 else:
                     writer.add(f"{module}.weight", segment)
@@ -115,8 +113,7 @@ class Output:
         config = {**self.source.hf_config, "torch_dtype": "float16"}
         if "dtype" in config:
             config["dtype"] = "float16"
-        form = layout.AwqFormat(group_size=self.group_size, modules_to_not_convert=tuple(report.kept))
-        return writer.finish(config, form)
+        return writer.finish(config, self.layout.excluding(report.kept))
 
     def _add_table(self, writer: CheckpointWriter, name: str, table: np.ndarray) -> None:
         """A large tensor in fp16, part by part; its mapped pages are given back on the way."""
@@ -148,29 +145,29 @@ def _linears(config: ModelConfig, names: TensorNames) -> list[tuple[str, tuple[i
     return found
 
 
-def _bits(shape: tuple[int, int], bits: int, group_size: int) -> float:
-    """Of a linear in the file: codes and, for each group, a scale and a zero; or 16 for each weight."""
-    n, k = shape
-    if layout.fits(shape, group_size):
-        return 16 * n * k
-    return n * (bits * k + (16 + bits) * (1 if group_size == -1 else k // group_size))
+def _bytes(layout: Layout, shape: tuple[int, int]) -> int:
+    """Of a linear in the file: quantized where it fits, else in 16 bits."""
+    if layout.misfit(shape):
+        return 2 * math.prod(shape)
+    parts = layout.parts(shape).values()
+    return sum(math.prod(part.shape) * DTYPES[part.dtypes[0]].itemsize for part in parts if not part.optional)
 
 
-def _fitting(config: ModelConfig, names: TensorNames, bits: int, group_size: int) -> tuple[int, str | None]:
-    """The group size that makes the smallest checkpoint, and why, if it is not the one asked for.
+def _fitting(config: ModelConfig, names: TensorNames, bits: int, group_size: int) -> tuple[Layout, str | None]:
+    """The layout and group size that make the smallest checkpoint; and why, if it is not the one asked for.
 
-    The layout has one group size for all: where it does not divide the inputs of a linear, that linear stays in 16
+    A layout has one group size for all: where it does not divide the inputs of a linear, that linear stays in 16
     bits, or all get smaller groups, a power of two that does.
     """
     linears = _linears(config, names)
     smaller = [1 << i for i in range(30) if LEAST_GROUP <= 1 << i < group_size]
-    candidates = [group_size, *reversed(smaller)]  # the largest of equals
-    totals = [sum(_bits(shape, bits, candidate) for _, shape in linears) for candidate in candidates]
+    candidates = [layouts.for_writing(bits, size) for size in (group_size, *reversed(smaller))]  # the largest of equals
+    totals = [sum(_bytes(candidate, shape) for _, shape in linears) for candidate in candidates]
     chosen = candidates[totals.index(min(totals))]
-    if chosen == group_size:
-        return group_size, None
-    at_fault = next((module, k) for module, (n, k) in linears if n % layout.PER_WORD == 0 and k % group_size)
+    if chosen.group_size == group_size:
+        return chosen, None
+    module, reason = next((m, why) for m, shape in linears if (why := candidates[0].misfit(shape)))
     return chosen, (
-        f"groups of {chosen}, not {group_size}: the {at_fault[1]} inputs of {at_fault[0]} are not a multiple of "
-        f"{group_size}, and left in 16 bits it would outweigh the smaller groups"
+        f"groups of {chosen.group_size}, not {group_size}: of {module}, {reason}, and in 16 bits it would outweigh "
+        f"the smaller groups"
     )

@@ -59,7 +59,7 @@ def quantize(
     offline: bool = False,
     ignore_config: Collection[str] = (),
 ) -> Report:
-    """Quantize the checkpoint `source` and write it to the directory `output` in the AWQ layout.
+    """Quantize the checkpoint `source` and write it to the directory `output`: 4 bits as AWQ; 2, 3 and 8 as GPTQ.
 
     calibration  see `calibration.load`; None: text sampled from the model itself
     n_sequences, length  of the calibration set, at most; None: 512 tokens, 128 of sampled text
