@@ -182,7 +182,7 @@ def _write(
     writer: checkpoint.CheckpointWriter,
     config: ModelConfig,
     names: TensorNames,
-    layout: layouts.Layout,
+    layout: layouts.WritableLayout,
     index: int,
     layer: Layer,
 ) -> None:
