@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from tinychat.checkpoint.layouts import Layout
+from tinychat.checkpoint.layouts import WritableLayout
 from tinychat.checkpoint.partial import Partial, flush, remove
 from tinychat.checkpoint.quoting import listing, quote
 from tinychat.checkpoint.safetensors_file import DTYPES
@@ -143,7 +143,7 @@ class CheckpointWriter:
         with self._faults("cannot be written"):
             self._commit(note, arrays or {}, complete=False)
 
-    def finish(self, config: dict[str, Any], quantization: Layout | None = None) -> Path:
+    def finish(self, config: dict[str, Any], quantization: WritableLayout | None = None) -> Path:
         """Write `config` as config.json, with `quantization` in it, and make the directory visible; its path."""
         config = {key: value for key, value in config.items() if key != "quantization_config"}
         if quantization is not None:

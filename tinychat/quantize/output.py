@@ -15,7 +15,7 @@ import numpy as np
 from tinychat.architectures.names import TensorNames
 from tinychat.checkpoint import Checkpoint, CheckpointWriter, heads, layouts
 from tinychat.checkpoint.inventory import segments
-from tinychat.checkpoint.layouts import Layout
+from tinychat.checkpoint.layouts import WritableLayout
 from tinychat.checkpoint.safetensors_file import DTYPES
 from tinychat.checkpoint.writer import SHARD_BYTES
 from tinychat.config import ModelConfig
@@ -147,7 +147,7 @@ def _linears(config: ModelConfig, names: TensorNames) -> list[tuple[str, tuple[i
     return found
 
 
-def _bytes(layout: Layout, shape: tuple[int, int]) -> int:
+def _bytes(layout: WritableLayout, shape: tuple[int, int]) -> int:
     """Of a linear in the file: quantized where it fits, else in 16 bits."""
     if layout.misfit(shape):
         return 2 * math.prod(shape)
@@ -155,7 +155,7 @@ def _bytes(layout: Layout, shape: tuple[int, int]) -> int:
     return sum(math.prod(part.shape) * DTYPES[part.dtypes[0]].itemsize for part in parts if not part.optional)
 
 
-def _fitting(config: ModelConfig, names: TensorNames, bits: int, group_size: int) -> tuple[Layout, str | None]:
+def _fitting(config: ModelConfig, names: TensorNames, bits: int, group_size: int) -> tuple[WritableLayout, str | None]:
     """The layout and group size that make the smallest checkpoint; and why, if it is not the one asked for.
 
     A layout has one group size for all: where it does not divide the inputs of a linear, that linear stays in 16
