@@ -150,7 +150,7 @@ def main() -> None:
         if done >= 1:
             break
         source = last if done >= 0.8 else first
-        # Compiled for one shape only: a second costs a minute more, and one of them (512 tokens) gave no finite gradients.
+        # Compiled for one shape only: another takes a minute more, and that of 512 tokens gave no finite gradients.
         value = (compiled if source is first else loss)(source.batch(max(1, args.batch * args.length // source.length)))
         optimizer.zero_grad(set_to_none=True)
         value.backward()
