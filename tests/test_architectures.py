@@ -13,7 +13,8 @@ import tiny_families
 import torch
 from tiny_models import BASES, memory_weights, tiny
 
-from tinychat import architectures, checkpoint, decoder, rope
+import tinychat
+from tinychat import architectures, checkpoint, decoder, quantize, rope
 from tinychat.backends import cpu, reference
 from tinychat.cache import Rows
 from tinychat.config import RopeScaling
@@ -189,6 +190,29 @@ def test_folding_scales_keeps_the_logits(family, name, tmp_path):
     ids = tokens(23)
     difference = np.abs(ours(after, ids, [20, 3]) - ours(source, ids, [20, 3])).max()
     assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize("family", tiny_families.QUANTIZED)
+def test_what_is_quantized_is_loaded_and_generates(family, tmp_path):
+    """AWQ on a little text: what is written is what runs, on both backends, and not far from what it was."""
+    model, _ = tiny(family, **tiny_families.QUANTIZED[family])
+    model.save_pretrained(tmp_path / "float")
+    ids = tokens(48)
+    sequences = [part.tolist() for part in np.split(ids, 3)]
+    source = checkpoint.open(tmp_path / "float")
+    in_memory, _ = quantize.quantize_in_memory(source, method="awq", group_size=32, sequences=sequences)
+    assert all(segment.bits == 4 for layer in in_memory.layers for segment in layer.qkv.segments)
+    quantize.quantize(tmp_path / "float", tmp_path / "awq", method="rtn", group_size=32, progress=False)
+    written = checkpoint.open(tmp_path / "awq")
+    want, rounded = (ours(weights, ids, [40, 8]) for weights in (source, written))
+    for made in (rounded, ours(in_memory, ids, [40, 8])):
+        assert 1e-5 < ((made - want) ** 2).sum() / ((want - want.mean(0)) ** 2).sum() < 0.3
+    if cpu in BACKENDS:
+        lowered = ours(written, ids, [40, 8], cpu)
+        assert ((lowered - rounded) ** 2).sum() / (rounded**2).sum() < 1e-6
+        with tinychat.load(tmp_path / "awq", device="cpu", kv_dtype="fp32") as llm:
+            first, second = (llm.generate(ids[:5].tolist(), max_tokens=6, temperature=0) for _ in range(2))
+        assert first.tokens == second.tokens and len(first.tokens) == 6
 
 
 def whole(linear) -> Linear:
