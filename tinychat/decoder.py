@@ -153,6 +153,7 @@ class PackedLayer:
     k_norm: Tensor | None = None
     norm1_bias: Tensor | None = None
     norm2_bias: Tensor | None = None
+    act_scale: Tensor | None = None
 
 
 def pack_layer(ops: Ops, layer: Layer) -> PackedLayer:
@@ -161,6 +162,7 @@ def pack_layer(ops: Ops, layer: Layer) -> PackedLayer:
     for name in NORMS:
         values = getattr(layer, name)
         made[name] = None if values is None else ops.vector(values)
+    made["act_scale"] = None if layer.act_scale is None else ops.vector(layer.act_scale)
     return PackedLayer(**made)
 
 
@@ -180,7 +182,10 @@ def self_attention(
 
 def mlp(config: ModelConfig, ops: Ops, layer: PackedLayer, x: Tensor) -> Tensor:
     """The MLP on normed rows, residual not included: [T, hidden_size] -> [T, hidden_size]."""
-    return ops.linear(ops.activation(ops.linear(x, layer.up), config.activation), layer.down)
+    hidden = ops.activation(ops.linear(x, layer.up), config.activation)
+    if layer.act_scale is not None:
+        hidden = hidden / layer.act_scale
+    return ops.linear(hidden, layer.down)
 
 
 def block(config: ModelConfig, ops: Ops, layer: PackedLayer, index: int, x: Tensor, context: Context) -> Tensor:

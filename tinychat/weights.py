@@ -62,6 +62,7 @@ class Layer:
     k_norm: np.ndarray | None = None  # fp32 [head_dim]
     norm1_bias: np.ndarray | None = None  # fp32 [hidden_size]
     norm2_bias: np.ndarray | None = None  # fp32 [hidden_size]
+    act_scale: np.ndarray | None = None  # fp32 [intermediate_size]: what `down` reads is divided by it
 
 
 class WeightSource(Protocol):

@@ -207,6 +207,7 @@ class CpuRunner:
             out=self._linear(layer.out, hidden, q_size, "out", keep),
             up=self._linear(layer.up, config.up_size, hidden, "up", keep),
             down=self._linear(layer.down, hidden, inter, "down", keep),
+            act_scale=_vector(layer.act_scale, inter, "act_scale", keep),
         )
 
     def _linear(
@@ -273,23 +274,25 @@ def _vector(values: np.ndarray | None, n: int, name: str, keep: list[np.ndarray]
 
 
 def _segment(weight: Weight, activations: int, keep: list[np.ndarray], bits: int) -> tuple:
-    """(shape, source, addresses of values, scales, zeros); a plain weight is rounded where `bits` is 8."""
+    """(shape, source, addresses of values, scales, zeros, permutation); a plain weight is rounded where `bits` is 8."""
     (n, k), source, types = weight.shape, _cpu.Source.codes, _cpu.WeightType
     if isinstance(weight, np.ndarray):
         kind, address = _float_type(weight), _kept(weight, keep)
         if bits == 16:
-            return _cpu.LinearShape(kind, n, k, k, False), source, address, 0, 0
+            return _cpu.LinearShape(kind, n, k, k, False), source, address, 0, 0, 0
         shape = _cpu.LinearShape(types.quantized, n, k, min(HEAD_GROUP, k), False, bits, activations)
-        return shape, getattr(_cpu.Source, kind.name), address, 0, 0
+        return shape, getattr(_cpu.Source, kind.name), address, 0, 0, 0
     wide = weight.scales.dtype != np.float16
     scales = weight.scales.astype(np.float32, copy=False) if wide else weight.scales
+    order = 0
     if isinstance(weight, AwqWords):
         source, values, zeros = _cpu.Source.awq, weight.qweight, weight.qzeros
     else:
         values, zeros = weight.codes, weight.zeros
+        order = 0 if weight.permutation is None else _kept(weight.permutation, keep)
     kept, group = FOOTPRINT.kept(weight.bits), min(weight.group_size, k)
     shape = _cpu.LinearShape(types.quantized, n, k, group, wide, kept, activations)
-    return shape, source, _kept(values, keep), _kept(scales, keep), _kept(zeros, keep)
+    return shape, source, _kept(values, keep), _kept(scales, keep), _kept(zeros, keep), order
 
 
 def _float_type(values: np.ndarray) -> Any:

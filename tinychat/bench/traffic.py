@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from tinychat import checkpoint
 from tinychat.bench.random_weights import RandomWeights
-from tinychat.checkpoint import awq
 from tinychat.checkpoint.safetensors_file import DTYPES
 from tinychat.checkpoint.shards import Shards
 from tinychat.config import ModelConfig
@@ -82,5 +81,6 @@ def _of_files(source: checkpoint.Checkpoint) -> tuple[float, float, float, float
     table = sizes.pop(f"{names.embed}.weight")
     head = sum(sizes.pop(name) for name in list(sizes) if name.startswith(f"{names.head}."))
     body = {name: size for name, size in sizes.items() if not name.endswith(names.ignored)}
-    quantized = sum(size for name, size in body.items() if name.rpartition(".")[2] in awq.PARTS)
+    endings = source.quantization.endings if source.quantization else ()
+    quantized = sum(size for name, size in body.items() if name.rpartition(".")[2] in endings)
     return sum(body.values()), quantized, table if source.config.tied_head else head, table

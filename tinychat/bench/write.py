@@ -59,7 +59,7 @@ def _layer(layer: Layer, names: TensorNames, index: int) -> Iterator[tuple[str, 
         for part, segment in zip(getattr(names, name), linear.segments, strict=True):
             module, after = prefix + part, first + segment.shape[0]
             if isinstance(segment, AwqWords):
-                yield from ((f"{module}.{ending}", getattr(segment, ending)) for ending in awq.PARTS)
+                yield from ((f"{module}.{ending}", getattr(segment, ending)) for ending in awq.ENDINGS)
             else:
                 yield f"{module}.weight", np.asarray(segment)
             if linear.bias is not None:

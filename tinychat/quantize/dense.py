@@ -95,6 +95,7 @@ def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:
     for name in NORMS:
         values = getattr(layer, name)
         made[name] = None if values is None else as_float(values)
+    made["act_scale"] = None if layer.act_scale is None else as_float(layer.act_scale)
     return PackedLayer(**made)
 
 
@@ -115,6 +116,8 @@ def quantized_layer(layer: PackedLayer, grid: Grid) -> Layer:
     for name in NORMS:
         values = getattr(layer, name)
         made[name] = None if values is None else half(values.numpy(), f"{name} {where}").astype(np.float32)
+    if layer.act_scale is not None:
+        made["act_scale"] = half(layer.act_scale.numpy(), f"act_scale {where}").astype(np.float32)
     return Layer(**made)
 
 

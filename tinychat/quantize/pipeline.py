@@ -1,37 +1,32 @@
 """The quantizer's walk: layers one at a time from a source, through a method, to memory or to a checkpoint.
 
-A method is a file of this package with `NEEDS_CALIBRATION` and `transform(config, layer, index, observed, grid)`, which
-returns the layer to round and what it found. What is handed on is what is written, fp16 rounding included.
+What is handed on is what is written, fp16 rounding included.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from tqdm import tqdm
 
 from tinychat import checkpoint
 from tinychat.architectures.names import TensorNames
-from tinychat.checkpoint import awq as awq_layout
-from tinychat.checkpoint import heads
+from tinychat.checkpoint import heads, layouts
 from tinychat.config import ModelConfig
 from tinychat.errors import UsageError
 from tinychat.qtensor import QTensor, canonical
 from tinychat.quantize import calibration as calibrating
 from tinychat.quantize.activations import Activations
-from tinychat.quantize.dense import dense_layer, half, quantized_layer
+from tinychat.quantize.dense import dense_layer, half
 from tinychat.quantize.grid import Grid
+from tinychat.quantize.method import Method, find
 from tinychat.quantize.report import Report
 from tinychat.weights import LINEARS, NORMS, Layer, Linear, MemoryWeights, WeightSource
 
-FILE_BITS = 4
 SAMPLED, FROM_FILE = 128, 512  # tokens of a calibration sequence
 SEARCH_TOKENS = 4096  # of the calibration set, on which losses are measured; statistics take all of it
 
@@ -57,7 +52,7 @@ def quantize(
     offline: bool = False,
     ignore_config: Collection[str] = (),
 ) -> Report:
-    """Quantize the checkpoint `source` and write it to the directory `output` in the AWQ layout.
+    """Quantize the checkpoint `source` and write it to the directory `output`: 4 bits as AWQ; 2, 3 and 8 as GPTQ.
 
     calibration  a text file, or JSON lines of {"text"} or {"messages"}; None: text sampled from the model itself
     n_sequences, length  of the calibration set, at most; None: 512 tokens from a file, 128 sampled
@@ -67,12 +62,8 @@ def quantize(
     Raises UsageError for arguments that cannot be, CheckpointError for what is wrong with the source or the output.
     """
     began = time.monotonic()
-    if bits != FILE_BITS:
-        raise UsageError(
-            f"{bits} bits cannot be written: the AWQ layout holds {FILE_BITS}; "
-            f"other widths exist in memory (tinychat.quantize.quantize_in_memory)"
-        )
     grid, chosen = Grid(bits, group_size), find(method)
+    layout = layouts.for_writing(bits, group_size)
     path = checkpoint.locate(source, revision=revision, offline=offline)
     opened = checkpoint.open(path, ignore_config=ignore_config)
     if opened.quantization is not None:
@@ -80,7 +71,7 @@ def quantize(
     report = Report(method, bits, group_size, bytes_before=opened.file_bytes)
     with checkpoint.CheckpointWriter(output, source=opened.path, overwrite=overwrite) as writer:
         sequences: Sequences | None = None
-        if chosen.NEEDS_CALIBRATION:
+        if chosen.needs_calibration:
             wanted = length or (SAMPLED if calibration is None else FROM_FILE)
             length = min(wanted, opened.config.max_positions)
             if calibration is None:
@@ -100,11 +91,11 @@ def quantize(
         names = opened.names
 
         def plan(index: int, linear: str, i: int, shape: tuple[int, int]) -> tuple[str, str | None]:
-            return names.layer.format(index) + getattr(names, linear)[i], awq_layout.fits(shape, group_size)
+            return names.layer.format(index) + getattr(names, linear)[i], layout.misfit(shape)
 
         writer.add(f"{names.embed}.weight", half(opened.embed(), names.embed))
         for index, layer in enumerate(_layers(opened, chosen, grid, sequences, plan, report, progress)):
-            _write(writer, opened.config, names, index, layer)
+            _write(writer, opened.config, names, layout, index, layer)
         writer.add(f"{names.norm}.weight", half(opened.norm(), names.norm))
         if (norm_bias := opened.norm_bias()) is not None:
             writer.add(f"{names.norm}.bias", half(norm_bias, names.norm))
@@ -116,11 +107,10 @@ def quantize(
                 + "; ".join(sorted(set(report.kept.values())))
                 + ". Choose another --group-size"
             )
-        layout = awq_layout.AwqFormat(group_size=group_size, modules_to_not_convert=tuple(report.kept))
         config = {**opened.hf_config, "torch_dtype": "float16"}
         if "dtype" in config:
             config["dtype"] = "float16"
-        path = writer.finish(config, layout)
+        path = writer.finish(config, layout.excluding(report.kept))
     report.bytes_after = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     report.seconds = time.monotonic() - began
     return report
@@ -142,7 +132,7 @@ def quantize_in_memory(
     began = time.monotonic()
     grid, chosen = Grid(bits, group_size), find(method)
     report = Report(method, bits, group_size)
-    if chosen.NEEDS_CALIBRATION:
+    if chosen.needs_calibration:
         if not sequences:
             raise UsageError(f"method {method!r} needs calibration: give token sequences")
         report.calibration = _described(sequences, "the tokens given")
@@ -164,23 +154,9 @@ def quantize_in_memory(
     return weights, report
 
 
-def methods() -> list[str]:
-    """The names that `method` may have."""
-    package = importlib.import_module(__package__)
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    return [name for name in names if hasattr(importlib.import_module(f"{__package__}.{name}"), "transform")]
-
-
-def find(method: str) -> ModuleType:
-    """The file of a method; UsageError, listing those there are, where there is none."""
-    if method not in methods():
-        raise UsageError(f"no method {method!r}; there are: {', '.join(methods())}")
-    return importlib.import_module(f"{__package__}.{method}")
-
-
 def _layers(
     source: WeightSource,
-    method: ModuleType,
+    method: Method,
     grid: Grid,
     sequences: Sequences | None,
     plan: LayerPlan,
@@ -189,28 +165,33 @@ def _layers(
 ) -> Iterator[Layer]:
     """The layers as they are written, one after the other; what is found goes to the report."""
     activations = None
-    if method.NEEDS_CALIBRATION:
+    if method.needs_calibration:
         activations = Activations(source.config, source.embed(), sequences or [], SEARCH_TOKENS)
     layers = tqdm(range(source.config.n_layers), desc="quantizing", unit="layer", disable=not progress)
     for index in layers:
         layer = dense_layer(source.layer(index), partial(plan, index))
-        observed = activations.advance(layer, index) if activations else None
-        changed, results = method.transform(source.config, layer, index, observed, grid)
+        changed, done, results = method.apply(source.config, layer, index, activations, grid)
         report.groups += results
         for name in LINEARS:
             report.kept |= {module: reason for _, module, reason in getattr(layer, name).segments() if reason}
-        done = quantized_layer(changed, grid)
         report.count(changed, done)
         yield done
 
 
 def _write(
-    writer: checkpoint.CheckpointWriter, config: ModelConfig, names: TensorNames, index: int, layer: Layer
+    writer: checkpoint.CheckpointWriter,
+    config: ModelConfig,
+    names: TensorNames,
+    layout: layouts.Layout,
+    index: int,
+    layer: Layer,
 ) -> None:
     prefix = names.layer.format(index)
     for norm in NORMS:
         if (values := getattr(layer, norm)) is not None:
             writer.add(names.vector(norm, index), half(values, norm))
+    if layer.act_scale is not None:
+        writer.add(names.vector("act_scale", index), half(layer.act_scale, "act_scale"))
     for name in LINEARS:
         linear: Linear = getattr(layer, name)
         if name == "qkv" and names.heads_interleaved:
@@ -220,7 +201,7 @@ def _write(
             module = prefix + part
             segment = canonical(segment)
             if isinstance(segment, QTensor):
-                for ending, array in awq_layout.pack(segment).items():
+                for ending, array in layout.pack(segment).items():
                     writer.add(f"{module}.{ending}", array)
             else:
                 writer.add(f"{module}.weight", segment)

@@ -1,0 +1,83 @@
+"""A method by its name: `rtn`, `awq`, `gptq`, `awq+gptq`. Perhaps a transformation first, and then a way of rounding.
+
+Each stage is a file of this package with `NEEDS_CALIBRATION` and one function:
+
+    transform(config, layer, index, observed, grid)        an equal layer that is easier to round, and what was found
+    round_layer(config, layer, index, activations, grid)   the layer as it is written
+
+A transformation alone is rounded to nearest. The files are the registry: a stage is found by its name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from types import ModuleType
+
+from tinychat.config import ModelConfig
+from tinychat.decoder import PackedLayer
+from tinychat.errors import UsageError
+from tinychat.quantize import rtn
+from tinychat.quantize.activations import Activations
+from tinychat.quantize.grid import Grid
+from tinychat.quantize.report import GroupResult
+from tinychat.weights import Layer
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is done to each layer. The modules are stages; `transformation` may be none."""
+
+    name: str
+    transformation: ModuleType | None
+    rounding: ModuleType
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `apply` wants activations."""
+        stages = (self.transformation, self.rounding)
+        return any(stage is not None and stage.NEEDS_CALIBRATION for stage in stages)
+
+    def apply(
+        self, config: ModelConfig, layer: PackedLayer, index: int, activations: Activations | None, grid: Grid
+    ) -> tuple[PackedLayer, Layer, list[GroupResult]]:
+        """Block `index`, of `Dense` linears: (as it was before rounding, as it is written, what was found).
+
+        `activations` stand at the block's entrance, and are left at its exit: that of the unquantized model.
+        """
+        results: list[GroupResult] = []
+        observed = activations.advance(layer, index) if activations else None
+        if self.transformation is not None:
+            layer, results = self.transformation.transform(config, layer, index, observed, grid)
+        return layer, self.rounding.round_layer(config, layer, index, activations, grid), results
+
+
+def names() -> list[str]:
+    """The names that a method may have."""
+    stages = _stages()
+    transformations = [name for name, stage in stages.items() if hasattr(stage, "transform")]
+    roundings = [name for name, stage in stages.items() if hasattr(stage, "round_layer")]
+    combined = [f"{first}+{then}" for first in transformations for then in roundings if then != "rtn"]
+    return sorted([*transformations, *roundings, *combined])
+
+
+def find(name: str) -> Method:
+    """The method called `name`; UsageError, listing those there are, where there is none."""
+    if name not in names():
+        raise UsageError(f"no method {name!r}; there are: {', '.join(names())}")
+    first, _, then = name.partition("+")
+    stage = _stages()[first]
+    if hasattr(stage, "round_layer"):
+        return Method(name, None, stage)
+    return Method(name, stage, _stages()[then] if then else rtn)
+
+
+def _stages() -> dict[str, ModuleType]:
+    package = importlib.import_module(__package__)
+    found = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        stage = importlib.import_module(f"{__package__}.{module.name}")
+        if hasattr(stage, "NEEDS_CALIBRATION"):
+            found[module.name] = stage
+    return found
