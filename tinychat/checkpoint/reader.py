@@ -51,8 +51,8 @@ class Checkpoint:
     generation_config  generation_config.json, or {}
     quantization       None where no linear is quantized
     n_parameters       of the model; a tied head is not counted again
-    n_quantized        weights that are quantized among them
-    bits               of a quantized weight's code
+    n_quantized        weights of `bits` among them
+    bits               of a quantized weight
     file_bytes         of the weight files
     """
 
