@@ -20,6 +20,7 @@ from tinychat.quantize.dense import Dense, DenseOps
 from tinychat.weights import Ends
 
 NO_ENDS = Ends()
+SAMPLED_NUMBERS = 2**23  # of a block's input: what narrow models are sampled to
 CHUNK_TOKENS = 4096  # run at once: bounds the memory of intermediate activations
 
 
@@ -68,8 +69,12 @@ class Activations:
         seed: int = 0,
         ends: Ends = NO_ENDS,
     ):
-        """About `sample_tokens` tokens, in whole sequences drawn with `seed`, are sampled, half of them held out."""
+        """About `sample_tokens` tokens (more of a narrow model), in whole sequences drawn with `seed`, are sampled.
+
+        Half of them are held out.
+        """
         self._config = config
+        sample_tokens = max(sample_tokens, SAMPLED_NUMBERS // config.hidden_size)
         use = _drawn(sequences, sample_tokens, seed)
         self._chunks: list[tuple[slice, Context, Use]] = []
         ids: list[int] = []
