@@ -192,10 +192,10 @@ def test_folding_scales_keeps_the_logits(family, name, tmp_path):
     assert difference < TOLERANCE
 
 
-@pytest.mark.parametrize("family", tiny_families.QUANTIZED)
+@pytest.mark.parametrize("family", architectures.supported())
 def test_what_is_quantized_is_loaded_and_generates(family, tmp_path):
     """AWQ on a little text: what is written is what runs, on both backends, and not far from what it was."""
-    model, _ = tiny(family, **tiny_families.QUANTIZED[family])
+    model, _ = tiny(family, **tiny_families.whole_words(family))
     model.save_pretrained(tmp_path / "float")
     ids = tokens(48)
     sequences = [part.tolist() for part in np.split(ids, 3)]

@@ -388,8 +388,8 @@ def test_context_before_stretching():
 
 
 def test_unknown_model_type_lists_the_supported():
-    message = refusal(LLAMA_2_7B, model_type="gemma2")
-    assert "'gemma2'" in message
+    message = refusal(LLAMA_2_7B, model_type="mamba2")
+    assert "'mamba2'" in message
     assert all(family in message for family in ("llama", "mistral", "qwen2", "qwen3"))
     for helper in ("names", "config_reader", "../llama", "llama.", ""):
         assert "not supported" in refusal(LLAMA_2_7B, model_type=helper)

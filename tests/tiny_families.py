@@ -136,15 +136,21 @@ CASES = {
     },
 }
 
-# One model of each family whose linears fit groups of 32 and words of 8, by its own keys.
+# Sizes that fit groups of 32 and words of 8, by the families' own keys.
 WHOLE = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
-QUANTIZED = {
-    **dict.fromkeys(BASES, WHOLE),
+QUARTER = {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}
+OWN_KEYS = {
     "opt": {"hidden_size": 64, "num_attention_heads": 4, "ffn_dim": 96, "do_layer_norm_before": False},
-    "gpt_neox": {**WHOLE, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+    "gpt_neox": {**WHOLE, **QUARTER},
     "gpt_bigcode": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_inner": 96},
     "bloom": {"hidden_size": 64, "n_head": 4, "n_layer": 2},
+    "mpt": {"d_model": 64, "n_heads": 4},
+    "falcon": {"hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96},
     "phi": {**WHOLE, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-    "stablelm": {**WHOLE, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), {**WHOLE, "head_dim": 16, "num_hidden_layers": 3}),
+    "stablelm": {**WHOLE, **QUARTER},
 }
+
+
+def whole_words(family: str) -> dict:
+    """What to change of a family's tiny model so that every linear of it can be quantized."""
+    return OWN_KEYS.get(family) or {**WHOLE, "head_dim": 16}

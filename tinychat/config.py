@@ -150,7 +150,7 @@ class ModelConfig:
     @property
     def ropes(self) -> tuple[Rope, ...]:
         """The different rotary embeddings that layers have."""
-        return tuple(dict.fromkeys(rope for rope in self.layer_ropes or (self.rope,) if rope.dim))
+        return tuple(dict.fromkeys(rope for rope in self.layer_ropes or (self.rope,) * self.n_layers if rope.dim))
 
     def rope_index(self, layer: int) -> int:
         """Which of `ropes` a layer has; -1: none."""
