@@ -418,14 +418,14 @@ def test_quantize_is_thin(monkeypatch, capsys):
     assert run("quantize", "src", "-o", "dst") == 0
     options = "--method rtn --bits 3 --group-size 64 --calibration t --overwrite"
     options += " --revision v1 --offline --ignore-config a --ignore-config b"
-    options += " --n-sequences 3 --length 9 --seed 7 --restart --threads 2"
+    options += " --symmetric --act-order --n-sequences 3 --length 9 --seed 7 --restart --threads 2"
     assert run("quantize", "src", "-o", "dst", *options.split()) == 0
     default = {"method": "awq", "bits": 4, "group_size": 128, "calibration": None, "overwrite": False}
     default |= {"revision": None, "offline": False, "ignore_config": (), "restart": False, "threads": None}
-    default |= {"n_sequences": 128, "length": None, "seed": 0}
+    default |= {"n_sequences": 128, "length": None, "seed": 0, "symmetric": False, "act_order": False}
     given = {"method": "rtn", "bits": 3, "group_size": 64, "calibration": "t", "overwrite": True}
     given |= {"revision": "v1", "offline": True, "ignore_config": ("a", "b"), "restart": True, "threads": 2}
-    given |= {"n_sequences": 3, "length": 9, "seed": 7}
+    given |= {"n_sequences": 3, "length": 9, "seed": 7, "symmetric": True, "act_order": True}
     assert calls == [(("src", "dst"), default), (("src", "dst"), given)]
     assert run("quantize", "src", "-o", "dst", "--group-size", "-1") == 0
     assert calls[2][1]["group_size"] == -1

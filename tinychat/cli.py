@@ -171,6 +171,10 @@ writes the same bytes; what it needs for that lies in .DST.partial beside DST un
         help="inputs that share a scale: 32, 64, 128, or -1 for a whole row; smaller: less loss, more bits. "
         "Where it does not divide a layer's inputs, smaller groups or 16 bits are taken, and named (default: 128)",
     )
+    form.add_argument("--symmetric", action="store_true", help="every zero in the middle (default: where it fits best)")
+    form.add_argument(
+        "--act-order", action="store_true", help="gptq: the columns that matter most first; goes out in GPTQ's layout"
+    )
     text = parser.add_argument_group("what it is calibrated on", "Nothing of it matters to a method that only rounds.")
     text.add_argument(
         "--calibration",
@@ -314,6 +318,8 @@ def _quantize(args: argparse.Namespace) -> int:
             method=args.method,
             bits=args.bits,
             group_size=args.group_size,
+            symmetric=args.symmetric,
+            act_order=args.act_order,
             calibration=args.calibration,
             n_sequences=args.n_sequences,
             length=args.length,

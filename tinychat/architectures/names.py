@@ -24,6 +24,7 @@ class TensorNames:
     norm2: str = "post_attention_layernorm"
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: tuple[str, ...] = ("mlp.down_proj",)
+    act_scale: str = "mlp.act.scales"  # AWQ's, where there is one: a tensor, not a module
     heads_interleaved: bool = False  # rows of a fused qkv: for each key-value head its queries, its key, its value
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)  # endings of tensors that carry nothing
 
@@ -32,6 +33,8 @@ class TensorNames:
         return replace(self, **names)  # type: ignore[arg-type]
 
     def vector(self, name: str, layer: int) -> str:
-        """The tensor of one of `weights.NORMS` in block `layer`."""
+        """The tensor of one of `weights.NORMS` in block `layer`, or that of `act_scale`."""
+        if name == "act_scale":
+            return self.layer.format(layer) + self.act_scale
         norm, bias, _ = name.partition("_bias")
         return f"{self.layer.format(layer)}{getattr(self, norm)}.{'bias' if bias else 'weight'}"

@@ -85,6 +85,8 @@ class Inventory:
         for layer in range(c.n_layers):
             for vector, size in norm_sizes(c).items():
                 yield from self._tensor(names.vector(vector, layer), (size,))
+            if (scale := names.vector("act_scale", layer)) in self._unseen:
+                yield from self._tensor(scale, (c.intermediate_size,), n_parameters=0)
             for linear in LINEARS:
                 yield from self._linear(linear, layer)
         for part in ("weight", "bias") if c.norm_bias else ("weight",):

@@ -51,7 +51,8 @@ class Checkpoint:
     generation_config  generation_config.json, or {}
     quantization       None where no linear is quantized
     n_parameters       of the model; a tied head is not counted again
-    n_quantized        weights that are quantized among them
+    n_quantized        weights of `bits` among them
+    bits               of a quantized weight
     file_bytes         of the weight files
     """
 
@@ -62,6 +63,7 @@ class Checkpoint:
         self.names = names
         self.generation_config = _optional(path / "generation_config.json")
         self.quantization = _quantization(path, hf_config)
+        self.bits = 4 if self.quantization is None else self.quantization.bits
         self._shards = Shards(path)
         self._present = self._shards.names
         inventory = Inventory(config, names, self.quantization, self._shards)
@@ -83,6 +85,7 @@ class Checkpoint:
         self._shards.release()
         made: dict[str, Any] = {name: self._linear(name, index) for name in LINEARS}
         made |= {name: self._vector(self.names.vector(name, index)) for name in norm_sizes(self.config)}
+        made["act_scale"] = self._act_scale(self.names.vector("act_scale", index))
         return Layer(**{"norm2": None, **made})
 
     def norm(self) -> np.ndarray:
@@ -117,6 +120,14 @@ class Checkpoint:
             bias = np.concatenate([self._vector(f"{part.module}.bias") for part in parts])
         made = Linear(tuple(self._weight(part) for part in parts), bias)
         return heads.apart(made, self.config) if linear == "qkv" and self.names.heads_interleaved else made
+
+    def _act_scale(self, name: str) -> np.ndarray | None:
+        if name not in self._present:
+            return None
+        scale = self._vector(name)
+        if not scale.all():
+            raise CheckpointError(f"{self._where(name)} has a zero, and activations are divided by it")
+        return scale
 
     def _weight(self, segment: Segment) -> Weight:
         module, layout = segment.module, self.quantization

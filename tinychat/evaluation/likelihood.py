@@ -87,7 +87,7 @@ def perplexity(log_likelihood: float) -> float:
 def logits(runner: Runner, ids: Sequence[int], slot: int = 0) -> Iterator[np.ndarray]:
     """After each token, what comes next, in pieces: fp32 [rows, vocab_size]. The slot's cache is emptied first."""
     runner.cache.truncate(slot, 0)
-    rows = min(STEP_ROWS, max(16, STEP_LOGITS // runner.config.vocab_size))
+    rows = _rows(runner)
     for start in range(0, len(ids), rows):
         yield runner.step(Rows.of(list(ids[start : start + rows]), start, slot, "all"))
     runner.cache.truncate(slot, 0)
@@ -133,6 +133,32 @@ def compare_runs(
     return Comparison(scored, base, compare(scored, base), divergence, top1)
 
 
+def continuation(
+    runner: Runner, held: list[int], ids: Sequence[int], n_scored: int, slot: int = 0
+) -> tuple[float, bool]:
+    """(log-likelihood of the last `n_scored` of `ids` after those before them, whether each is the likeliest there).
+
+    held  what the slot's cache holds, brought up to date here: what `ids` begin with in common is not run again, so
+          that many continuations of one context cost little
+    """
+    first = len(ids) - n_scored  # the row before it predicts it
+    keep = min(_common(held, ids), first - 1)
+    runner.cache.truncate(slot, keep)
+    del held[keep:]
+    pieces = []
+    for end, wanted in ((first - 1, "none"), (len(ids) - 1, "all")):
+        rows = _rows(runner) if wanted == "all" else STEP_ROWS
+        while len(held) < end:
+            run = list(ids[len(held) : min(end, len(held) + rows)])
+            found = runner.step(Rows.of(run, len(held), slot, wanted))
+            held += run
+            if wanted == "all":
+                pieces.append(_log_softmax(found))
+    targets = np.asarray(ids[first:], np.int64)
+    table = np.concatenate(pieces)
+    return float(_chosen(table, targets).sum()), bool((table.argmax(-1) == targets).all())
+
+
 def compare(model: Score, baseline: Score) -> Estimate:
     """Mean log-likelihood of a token under one model minus that under another, paired."""
     if not np.array_equal(model.lengths, baseline.lengths):
@@ -172,6 +198,16 @@ def _finite(found: Score) -> Score:
             "number format; try another device"
         )
     return found
+
+
+def _rows(runner: Runner) -> int:
+    """Of a step that returns the logits of all of them."""
+    return min(STEP_ROWS, max(16, STEP_LOGITS // runner.config.vocab_size))
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _lengths(token_windows: Sequence[Sequence[int]]) -> np.ndarray:

@@ -47,6 +47,8 @@ def quantize(
     method: str = "awq",
     bits: int = 4,
     group_size: int = 128,
+    symmetric: bool = False,
+    act_order: bool = False,
     calibration: str | Path | None = None,
     n_sequences: int = 128,
     length: int | None = None,
@@ -61,8 +63,10 @@ def quantize(
 ) -> Report:
     """Quantize the checkpoint `source` and write it to the directory `output`: 4 bits as AWQ; 2, 3 and 8 as GPTQ.
 
+    symmetric, act_order  see `Grid` and `Method`
     calibration  see `calibration.load`; None: text sampled from the model itself
     n_sequences, length  of the calibration set, at most; None: 512 tokens, 128 of sampled text
+    seed         of what is sampled, and of the choice of sequences on which searches measure losses
     restart      throw away what an interrupted run left. Otherwise a run with the same arguments goes on after its last
                  finished layer, and writes the same bytes as one that was never interrupted
     threads      of PyTorch, for the process, and of the backend that samples; None: as they are
@@ -76,14 +80,15 @@ def quantize(
     began = time.monotonic()
     if threads is not None:
         torch.set_num_threads(threads)
-    chosen = find(method)
-    Grid(bits, group_size)  # checks them
+    chosen = find(method, act_order)
+    Grid(bits, group_size, symmetric)  # checks them
     opened = checkpoint.open(checkpoint.locate(source, revision=revision, offline=offline), ignore_config=ignore_config)
     if opened.quantization is not None:
         raise UsageError(f"{opened.path} is quantized already; quantize the original checkpoint instead")
-    made = Output(opened, bits, group_size)
+    made = Output(opened, bits, group_size, symmetric=symmetric, act_order=act_order)
     length = min(length or (SAMPLED if calibration is None else FROM_FILE), opened.config.max_positions)
     options = {"method": method, "bits": bits, "group size": group_size, "seed": seed}
+    options |= {"symmetric": symmetric, "act-order": act_order}
     options |= {"sequences": n_sequences, "length": length, "ignored keys": sorted(ignore_config)}
     run = identity.run(opened.path, calibration, options)
     with CheckpointWriter(output, source=opened.path, overwrite=overwrite, run=run, restart=restart) as writer:
@@ -106,7 +111,7 @@ def quantize(
                 )
                 state.commit(0)
             if not writer.complete:
-                _write_layers(writer, made, chosen, Grid(bits, made.group_size), state, progress)
+                _write_layers(writer, made, chosen, Grid(bits, made.group_size, symmetric), state, seed, progress)
             path = made.finish(writer, state.report)
         except (KeyboardInterrupt, SystemExit):
             if progress and writer.kept_in:
@@ -158,14 +163,14 @@ class _State:
 
 
 def _write_layers(
-    writer: CheckpointWriter, made: Output, method: Method, grid: Grid, state: _State, progress: bool
+    writer: CheckpointWriter, made: Output, method: Method, grid: Grid, state: _State, seed: int, progress: bool
 ) -> None:
     """Everything from the embedding to the head, from where `state` stands."""
     source = made.source
     n_layers = source.config.n_layers
     activations = None
     if method.needs_calibration and state.layers < n_layers:
-        activations = Activations(source.config, source.embed(), state.sequences, SEARCH_TOKENS)
+        activations = Activations(source.config, source.embed(), state.sequences, SEARCH_TOKENS, seed)
         if state.activations is not None:
             activations.resume(state.activations)
             state.activations = None
@@ -187,15 +192,20 @@ def quantize_in_memory(
     method: str = "awq",
     bits: int = 4,
     group_size: int = 128,
+    symmetric: bool = False,
+    act_order: bool = False,
     sequences: Sequences | None = None,
+    seed: int = 0,
     progress: bool = False,
 ) -> tuple[MemoryWeights, Report]:
     """Every linear of `source` as a `QTensor`, whatever its shape; the rest in fp16. `sequences` are token ids.
 
+    symmetric, act_order  see `Grid` and `Method`; seed: of the choice of sequences on which searches measure losses
+
     Raises UsageError where the method needs calibration and there are no sequences.
     """
     began = time.monotonic()
-    grid, chosen = Grid(bits, group_size), find(method)
+    grid, chosen = Grid(bits, group_size, symmetric), find(method, act_order)
     report = Report(method, bits, group_size)
     if chosen.needs_calibration:
         if not sequences:
@@ -207,7 +217,7 @@ def quantize_in_memory(
 
     activations = None
     if chosen.needs_calibration:
-        activations = Activations(source.config, source.embed(), sequences or [], SEARCH_TOKENS)
+        activations = Activations(source.config, source.embed(), sequences or [], SEARCH_TOKENS, seed)
     shown = Progress(source.config.n_layers, shown=progress)
     layers = []
     for index in range(source.config.n_layers):
