@@ -1,6 +1,6 @@
 """What the quantizer keeps in memory, against its bound, on random weights in the shape of a published model.
 
-    python benchmarks/quantize_memory.py --shape llama-2-7b --layers 3 --directory /tmp/quantize-memory [--method awq]
+    python benchmarks/quantize_memory.py --shape llama-2-7b --layers 3 --directory build/quantize-memory [--method awq]
 
 The bound is two decoder layers in fp32, the calibration activations and the embedding in fp16, beyond what Python and
 PyTorch take alone. Layers come and go one at a time, so that a few of them tell of all: the peak does not grow with
