@@ -152,6 +152,7 @@ void bind_decoder(py::module_& m) {
         .def_readwrite("head_dim", &DecoderShape::head_dim)
         .def_readwrite("intermediate_size", &DecoderShape::intermediate_size)
         .def_readwrite("rope_dim", &DecoderShape::rope_dim)
+        .def_readwrite("rope_interleaved", &DecoderShape::rope_interleaved)
         .def_readwrite("norm_eps", &DecoderShape::norm_eps)
         .def_readwrite("norm_type", &DecoderShape::norm_type)
         .def_readwrite("activation", &DecoderShape::activation)

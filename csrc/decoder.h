@@ -21,6 +21,7 @@ enum class BlockType : int32_t { sequential = 0, parallel = 1, post_norm = 2 };
 struct DecoderShape {
     int64_t vocab_size, hidden_size, n_heads, n_kv_heads, head_dim, intermediate_size;
     int64_t rope_dim;              // rotated dimensions of each head
+    bool rope_interleaved;         // dimension 2j pairs with 2j + 1, else j with j + rope_dim / 2
     float norm_eps;
     NormType norm_type;
     Activation activation;

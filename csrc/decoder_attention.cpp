@@ -11,6 +11,18 @@
 #include "decoder.h"
 
 namespace tinychat {
+namespace {
+
+// As kernels_.attention.rotate, of dimensions that lie side by side.
+void rotate_pairs(float* head, const float* cos, const float* sin, int64_t half) {
+    for (int64_t j = 0; j < half; ++j) {
+        const float first = head[2 * j], second = head[2 * j + 1];
+        head[2 * j] = first * cos[j] - second * sin[j];
+        head[2 * j + 1] = second * cos[j] + first * sin[j];
+    }
+}
+
+}  // namespace
 
 // How attention goes over the rows of a step, and memory for it. Throws std::invalid_argument where int8 codes lack scales.
 void Decoder::plan(const Step& step) {
@@ -141,7 +153,11 @@ void Decoder::turn(const Step& step, size_t layer, const Buffer& norm, int64_t t
     }
     if (table < 0) return;
     const int64_t at = (table * step.rows + t) * half;
-    kernels_.attention.rotate(head, step.cos + at, step.sin + at, half);
+    if (shape_.rope_interleaved) {
+        rotate_pairs(head, step.cos + at, step.sin + at, half);
+    } else {
+        kernels_.attention.rotate(head, step.cos + at, step.sin + at, half);
+    }
 }
 
 // The values of one head.

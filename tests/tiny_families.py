@@ -44,8 +44,21 @@ BASES |= {
     "smollm3": LLAMA,
     "granite": LLAMA,
     "phi3": {**LLAMA, "original_max_position_embeddings": 256},
+    "cohere": {**LLAMA, "logit_scale": 0.8},
+    "cohere2": {**LLAMA, "logit_scale": 0.8, "sliding_window": 5, "num_hidden_layers": 5},
 }
 CASES = {
+    "cohere": {
+        "Command R": {},
+        "biases, a head of its own": {"attention_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 6},
+    },
+    "cohere2": {
+        "Command R7B": {},
+        "windows elsewhere": {
+            "attention_bias": True,
+            "layer_types": ["full_attention", *["sliding_attention"] * 2, *["full_attention"] * 2],
+        },
+    },
     "opt": {
         "125M to 66B": {},
         "350M": {"do_layer_norm_before": False, "word_embed_proj_dim": 28},

@@ -72,7 +72,7 @@ class RopeScaling(Enum):
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (arXiv 2104.09864), rotating halves: dimension j pairs with j + dim/2.
+    """Rotary position embedding (arXiv 2104.09864), mostly rotating halves: dimension j pairs with j + dim/2.
 
     The scaling parameters keep Hugging Face's names and meaning; those a scaling does not use stay at their default.
     """
@@ -92,6 +92,7 @@ class Rope:
     truncate: bool = True  # yarn: round the correction range to whole dimensions
     short_factors: tuple[float, ...] = ()  # longrope: of each frequency, up to the context before stretching
     long_factors: tuple[float, ...] = ()  # longrope: likewise, beyond it
+    interleaved: bool = False  # dimension 2j pairs with 2j + 1
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,8 @@ class ModelConfig:
     norm_eps: float
     rope: Rope  # dim 0: no rotary positions
     layer_ropes: tuple[Rope, ...] = ()  # [n_layers], where they are not all `rope`; dim 0: none in this layer
-    slopes: tuple[
-        float, ...
-    ] = ()  # [n_heads] of ALiBi (arXiv 2108.12409): slope * distance is taken from q . k * attention_scale
+    # [n_heads] of ALiBi (arXiv 2108.12409): slope * distance is taken from q . k * attention_scale
+    slopes: tuple[float, ...] = ()
     position_offset: int | None = None  # learned positions: the row of their table that position 0 has; None: none
     activation: Activation = Activation.SILU
     gated: bool = True  # the MLP is down(act(gate(x)) * up(x)), else down(act(up(x)))

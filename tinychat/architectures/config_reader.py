@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from tinychat.config import Activation, ModelConfig, Rope, RopeScaling
@@ -225,6 +226,12 @@ class ConfigReader:
         for key in keys:
             self.get(key, None)
 
+    def require(self, *switches: str) -> None:
+        """Flags that must be true, or absent: what they switch off cannot be left out here."""
+        for key in switches:
+            if not self.flag(key, True):
+                raise self.error(key, "true: what it switches off is not implemented otherwise")
+
     def refuse(self, *switches: str) -> None:
         """Flags that must be false, or absent: what they switch on is not implemented."""
         for key in switches:
@@ -327,9 +334,8 @@ class ConfigReader:
             raise ConfigError(f"config.json: of heads {dim} dimensions turn; rotary positions need an even number")
         if scaling is RopeScaling.NONE:
             return Rope(theta, dim)
-        derived = (
-            scaling is RopeScaling.YARN and "factor" in self._values
-        ) or scaling is RopeScaling.LONGROPE  # null: the ratio of the two contexts
+        # null: the ratio of the two contexts
+        derived = scaling is RopeScaling.LONGROPE or (scaling is RopeScaling.YARN and "factor" in self._values)
         factor = self.number("factor", None if derived else REQUIRED, above=0, high=1e6)
         if scaling is RopeScaling.LINEAR:
             return Rope(theta, dim, scaling, factor)
@@ -348,16 +354,8 @@ class ConfigReader:
         attention_factor = self.number("attention_factor", None, above=0, high=1e3)
         if scaling is RopeScaling.LONGROPE:
             short, long = (self._factors(key, dim // 2) for key in ("short_factor", "long_factor"))
-            return Rope(
-                theta,
-                dim,
-                scaling,
-                factor,
-                original,
-                attention_factor=attention_factor,
-                short_factors=short,
-                long_factors=long,
-            )
+            stretched = Rope(theta, dim, scaling, factor, original, attention_factor=attention_factor)
+            return replace(stretched, short_factors=short, long_factors=long)
         fast = self.number("beta_fast", 32.0, above=0, high=1e6)
         slow = self.number("beta_slow", 1.0, above=0, high=1e6)
         if fast < slow:

@@ -24,8 +24,7 @@ def translate(reader: ConfigReader) -> ModelConfig:
     reader.spelled(hidden_size="d_model", num_attention_heads="n_heads", num_hidden_layers="n_layers")
     reader.spelled(max_position_embeddings="max_seq_len", rms_norm_eps="layer_norm_epsilon")
     attention = reader.nested("attn_config")
-    if not attention.flag("alibi", True):
-        raise attention.error("alibi", "true: learned positions are not implemented")
+    attention.require("alibi")
     # as the models' own code has it; transformers' takes it for 8 whatever the file says
     bias_max = attention.number("alibi_bias_max", 8.0, above=0, high=1e3)
     attention.text("attn_type", "multihead_attention", choices=("multihead_attention",))
@@ -35,8 +34,7 @@ def translate(reader: ConfigReader) -> ModelConfig:
     attention.pass_over("attn_impl", "dtype", "model_type")
     attention.finish()
     reader.flag("learned_pos_emb", True)  # those that ALiBi switches off
-    if not reader.flag("no_bias", True):
-        raise reader.error("no_bias", "true: MPT with biases is not implemented")
+    reader.require("no_bias")
     if reader.get("logit_scale", None) is not None:
         raise reader.error("logit_scale", "null: it is not implemented")
     reader.text("norm_type", "low_precision_layernorm", choices=("low_precision_layernorm", "layernorm"))

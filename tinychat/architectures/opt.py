@@ -23,12 +23,9 @@ def translate(reader: ConfigReader) -> ModelConfig:
     """See `architectures.translate`."""
     reader.spelled(intermediate_size="ffn_dim", hidden_act="activation_function")
     reader.refuse("_remove_final_layer_norm")
-    if not reader.flag("layer_norm_elementwise_affine", True):
-        raise reader.error("layer_norm_elementwise_affine", "true: norms without weights are not implemented")
-    width, hidden_size = (
-        reader.integer("word_embed_proj_dim", None, high=2**17),
-        reader.integer("hidden_size", high=2**17),
-    )
+    reader.require("layer_norm_elementwise_affine")
+    hidden_size = reader.integer("hidden_size", high=2**17)
+    width = reader.integer("word_embed_proj_dim", None, high=2**17)
     return reader.decoder(
         hidden_act="relu",
         tied=True,

@@ -280,15 +280,15 @@ def _shape(config: ModelConfig) -> Any:
         setattr(shape, name, getattr(c, name))
     for name in ("clip_qkv", "attention_cap", "logit_cap"):
         setattr(shape, name, getattr(c, name) or 0.0)
-    dims = {table.dim for table in c.ropes} or {0}
-    if len(dims) > 1:
-        raise BackendError(f"layers rotate {sorted(dims)} dimensions; the cpu backend has one number for all")
-    shape.rope_dim = dims.pop()
+    kinds = {(table.dim, table.interleaved) for table in c.ropes} or {(0, False)}
+    if len(kinds) > 1:
+        raise BackendError(f"layers rotate {sorted(kinds)} dimensions; the cpu backend has one way for all")
+    shape.rope_dim, shape.rope_interleaved = kinds.pop()
     shape.norm_type = getattr(_cpu.NormType, c.norm.value)
     shape.activation = getattr(_cpu.Activation, c.activation.value)
-    kinds = _cpu.BlockType
-    other = kinds.post_norm if c.block is Block.POST_NORM else kinds.sequential
-    shape.block = kinds.parallel if c.block.parallel else other
+    blocks = _cpu.BlockType
+    other = blocks.post_norm if c.block is Block.POST_NORM else blocks.sequential
+    shape.block = blocks.parallel if c.block.parallel else other
     shape.whole_qk_norm = c.qk_norm is QKNorm.WHOLE
     shape.attention_scale = c.score_scale
     shape.embed_size = c.table_width

@@ -163,7 +163,8 @@ class TorchOps:
         """See `decoder.Ops.attention`. Spans one by one; the heads of a group are one batch entry, stacked as rows."""
         if (table := config.rope_index(index)) >= 0:
             cos, sin = (angles.to(q.dtype) for angles in context.angles[table])
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            turn = rotate_pairs if config.ropes[table].interleaved else rotate
+            q, k = turn(q, cos, sin), turn(k, cos, sin)
         q = q * config.score_scale
         n_heads, n_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
         mixed = torch.empty(len(q), n_heads * head_dim, dtype=q.dtype)
@@ -208,6 +209,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The same where dimension 2j pairs with 2j + 1."""
+    first, second = x[..., : 2 * cos.shape[-1]].unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([turned.flatten(-2), x[..., 2 * cos.shape[-1] :]], dim=-1)
 
 
 def biased(seen: torch.Tensor, start: int, slopes: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
