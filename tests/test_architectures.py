@@ -25,7 +25,7 @@ from tinychat.weights import LINEARS, Layer, Linear, MemoryWeights
 TOLERANCE = 1e-4
 BACKENDS = [module for module in (reference, cpu) if module.available() is None]
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda module: module.__name__.rpartition(".")[2])
-# name: what it changes; every family gets those of COMMON and its own
+# name: what it changes; families whose keys are Llama's get those of COMMON and their own
 COMMON = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
@@ -90,11 +90,10 @@ OWN = {
 }
 LEVELS = cpu._cpu.supported_isas().split() if cpu in BACKENDS else []
 LIKE_LLAMA = [family for family in OWN if family not in BASES]  # in the keys of config.json
-CASES = [
-    (family, name, change)
-    for family in OWN
-    for name, change in {**(COMMON if family in LIKE_LLAMA else {}), **OWN[family]}.items()
-]
+CASES = [(family, name, change) for family in LIKE_LLAMA for name, change in COMMON.items()]
+VARIANTS = {**OWN, **tiny_families.CASES}
+EACH = [(family, name) for family, variants in VARIANTS.items() for name in variants]
+each_variant = pytest.mark.parametrize(("family", "name"), EACH, ids=[f"{f}: {n}" for f, n in EACH])
 
 
 def tokens(count: int, vocab_size: int = 97) -> np.ndarray:
@@ -123,7 +122,7 @@ def ours(weights, ids: np.ndarray, chunks: list[int], backend=reference, **optio
 
 
 def test_every_family_has_models_here():
-    families = {*OWN, *tiny_families.CASES}
+    families = set(VARIANTS)
     assert set(architectures.supported()) == families
     files = {path.stem for path in Path(architectures.__file__).parent.glob("*.py")}
     assert files - families == {"__init__", "config_reader", "names"}, (
@@ -134,8 +133,7 @@ def test_every_family_has_models_here():
 @every_backend
 @pytest.mark.parametrize(("family", "name", "change"), CASES, ids=[f"{f}: {n}" for f, n, _ in CASES])
 def test_logits_equal_transformers(family, name, change, backend):
-    # transformers adds Falcon's ALiBi twice where attention is "eager": once by its mask
-    model, config = tiny(family, attention="sdpa" if change.get("alibi") else "eager", **change)
+    model, config = tiny(family, **change)
     weights = memory_weights(model, config)
     ids = tokens(23, config["vocab_size"])
     want = theirs(model, ids)
@@ -145,14 +143,18 @@ def test_logits_equal_transformers(family, name, change, backend):
         assert 0.3 < want.std() < 3
 
 
-VARIANTS = [(family, name) for family, variants in tiny_families.CASES.items() for name in variants]
+def variant(family: str, name: str):
+    """transformers' model."""
+    change = VARIANTS[family][name]
+    # transformers adds Falcon's ALiBi twice where attention is "eager": once by its mask
+    return tiny(family, attention="sdpa" if change.get("alibi") else "eager", **change)[0]
 
 
-@pytest.mark.parametrize(("family", "name"), VARIANTS, ids=[f"{f}: {n}" for f, n in VARIANTS])
+@each_variant
 def test_logits_of_variants_equal_transformers(family, name, tmp_path, record_property):
     """From files as transformers writes them: prefill, chunks and single tokens, past every window, on the reference
     and at every level of instructions."""
-    model, _ = tiny(family, **tiny_families.CASES[family][name])
+    model = variant(family, name)
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     weights = checkpoint.open(tmp_path)
     ids = tokens(23)
@@ -171,10 +173,10 @@ def test_logits_of_variants_equal_transformers(family, name, tmp_path, record_pr
         assert difference < TOLERANCE, (backend.__name__, chunks, options)
 
 
-@pytest.mark.parametrize(("family", "name"), VARIANTS, ids=[f"{f}: {n}" for f, n in VARIANTS])
+@each_variant
 def test_folding_scales_keeps_the_logits(family, name, tmp_path):
     """Every scaling group of every family, with scales from a quarter to four, before anything is rounded."""
-    model, _ = tiny(family, **tiny_families.CASES[family][name])
+    model = variant(family, name)
     model.save_pretrained(tmp_path)
     source = checkpoint.open(tmp_path)
     generator, folded = torch.Generator().manual_seed(0), []

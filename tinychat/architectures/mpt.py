@@ -1,4 +1,4 @@
-"""MPT 7B and 30B: LayerNorm, ALiBi, a plain MLP with GELU; no bias anywhere. Keys are the family's own."""
+"""MPT 7B and 30B: LayerNorm, ALiBi, a plain MLP with GELU; no bias anywhere."""
 
 from tinychat import alibi
 from tinychat.architectures.config_reader import ConfigReader

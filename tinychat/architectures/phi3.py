@@ -1,4 +1,4 @@
-"""Phi 3, 3.5 and 4, mini ones too: Llama with q, k, v and gate, up stored as one, and perhaps long rope."""
+"""Phi 3, 3.5 and 4, mini ones too: Llama with q, k, v and gate, up stored as one, perhaps long rope."""
 
 from tinychat.architectures.config_reader import ConfigReader
 from tinychat.architectures.names import TensorNames
