@@ -20,19 +20,20 @@ REQUIRED: Any = object()  # the default of a key that has none
 # which are never followed.
 _BOOKKEEPING = """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
-    _flash_attn_2_enabled _from_model_config _name_or_path architectures attention_dropout attn_implementation
-    attn_pdrop auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
-    cls_token_id decoder_start_token_id diversity_penalty do_sample dropout early_stopping embd_pdrop emb_pdrop
-    embedding_dropout embedding_fraction encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout id2label
-    init_config init_device init_std initializer_range is_decoder is_llama_config label2id layerdrop length_penalty
-    max_length max_new_tokens max_sequence_length min_length model_max_length model_name no_repeat_ngram_size
-    num_beam_groups num_beams num_logits_to_keep num_return_sequences output_attentions output_hidden_states
-    output_scores pad_token_id prefix pretraining_tp problem_type quantization_config remove_invalid_values
-    repetition_penalty resid_pdrop residual_dropout return_dict return_dict_in_generate sep_token_id seq_length
-    suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class tokenizer_name top_k top_p
-    torchscript transformers.js_config transformers_version trust_remote_code typical_p unsloth_fixed
-    unsloth_version use_bfloat16 use_cache verbose
+    _flash_attn_2_enabled _from_model_config _name_or_path activation_dropout architectures attention_dropout
+    attention_probs_dropout_prob attn_implementation attn_pdrop auto_map bad_words_ids begin_suppress_tokens
+    bos_token_id chunk_size_feed_forward classifier_dropout cls_token_id decoder_start_token_id diversity_penalty
+    do_sample dropout early_stopping emb_pdrop embd_pdrop embedding_dropout embedding_fraction
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing hidden_dropout hidden_dropout_prob id2label init_config init_device
+    init_std initializer_range is_decoder is_llama_config label2id layerdrop length_penalty max_length
+    max_new_tokens max_sequence_length min_length model_max_length model_name no_repeat_ngram_size num_beam_groups
+    num_beams num_logits_to_keep num_return_sequences output_attentions output_hidden_states output_scores
+    pad_token_id prefix pretraining_tp problem_type quantization_config remove_invalid_values repetition_penalty
+    resid_pdrop residual_dropout return_dict return_dict_in_generate sep_token_id seq_length suppress_tokens
+    task_specific_params temperature tf_legacy_loss tokenizer_class tokenizer_name top_k top_p torchscript
+    transformers.js_config transformers_version trust_remote_code typical_p unsloth_fixed unsloth_version
+    use_bfloat16 use_cache verbose
 """
 HARMLESS = frozenset(_BOOKKEEPING.split())
 # Keys that are harmless at one value only: the one that switches off what is not implemented.

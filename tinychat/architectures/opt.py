@@ -22,8 +22,8 @@ NAMES = TensorNames(
 def translate(reader: ConfigReader) -> ModelConfig:
     """See `architectures.translate`."""
     reader.spelled(intermediate_size="ffn_dim", hidden_act="activation_function")
-    reader.refuse("_remove_final_layer_norm")
-    reader.require("layer_norm_elementwise_affine")
+    reader.refuse("_remove_final_layer_norm", "scale_embeddings")
+    reader.require("layer_norm_elementwise_affine", "learned_embeddings")
     hidden_size = reader.integer("hidden_size", high=2**17)
     width = reader.integer("word_embed_proj_dim", None, high=2**17)
     return reader.decoder(

@@ -10,7 +10,8 @@ NAMES = TensorNames(up=("mlp.c_fc",), down=("mlp.c_proj",))
 def translate(reader: ConfigReader) -> ModelConfig:
     """See `architectures.translate`."""
     reader.spelled(rms_norm_eps="norm_epsilon")
-    reader.pass_over("mlp_type", "layer_norm_epsilon")
+    reader.pass_over("mlp_type", "layer_norm_epsilon", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
+    reader.require("scale_attn_weights")
     reader.text("norm_type", "layer_norm", choices=("layer_norm",))
     return reader.decoder(
         n_kv_heads=2,
