@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -136,32 +137,44 @@ void bind_decoder(py::module_& m) {
     py::enum_<CacheType>(m, "CacheType").value("f16", CacheType::f16).value("f32", CacheType::f32).value(
         "q8", CacheType::q8);
 
+    py::class_<ExpertsShape>(m, "ExpertsShape")
+        .def(py::init([](int64_t n_experts, int64_t n_used, int64_t intermediate_size, int64_t shared_size, bool normalized) {
+                 return ExpertsShape{n_experts, n_used, intermediate_size, shared_size, normalized};
+             }),
+             py::arg("n_experts"), py::arg("n_used"), py::arg("intermediate_size"), py::arg("shared_size"),
+             py::arg("normalized"));
     py::class_<Decoder>(m, "Decoder", "A packed model and its step; see csrc/decoder.h. Not checked: the addresses.")
         .def(py::init([](const std::string& isa, int n_threads, int64_t vocab_size, int64_t hidden_size, int64_t n_heads,
                          int64_t n_kv_heads, int64_t head_dim, int64_t intermediate_size, int64_t rope_dim, float norm_eps,
                          NormType norm_type, Activation activation, bool gated, bool parallel,
-                         std::vector<int64_t> windows, std::vector<float> slopes) {
+                         std::vector<int64_t> windows, std::vector<float> slopes, const ExpertsShape& experts) {
                  const DecoderShape shape{vocab_size,        hidden_size, n_heads,   n_kv_heads, head_dim,
                                           intermediate_size, rope_dim,    norm_eps,  norm_type,  activation,
-                                          gated,             parallel,    std::move(windows), std::move(slopes)};
+                                          gated,             parallel,    std::move(windows), std::move(slopes),
+                                          experts};
                  return std::make_unique<Decoder>(shape, kernels(isa.c_str()), n_threads);
              }),
              py::kw_only(), py::arg("isa"), py::arg("n_threads"), py::arg("vocab_size"), py::arg("hidden_size"),
              py::arg("n_heads"), py::arg("n_kv_heads"), py::arg("head_dim"), py::arg("intermediate_size"),
              py::arg("rope_dim"), py::arg("norm_eps"), py::arg("norm_type"), py::arg("activation"), py::arg("gated"),
-             py::arg("parallel"), py::arg("windows"), py::arg("slopes"))
+             py::arg("parallel"), py::arg("windows"), py::arg("slopes"), py::arg("experts") = ExpertsShape{})
         .def(
             "set_embed", [](Decoder& decoder, WeightType type, Address table) { decoder.set_embed(type, pointer(table)); },
             release())
         .def(
             "add_layer",
             [](Decoder& decoder, const NormArgs& norm1, const NormArgs& norm2, Address q_norm, Address k_norm, const LinearArgs& qkv,
-               const LinearArgs& out, const LinearArgs& up, const LinearArgs& down) {
-                decoder.add_layer({norm_data(norm1), norm_data(norm2), pointer<const float>(q_norm), pointer<const float>(k_norm), linear_data(qkv), linear_data(out), linear_data(up),
-                                   linear_data(down)});
+               const LinearArgs& out, const LinearArgs& up, const LinearArgs& down, bool experts,
+               const std::optional<LinearArgs>& shared_down) {
+                LayerData data{norm_data(norm1), norm_data(norm2), pointer<const float>(q_norm), pointer<const float>(k_norm),
+                               linear_data(qkv), linear_data(out), linear_data(up), linear_data(down)};
+                data.experts = experts;
+                if (shared_down) data.shared_down = linear_data(*shared_down);
+                decoder.add_layer(data);
             },
             py::kw_only(), py::arg("norm1"), py::arg("norm2"), py::arg("q_norm"), py::arg("k_norm"), py::arg("qkv"),
-            py::arg("out"), py::arg("up"), py::arg("down"), release())
+            py::arg("out"), py::arg("up"), py::arg("down"), py::arg("experts") = false,
+            py::arg("shared_down") = std::nullopt, release())
         .def(
             "finish",
             [](Decoder& decoder, const NormArgs& norm, const LinearArgs& head) {

@@ -8,7 +8,7 @@
 //       y = out(mixed)
 //       x += y                                           parallel blocks: not yet, the MLP reads the same x
 //       gate, up = up(norm2(x))
-//       z = down(act(gate) * up)                         plain MLPs: down(act(up))
+//       z = down(act(gate) * up)                         plain MLPs: down(act(up)); experts: see decoder_experts.cpp
 //       x += z                                           parallel blocks: x += y + z
 //   logits = head(norm(x))                               for the wanted rows only
 //
@@ -117,8 +117,12 @@ void Decoder::add_layer(const LayerData& data) {
     if (data.k_norm) layer.k_norm = keep(data.k_norm, shape_.head_dim);
     layer.qkv = pack(data.qkv, shape_.qkv_size(), shape_.hidden_size);
     layer.out = pack(data.out, shape_.hidden_size, shape_.q_size());
-    layer.up = pack(data.up, shape_.up_size(), shape_.hidden_size);
-    layer.down = pack(data.down, shape_.hidden_size, shape_.intermediate_size);
+    if (data.experts) {
+        add_experts(data, layer);
+    } else {
+        layer.up = pack(data.up, shape_.up_size(), shape_.hidden_size);
+        layer.down = pack(data.down, shape_.hidden_size, shape_.intermediate_size);
+    }
     layers_.push_back(std::move(layer));
 }
 
@@ -189,6 +193,7 @@ void Decoder::reserve(int64_t rows) {
     floats(gate_up_, rows * shape_.up_size());
     floats(pieces_, n_threads_ * piece_);
     activations_.reserve(rows * activation_bytes_);
+    reserve_experts(rows);
 }
 
 void Decoder::forward(const Step& step) {
@@ -213,9 +218,13 @@ void Decoder::forward(const Step& step) {
         if (!shape_.parallel) add(y);
 
         prepare_normed(layer.norm2.weight ? layer.norm2 : layer.norm1, layer.up, T);
-        apply(layer.up, T, gate_up_.floats(), shape_.up_size());
-        prepare_activated(layer.down, T);
-        apply(layer.down, T, z, hidden);
+        if (layer.expert_up.empty()) {
+            apply(layer.up, T, gate_up_.floats(), shape_.up_size());
+            prepare_activated(layer.down, T);
+            apply(layer.down, T, z, hidden);
+        } else {
+            mix(layer, T);
+        }
         if (shape_.parallel) add(y);
         add(z);
     }

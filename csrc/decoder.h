@@ -9,6 +9,7 @@
 #include "buffer.h"
 #include "kernels.h"
 #include "packed_linear.h"
+#include "routing.h"
 #include "threads.h"
 
 namespace tinychat {
@@ -24,6 +25,7 @@ struct DecoderShape {
     bool parallel;                 // attention and MLP read the same x, and both are added to it
     std::vector<int64_t> windows;  // [n_layers]: positions that a token sees, itself included; 0: all
     std::vector<float> slopes;     // [n_heads] of ALiBi, or nothing
+    ExpertsShape experts;          // in place of the MLP of some layers
 
     int64_t group() const { return n_heads / n_kv_heads; }
     int64_t q_size() const { return n_heads * head_dim; }
@@ -43,6 +45,10 @@ struct LayerData {
     const float* q_norm;  // [head_dim], or null
     const float* k_norm;  // [head_dim], or null
     LinearData qkv, out, up, down;
+    // Of a layer with experts `up` is router | the shared expert's up | up of each expert, all of which read the same rows,
+    // and `down` is that of each expert.
+    bool experts = false;
+    LinearData shared_down{};
 };
 
 // One step of T rows (tinychat/cache.py states the contract).
@@ -103,6 +109,9 @@ class Decoder {
         Norm norm1, norm2;      // norm2 may be nothing: see LayerData
         Buffer q_norm, k_norm;  // [head_dim], or nothing
         PackedLinear qkv, out, up, down;
+        PackedLinear shared_down;
+        std::vector<size_t> expert_up, expert_down;  // [n_experts + 1] segments at which experts begin; empty: no experts
+        size_t router_end = 0;                       // segments
     };
 
     PackedLinear pack(const LinearData& data, int64_t n, int64_t k);
@@ -132,6 +141,9 @@ class Decoder {
     void append(const Step& step, size_t layer, int64_t row, int64_t head) const;
     QueryGroup query_group(int64_t head) const;
     CacheView entries(const Step& step, size_t layer, int64_t row, int64_t head) const;
+    void add_experts(const LayerData& data, Layer& layer);
+    void reserve_experts(int64_t rows);
+    void mix(const Layer& layer, int64_t rows);
     Team& team();
 
     const DecoderShape shape_;
@@ -162,6 +174,14 @@ class Decoder {
     int64_t piece_ = 0;             // values, likewise
     Profile profile_{};
     bool profiling_ = false;
+
+    // Of layers with experts (decoder_experts.cpp).
+    Routing routing_;
+    std::vector<PackedLinear::Part> parts_;
+    Buffer router_;    // [T, router_size]
+    Buffer gathered_;  // prepared rows of `up`, one for each pair
+    Buffer outputs_;   // [T * n_used + T, hidden_size]: of each pair, then of the shared expert
+    int64_t pair_bytes_ = 0, shared_bytes_ = 0, gathered_bytes_ = 0;  // prepared for down, shared_down, up; the most
 
     AttentionPlan plan_;
     Buffer scratch_;            // [n_threads, scratch_size_]: of attention

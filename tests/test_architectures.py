@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import BASES, memory_weights, tiny
+from tiny_models import BASES, MIXTURES, memory_weights, tiny
 
 from tinychat import architectures, decoder, rope
 from tinychat.backends import cpu, reference
@@ -79,6 +79,25 @@ OWN = {
         "attention bias": {"attention_bias": True},
         "window": {**WINDOWED, "max_window_layers": 2},
         "window in layer_types": {**WINDOWED, "layer_types": MIXED_LAYERS},
+    },
+    "mixtral": {
+        "window": {"sliding_window": 5},
+        "one expert of one": {"num_local_experts": 1, "num_experts_per_tok": 1},
+        "all used": {"num_local_experts": 3, "num_experts_per_tok": 3},
+        "many, most without a row": {"num_local_experts": 60, "num_experts_per_tok": 1},
+    },
+    "qwen2_moe": {
+        "every second layer": {"decoder_sparse_step": 2, "mlp_only_layers": [], "num_hidden_layers": 4},
+        "probabilities that sum to 1": {"norm_topk_prob": True},
+        "no bias": {"qkv_bias": False},
+        "window": {**WINDOWED, "layer_types": MIXED_LAYERS},
+        "no experts at all": {"mlp_only_layers": [0, 1, 2]},
+    },
+    "qwen3_moe": {
+        "probabilities that sum to 1": {"norm_topk_prob": True},
+        "attention bias": {"attention_bias": True},
+        "window": WINDOWED,
+        "every third layer": {"decoder_sparse_step": 3, "num_hidden_layers": 4},
     },
 }
 LIKE_LLAMA = [family for family in OWN if family not in BASES]  # in the keys of config.json
@@ -155,7 +174,7 @@ SCALINGS = {
 
 @every_backend
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("family", LIKE_LLAMA)
+@pytest.mark.parametrize("family", [family for family in LIKE_LLAMA if family not in MIXTURES])
 def test_long_positions_under_every_scaling(family, scaling, backend):
     model, config = tiny(family, **STRETCHED, rope_parameters=SCALINGS[scaling])
     weights = memory_weights(model, config)

@@ -16,7 +16,7 @@ from tinychat import backends, checkpoint, engine, memory, tokenizer
 from tinychat.checkpoint.inventory import Inventory, segments
 from tinychat.checkpoint.shards import Shards
 from tinychat.errors import TemplateError, TokenizerError
-from tinychat.weights import LINEARS
+from tinychat.weights import linears
 
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
@@ -68,7 +68,7 @@ def _weights(source: checkpoint.Checkpoint, shards: Shards) -> dict[str, Any]:
     modules = Inventory(c, names, quantization, shards).quantized
     left = []
     plain = Counter({_DTYPES[shards.info(f"{names.embed}.weight").dtype]: c.vocab_size * c.hidden_size})
-    places = [(linear, layer) for layer in range(c.n_layers) for linear in LINEARS]
+    places = [(linear, layer) for layer in range(c.n_layers) for linear in linears(c, layer)]
     for linear, layer in places if c.tied_head else [*places, ("head", 0)]:
         for segment in segments(c, names, linear, layer):
             if segment.module not in modules:

@@ -15,7 +15,8 @@ import numpy as np
 from tinychat.config import Block, ModelConfig
 from tinychat.qtensor import Weight, round_symmetric
 
-LINEARS = ("qkv", "out", "up", "down")  # of a `Layer`
+LINEARS = ("qkv", "out", "up", "down")  # of every `Layer`
+OF_EXPERTS = ("router", "shared_up", "shared_down")  # more of one with experts
 NORMS = ("norm1", "norm1_bias", "norm2", "norm2_bias", "q_norm", "k_norm")  # likewise
 
 
@@ -25,6 +26,14 @@ def norm_sizes(config: ModelConfig) -> dict[str, int]:
     names += [f"{name}_bias" for name in names if config.norm_bias]
     heads = dict.fromkeys(("q_norm", "k_norm") if config.qk_norm else (), config.head_dim)
     return dict.fromkeys(names, config.hidden_size) | heads
+
+
+def linears(config: ModelConfig, layer: int) -> tuple[str, ...]:
+    """The linears of block `layer`, in the order of the forward pass."""
+    experts = config.experts_of(layer)
+    if experts is None:
+        return LINEARS
+    return ("qkv", "out", "router", *(OF_EXPERTS[1:] if experts.shared_size else ()), "up", "down")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +48,12 @@ class Linear:
         """(N, K) of the whole."""
         return sum(s.shape[0] for s in self.segments), self.segments[0].shape[1]
 
+    def parts(self, n: int) -> tuple[Linear, ...]:
+        """The linears of n experts that are stacked in this one."""
+        each = len(self.segments) // n
+        biases = [None] * n if self.bias is None else np.split(self.bias, n)
+        return tuple(Linear(self.segments[i * each : (i + 1) * each], biases[i]) for i in range(n))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the weights as they are stored in a file."""
@@ -50,14 +65,17 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One decoder block."""
+    """One decoder block. In one with experts, `up` and `down` are those of all experts, stacked along the outputs."""
 
     norm1: np.ndarray  # fp32 [hidden_size], before attention
     qkv: Linear  # q | k | v
     out: Linear
     norm2: np.ndarray | None  # fp32 [hidden_size], before the MLP; None: norm1 serves
-    up: Linear  # gate | up, or up alone
+    up: Linear  # gate | up, or up alone; of experts: gate | up | gate | up ...
     down: Linear
+    router: Linear | None = None  # [n_experts, hidden_size], and a row for the shared expert's gate
+    shared_up: Linear | None = None  # of the shared expert, as `up`
+    shared_down: Linear | None = None
     q_norm: np.ndarray | None = None  # fp32 [head_dim]
     k_norm: np.ndarray | None = None  # fp32 [head_dim]
     norm1_bias: np.ndarray | None = None  # fp32 [hidden_size]

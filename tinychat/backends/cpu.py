@@ -16,7 +16,7 @@ import numpy as np
 
 from tinychat import rope
 from tinychat.cache import KV_DTYPES, KVCache, Rows
-from tinychat.config import Block
+from tinychat.config import Block, ModelConfig
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
@@ -160,10 +160,11 @@ class CpuRunner:
             parallel=config.block is not Block.SEQUENTIAL,
             windows=[config.window(layer) for layer in range(config.n_layers)],
             slopes=config.slopes,
+            **_experts(config),
         )
         self._rotary = rope.Table(config.rope, cache.capacity)
         for index in range(config.n_layers):
-            self._add_layer(source.layer(index))
+            self._add_layer(index, source.layer(index))
             if progress:
                 progress(index + 1, config.n_layers)
         self._add_ends(source, head)
@@ -188,7 +189,7 @@ class CpuRunner:
         self._table = table if shared else np.array(table, order="C")
         self._decoder.set_embed(_float_type(self._table), self._table.ctypes.data)
 
-    def _add_layer(self, layer: Layer) -> None:
+    def _add_layer(self, index: int, layer: Layer) -> None:
         config = self.config
         keep: list[np.ndarray] = []
         sizes = norm_sizes(config)
@@ -197,7 +198,7 @@ class CpuRunner:
         if given != set(sizes):
             raise ValueError(f"a layer has the norms {sorted(given)}, and the config has {sorted(sizes)}")
         norms = {name: _vector(values, sizes.get(name, 0), name, keep) for name, values in found.items()}
-        hidden, inter, q_size = config.hidden_size, config.intermediate_size, config.q_size
+        hidden, q_size = config.hidden_size, config.q_size
         self._decoder.add_layer(
             norm1=(norms["norm1"], norms["norm1_bias"]),
             norm2=(norms["norm2"], norms["norm2_bias"]),
@@ -205,9 +206,30 @@ class CpuRunner:
             k_norm=norms["k_norm"],
             qkv=self._linear(layer.qkv, q_size + 2 * config.kv_size, hidden, "qkv", keep),
             out=self._linear(layer.out, hidden, q_size, "out", keep),
-            up=self._linear(layer.up, config.up_size, hidden, "up", keep),
-            down=self._linear(layer.down, hidden, inter, "down", keep),
+            **self._mlp(index, layer, keep),
         )
+
+    def _mlp(self, index: int, layer: Layer, keep: list[np.ndarray]) -> dict[str, Any]:
+        """What `_cpu.Decoder` takes for the MLP of a layer, or for its experts."""
+        hidden, experts, factor = self.config.hidden_size, self.config.experts_of(index), 2 if self.config.gated else 1
+        if experts is None:
+            return {
+                "up": self._linear(layer.up, self.config.up_size, hidden, "up", keep),
+                "down": self._linear(layer.down, hidden, self.config.intermediate_size, "down", keep),
+            }
+        found = [linear for linear in (layer.router, layer.shared_up, layer.up) if linear is not None]
+        if any(linear.bias is not None for linear in found):
+            raise BackendError("experts with biases; the cpu backend has none")
+        rows = experts.router_size + factor * (experts.shared_size + experts.n_experts * experts.intermediate_size)
+        together = Linear(tuple(segment for linear in found for segment in linear.segments))  # all read the same rows
+        made: dict[str, Any] = {
+            "experts": True,
+            "up": self._linear(together, rows, hidden, "router, shared_up, up", keep),
+            "down": self._linear(layer.down, experts.n_experts * hidden, experts.intermediate_size, "down", keep),
+        }
+        if layer.shared_down is not None:
+            made["shared_down"] = self._linear(layer.shared_down, hidden, experts.shared_size, "shared_down", keep)
+        return made
 
     def _linear(
         self, linear: Linear, n: int, k: int, name: str, keep: list[np.ndarray], bits: int = 16
@@ -252,6 +274,14 @@ class CpuRunner:
         """What was measured since `profile(True)`."""
         steps, step_ns, busy_ns, threads = self._decoder.profiled()
         return Profile(steps, step_ns / 1e9, busy_ns / 1e9, threads)
+
+
+def _experts(config: ModelConfig) -> dict[str, Any]:
+    e = config.experts
+    if e is None:
+        return {}
+    shape = _cpu.ExpertsShape(e.n_experts, e.n_used, e.intermediate_size, e.shared_size, e.normalized)
+    return {"experts": shape}
 
 
 def _describe(isa: str, n_threads: int) -> str:

@@ -40,9 +40,12 @@ class RandomWeights:
         self.names = names
         self.group_size = group_size
         self._rng = np.random.default_rng(seed)
-        shapes = [segment.shape for linear in LINEARS for segment in segments(config, names, linear, 0)]
-        for shape in shapes:
-            if group_size is not None and (reason := awq.fits(shape, group_size)):
+        self._kinds = Counter(config.experts_of(layer) is not None for layer in range(config.n_layers))
+        self._of_kind = {config.experts_of(layer) is not None: layer for layer in range(config.n_layers)}
+        found = [(linear, s.shape) for layer in self._of_kind.values() for linear, s in self._segments(layer)]
+        shapes = [shape for _, shape in found]
+        for linear, shape in found:
+            if group_size is not None and linear != "router" and (reason := awq.fits(shape, group_size)):
                 raise UsageError(f"a linear of {shape[0]} outputs and {shape[1]} inputs cannot be quantized: {reason}")
         largest = max(n * k for n, k in shapes)
         self._kept: np.ndarray | None = None

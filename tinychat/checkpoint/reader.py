@@ -27,7 +27,7 @@ from tinychat.checkpoint.shards import Shards
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError, ConfigError
 from tinychat.qtensor import AwqWords, Weight
-from tinychat.weights import LINEARS, Layer, Linear, norm_sizes
+from tinychat.weights import Layer, Linear, linears, norm_sizes
 
 MAX_CONFIG_BYTES = 4 << 20
 _OLD_QUANT_CONFIGS = ("quant_config.json", "quantize_config.json")  # AutoAWQ before it wrote into config.json
@@ -81,7 +81,7 @@ class Checkpoint:
         if not 0 <= index < self.config.n_layers:
             raise IndexError(f"layer {index} of {self.config.n_layers}")
         self._shards.release()
-        made: dict[str, Any] = {name: self._linear(name, index) for name in LINEARS}
+        made: dict[str, Any] = {name: self._linear(name, index) for name in linears(self.config, index)}
         made |= {name: self._vector(self.names.vector(name, index)) for name in norm_sizes(self.config)}
         return Layer(**{"norm2": None, **made})
 

@@ -91,6 +91,8 @@ def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:
         weight = torch.cat(parts) if len(parts) > 1 else parts[0]
         return Dense(name, weight, bias, tuple(len(p) for p in parts), tuple(modules), tuple(kept))
 
+    if layer.router is not None:
+        raise UsageError("a mixture of experts cannot be quantized yet")
     made: dict[str, Any] = {name: linear(name) for name in LINEARS}
     for name in NORMS:
         values = getattr(layer, name)
