@@ -66,7 +66,8 @@ def tiny(
 
     `scale` is the standard deviation of matrices; logits then have a standard deviation near 1.
     """
-    config = AutoConfig.for_model(model_type, **{**BASES.get(model_type, BASE), **MIXTURES.get(model_type, {}), **overrides})
+    base = BASES.get(model_type) or {**BASE, **MIXTURES.get(model_type, {})}
+    config = AutoConfig.for_model(model_type, **{**base, **overrides})
     config._attn_implementation = attention
     config._experts_implementation = "eager"  # the other ways want sizes of a multiple of 16 bytes
     config.dtype = torch.float32

@@ -75,7 +75,7 @@ class Experts:
     """A mixture of experts in place of the MLP (arXiv 2101.03961): a row goes through n_used of n_experts small MLPs.
 
     Their outputs are added, each times its probability: the softmax over all experts of the router's logits. Those of
-    the highest are used. A shared expert takes every row; its output is multiplied by the sigmoid of a logit of its own.
+    the highest are used. A shared expert takes every row, its output times the sigmoid of a logit of its own.
     """
 
     n_experts: int

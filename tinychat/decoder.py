@@ -196,9 +196,7 @@ def mlp(config: ModelConfig, ops: Ops, layer: PackedLayer, x: Tensor) -> Tensor:
     return _mlp(config, ops, x, layer.up, layer.down, layer.act_scale)
 
 
-def _mlp(
-    config: ModelConfig, ops: Ops, x: Tensor, up: Any, down: Any, act_scale: Tensor | None = None
-) -> Tensor:
+def _mlp(config: ModelConfig, ops: Ops, x: Tensor, up: Any, down: Any, act_scale: Tensor | None = None) -> Tensor:
     hidden = ops.activation(ops.linear(x, up), config.activation)
     return ops.linear(hidden if act_scale is None else hidden / act_scale, down)
 

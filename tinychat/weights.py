@@ -17,6 +17,7 @@ from tinychat.qtensor import Weight, round_symmetric
 
 LINEARS = ("qkv", "out", "up", "down")  # of every `Layer`
 OF_EXPERTS = ("router", "shared_up", "shared_down")  # more of one with experts
+QUANTIZED = ("qkv", "out", "up", "down", "shared_up", "shared_down")  # those that a quantizer takes: not the router
 NORMS = ("norm1", "norm1_bias", "norm2", "norm2_bias", "q_norm", "k_norm")  # likewise
 
 

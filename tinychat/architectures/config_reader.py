@@ -210,10 +210,10 @@ class ConfigReader:
         """Decoder blocks."""
         return self.integer("num_hidden_layers", high=2**10)
 
-    def sliding_window(self, default: int) -> int | None:
+    def sliding_window(self, default: int | None) -> int | None:
         """The window, `default` where the key is absent, None where it is null."""
         if "sliding_window" in self._values and self._values["sliding_window"] is None:
-            default = None  # type: ignore[assignment]
+            default = None
         return self.integer("sliding_window", default, high=LARGEST_POSITION)
 
     def windows(self) -> tuple[int | None, frozenset[int]]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tinychat.architectures.names import TensorNames
 from tinychat.bench.random_weights import RandomWeights
 from tinychat.bench.shapes import Shape
 from tinychat.checkpoint import AwqFormat, CheckpointWriter, awq
+from tinychat.checkpoint.inventory import segments
 from tinychat.qtensor import AwqWords
-from tinychat.weights import LINEARS, NORMS, Layer, Linear
+from tinychat.weights import NORMS, Linear, linears
 
 
 def write(
@@ -39,7 +39,7 @@ def _groups(weights: RandomWeights) -> Iterator[Iterator[tuple[str, np.ndarray]]
     names = weights.names
     yield iter([(f"{names.embed}.weight", weights.embed())])
     for index in range(weights.config.n_layers):
-        yield _layer(weights.layer(index), names, index)
+        yield _layer(weights, index)
     end = [(f"{names.norm}.weight", weights.norm().astype(np.float16))]
     if (norm_bias := weights.norm_bias()) is not None:
         end.append((f"{names.norm}.bias", norm_bias.astype(np.float16)))
@@ -48,16 +48,16 @@ def _groups(weights: RandomWeights) -> Iterator[Iterator[tuple[str, np.ndarray]]
     yield iter(end)
 
 
-def _layer(layer: Layer, names: TensorNames, index: int) -> Iterator[tuple[str, np.ndarray]]:
-    prefix = names.layer.format(index)
+def _layer(weights: RandomWeights, index: int) -> Iterator[tuple[str, np.ndarray]]:
+    config, names, layer = weights.config, weights.names, weights.layer(index)
     for norm in NORMS:
         if (values := getattr(layer, norm)) is not None:
             yield names.vector(norm, index), values.astype(np.float16)
-    for name in LINEARS:
+    for name in linears(config, index):
         linear: Linear = getattr(layer, name)
         first = 0
-        for part, segment in zip(getattr(names, name), linear.segments, strict=True):
-            module, after = prefix + part, first + segment.shape[0]
+        for part, segment in zip(segments(config, names, name, index), linear.segments, strict=True):
+            module, after = part.module, first + segment.shape[0]
             if isinstance(segment, AwqWords):
                 yield from ((f"{module}.{ending}", getattr(segment, ending)) for ending in awq.PARTS)
             else:
