@@ -22,7 +22,8 @@ using namespace tinychat;
 namespace {
 
 using Address = uintptr_t;
-using SegmentArgs = std::tuple<LinearShape, Source, Address, Address, Address>;  // shape, source, values, scales, zeros
+using SegmentArgs =  // shape, source, values, scales, zeros, permutation or 0
+    std::tuple<LinearShape, Source, Address, Address, Address, Address>;
 using LinearArgs = std::pair<std::vector<SegmentArgs>, Address>;                 // segments, bias or 0
 
 using NormArgs = std::pair<Address, Address>;  // weight, bias or 0
@@ -36,8 +37,9 @@ NormData norm_data(const NormArgs& args) { return {pointer<const float>(args.fir
 
 LinearData linear_data(const LinearArgs& args) {
     LinearData data{{}, pointer<const float>(args.second)};
-    for (const auto& [shape, source, values, scales, zeros] : args.first) {
-        data.segments.push_back({shape, {pointer(values), pointer(scales), pointer(zeros), source}});
+    for (const auto& [shape, source, values, scales, zeros, permutation] : args.first) {
+        const WeightData weight{pointer(values), pointer(scales), pointer(zeros), source};
+        data.segments.push_back({shape, weight, pointer<const int32_t>(permutation)});
     }
     return data;
 }
@@ -164,16 +166,17 @@ void bind_decoder(py::module_& m) {
         .def(
             "add_layer",
             [](Decoder& decoder, const NormArgs& norm1, const NormArgs& norm2, Address q_norm, Address k_norm, const LinearArgs& qkv,
-               const LinearArgs& out, const LinearArgs& up, const LinearArgs& down, bool experts,
+               const LinearArgs& out, const LinearArgs& up, const LinearArgs& down, Address act_scale, bool experts,
                const std::optional<LinearArgs>& shared_down) {
                 LayerData data{norm_data(norm1), norm_data(norm2), pointer<const float>(q_norm), pointer<const float>(k_norm),
-                               linear_data(qkv), linear_data(out), linear_data(up), linear_data(down)};
+                               linear_data(qkv), linear_data(out), linear_data(up), linear_data(down),
+                               pointer<const float>(act_scale)};
                 data.experts = experts;
                 if (shared_down) data.shared_down = linear_data(*shared_down);
                 decoder.add_layer(data);
             },
             py::kw_only(), py::arg("norm1"), py::arg("norm2"), py::arg("q_norm"), py::arg("k_norm"), py::arg("qkv"),
-            py::arg("out"), py::arg("up"), py::arg("down"), py::arg("experts") = false,
+            py::arg("out"), py::arg("up"), py::arg("down"), py::arg("act_scale") = 0, py::arg("experts") = false,
             py::arg("shared_down") = std::nullopt, release())
         .def(
             "finish",

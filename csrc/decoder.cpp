@@ -8,7 +8,7 @@
 //       y = out(mixed)
 //       x += y                                           parallel blocks: not yet, the MLP reads the same x
 //       gate, up = up(norm2(x))
-//       z = down(act(gate) * up)                         plain MLPs: down(act(up)); experts: see decoder_experts.cpp
+//       z = down(act(gate) * up)                         plain MLPs: down(act(up)); AWQ may divide what down reads
 //       x += z                                           parallel blocks: x += y + z
 //   logits = head(norm(x))                               for the wanted rows only
 //
@@ -89,6 +89,7 @@ PackedLinear Decoder::pack(const LinearData& data, int64_t n, int64_t k) {
     weight_bytes_ += linear.nbytes();
     activation_bytes_ = std::max(activation_bytes_, linear.activation_bytes());
     piece_ = std::max(piece_, std::min(piece(linear), k));
+    if (linear.permuted()) whole_size_ = std::max(whole_size_, k);
     return linear;
 }
 
@@ -122,6 +123,11 @@ void Decoder::add_layer(const LayerData& data) {
     } else {
         layer.up = pack(data.up, shape_.up_size(), shape_.hidden_size);
         layer.down = pack(data.down, shape_.hidden_size, shape_.intermediate_size);
+    }
+    if (data.act_scale) {
+        layer.inverse_scale = keep(data.act_scale, shape_.intermediate_size);
+        float* scale = layer.inverse_scale.floats();
+        for (int64_t i = 0; i < shape_.intermediate_size; ++i) scale[i] = 1 / scale[i];
     }
     layers_.push_back(std::move(layer));
 }
@@ -192,6 +198,7 @@ void Decoder::reserve(int64_t rows) {
     floats(mixed_, rows * shape_.q_size());
     floats(gate_up_, rows * shape_.up_size());
     floats(pieces_, n_threads_ * piece_);
+    floats(whole_, rows * whole_size_);
     activations_.reserve(rows * activation_bytes_);
     reserve_experts(rows);
 }
@@ -220,7 +227,7 @@ void Decoder::forward(const Step& step) {
         prepare_normed(layer.norm2.weight ? layer.norm2 : layer.norm1, layer.up, T);
         if (layer.expert_up.empty()) {
             apply(layer.up, T, gate_up_.floats(), shape_.up_size());
-            prepare_activated(layer.down, T);
+            prepare_activated(layer, T);
             apply(layer.down, T, z, hidden);
         } else {
             mix(layer, T);
@@ -254,13 +261,18 @@ void Decoder::prepare_mixed(const PackedLinear& linear, int64_t rows) {
     prepare(linear, rows, size, [&](int64_t t, Range part, float*) { return mixed_.floats() + t * size + part.begin; });
 }
 
-// act(gate) * up, or act(up), of each row.
-void Decoder::prepare_activated(const PackedLinear& linear, int64_t rows) {
+// act(gate) * up, or act(up), of each row, over act_scale where there is one: of a plain MLP it stands where up would.
+void Decoder::prepare_activated(const Layer& layer, int64_t rows) {
     const int64_t inter = shape_.intermediate_size;
-    prepare(linear, rows, inter, [&](int64_t t, Range part, float* piece) {
+    const float* inverse = layer.inverse_scale.floats();
+    prepare(layer.down, rows, inter, [&](int64_t t, Range part, float* piece) {
         const float* gate = gate_up_.floats() + t * shape_.up_size() + part.begin;
-        kernels_.block.activate(shape_.activation, gate, shape_.gated ? gate + inter : nullptr, part.end - part.begin,
-                                piece);
+        const float* scale = inverse ? inverse + part.begin : nullptr;
+        const int64_t n = part.end - part.begin;
+        kernels_.block.activate(shape_.activation, gate, shape_.gated ? gate + inter : scale, n, piece);
+        if (shape_.gated && scale) {
+            for (int64_t i = 0; i < n; ++i) piece[i] *= scale[i];
+        }
         return piece;
     });
 }
@@ -274,15 +286,29 @@ void Decoder::each(int64_t rows, const Work& work) {
 }
 
 // One phase: the inputs [rows, k] of a linear in the form that it reads. input(row, part, piece) says where the values
-// `part` of a row are; it may put them into `piece`.
+// `part` of a row are; it may put them into `piece`. A permuted linear gathers from whole rows: they are a phase before.
 template <class Input>
 void Decoder::prepare(const PackedLinear& linear, int64_t rows, int64_t k, const Input& input) {
     const int64_t length = piece(linear), pieces = (k + length - 1) / length;
-    each(rows * pieces, [&](int64_t item, int thread) {
-        const int64_t row = item / pieces, begin = item % pieces * length;
-        const Range part{begin, std::min(begin + length, k)};
-        const float* values = input(row, part, pieces_.floats() + thread * piece_);
-        linear.prepare(kernels_.linear, values, part, row, rows, activations_.data());
+    const auto each_piece = [&](const auto& work) {
+        each(rows * pieces, [&](int64_t item, int thread) {
+            const int64_t row = item / pieces, begin = item % pieces * length;
+            work(row, Range{begin, std::min(begin + length, k)}, pieces_.floats() + thread * piece_);
+        });
+    };
+    if (!linear.permuted()) {
+        return each_piece([&](int64_t row, Range part, float* piece) {
+            linear.prepare(kernels_.linear, input(row, part, piece), part, row, rows, activations_.data());
+        });
+    }
+    const auto whole = [&](int64_t row) { return whole_.floats() + row * k; };
+    each_piece([&](int64_t row, Range part, float*) {
+        float* place = whole(row) + part.begin;
+        const float* values = input(row, part, place);
+        if (values != place) std::memcpy(place, values, static_cast<size_t>(part.end - part.begin) * sizeof(float));
+    });
+    each_piece([&](int64_t row, Range part, float* piece) {
+        linear.gather(kernels_.linear, whole(row), part, row, rows, piece, activations_.data());
     });
 }
 

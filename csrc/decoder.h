@@ -45,6 +45,7 @@ struct LayerData {
     const float* q_norm;  // [head_dim], or null
     const float* k_norm;  // [head_dim], or null
     LinearData qkv, out, up, down;
+    const float* act_scale;  // [intermediate_size], or null: what `down` reads is divided by it
     // Of a layer with experts `up` is router | the shared expert's up | up of each expert, all of which read the same rows,
     // and `down` is that of each expert.
     bool experts = false;
@@ -108,6 +109,7 @@ class Decoder {
     struct Layer {
         Norm norm1, norm2;      // norm2 may be nothing: see LayerData
         Buffer q_norm, k_norm;  // [head_dim], or nothing
+        Buffer inverse_scale;   // [intermediate_size], 1 / act_scale, or nothing
         PackedLinear qkv, out, up, down;
         PackedLinear shared_down;
         std::vector<size_t> expert_up, expert_down;  // [n_experts + 1] segments at which experts begin; empty: no experts
@@ -123,7 +125,7 @@ class Decoder {
     void embed(const Step& step, int64_t row);
     void prepare_normed(const Norm& norm, const PackedLinear& linear, int64_t rows, const int32_t* wanted = nullptr);
     void prepare_mixed(const PackedLinear& linear, int64_t rows);
-    void prepare_activated(const PackedLinear& linear, int64_t rows);
+    void prepare_activated(const Layer& layer, int64_t rows);
     template <class Work>
     void each(int64_t rows, const Work& work);
     template <class Input>
@@ -169,9 +171,11 @@ class Decoder {
     Buffer mixed_;        // [T, q_size], the values that attention mixed
     Buffer gate_up_;      // [T, up_size]
     Buffer pieces_;       // [n_threads, piece_], parts of rows on their way into activations_
+    Buffer whole_;        // [T, whole_size_], rows that a permuted linear gathers its inputs from
     Buffer activations_;  // [T, activation_bytes] for each preparation of a linear
     int64_t activation_bytes_ = 0;  // of one row, the most that any linear needs
     int64_t piece_ = 0;             // values, likewise
+    int64_t whole_size_ = 0;        // the most inputs that a permuted linear has
     Profile profile_{};
     bool profiling_ = false;
 

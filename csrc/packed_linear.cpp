@@ -24,7 +24,7 @@ PackedLinear::PackedLinear(const LinearData& data, int64_t n, int64_t k, const L
         if (shape.n < 1 || shape.k != k) refuse("a segment of a linear has the wrong shape");
         if (shape.type == WeightType::quantized && shape.group < 1) refuse("a group of less than one weight");
         if (!segment.data.values) refuse("a segment of a linear has no values");
-        add_segment(shape, kernels);
+        add_segment(segment, kernels);
         bytes += cache_line(kernels.packed_bytes(shape));
         rows += shape.n;
     }
@@ -43,15 +43,26 @@ PackedLinear::PackedLinear(const LinearData& data, int64_t n, int64_t k, const L
     }
 }
 
-void PackedLinear::add_segment(const LinearShape& shape, const LinearKernels& kernels) {
+int64_t PackedLinear::nbytes() const {
+    int64_t bytes = packed_.bytes() + bias_.bytes();
+    for (const Preparation& p : preparations_) bytes += static_cast<int64_t>(p.permutation.size() * sizeof(int32_t));
+    return bytes;
+}
+
+void PackedLinear::add_segment(const SegmentData& data, const LinearKernels& kernels) {
+    const LinearShape& shape = data.shape;
+    const std::vector<int32_t> permutation(data.permutation, data.permutation ? data.permutation + shape.k : nullptr);
+    const auto inside = [&](int32_t input) { return input >= 0 && input < shape.k; };
+    if (!std::all_of(permutation.begin(), permutation.end(), inside)) refuse("a permutation beyond the inputs");
     const auto same = [&](const Preparation& p) {
         return p.shape.type == shape.type && p.shape.k == shape.k && p.shape.group == shape.group &&
-               p.shape.activation_bits == shape.activation_bits;
+               p.shape.activation_bits == shape.activation_bits && p.permutation == permutation;
     };
     auto preparation = std::find_if(preparations_.begin(), preparations_.end(), same);
     if (preparation == preparations_.end()) {
         const int64_t bytes = kernels.activation_bytes(shape);
-        preparation = preparations_.insert(preparation, {shape, activation_bytes_, bytes});
+        preparation = preparations_.insert(preparation, {shape, activation_bytes_, bytes, permutation});
+        permuted_ = permuted_ || !permutation.empty();
         activation_bytes_ += bytes;
         prepare_step_ = std::lcm(prepare_step_, kernels.prepare_step(shape));
     }
@@ -71,6 +82,19 @@ void PackedLinear::prepare(const LinearKernels& kernels, const float* x, Range p
     for (const Preparation& preparation : preparations_) {
         char* all = activations + preparation.offset * rows;  // [rows, bytes]
         kernels.prepare(preparation.shape, x, all + row * preparation.bytes, part.begin, part.end);
+    }
+}
+
+void PackedLinear::gather(const LinearKernels& kernels, const float* x, Range part, int64_t row, int64_t rows,
+                          float* scratch, char* activations) const {
+    for (const Preparation& preparation : preparations_) {
+        const float* values = x + part.begin;
+        if (!preparation.permutation.empty()) {
+            for (int64_t i = part.begin; i < part.end; ++i) scratch[i - part.begin] = x[preparation.permutation[i]];
+            values = scratch;
+        }
+        char* all = activations + preparation.offset * rows;  // [rows, bytes]
+        kernels.prepare(preparation.shape, values, all + row * preparation.bytes, part.begin, part.end);
     }
 }
 

@@ -14,6 +14,7 @@ namespace tinychat {
 struct SegmentData {
     LinearShape shape;
     WeightData data;
+    const int32_t* permutation;  // [k]: column j of the weight multiplies input permutation[j]; null: input j
 };
 struct LinearData {
     std::vector<SegmentData> segments;  // stacked along the outputs
@@ -29,11 +30,12 @@ class PackedLinear {
         int64_t tiles;
         size_t preparation;   // of the activations it reads
     };
-    // Segments that differ in type or group may want their activations prepared differently.
+    // Segments that differ in type, group or permutation want their activations prepared differently.
     struct Preparation {
         LinearShape shape;
         int64_t offset;  // bytes before it, for one row
         int64_t bytes;   // of one row
+        std::vector<int32_t> permutation;  // [k], or nothing
     };
 
     PackedLinear() = default;
@@ -42,7 +44,10 @@ class PackedLinear {
 
     // Bytes of one row's activations, all preparations.
     int64_t activation_bytes() const { return activation_bytes_; }
-    int64_t nbytes() const { return packed_.bytes() + bias_.bytes(); }
+    int64_t nbytes() const;
+
+    // Whether some segment's columns are in another order than the inputs: a row is then gathered from all of its inputs.
+    bool permuted() const { return permuted_; }
 
     // A row is prepared in parts of a multiple of this, but for the last.
     int64_t prepare_step() const { return prepare_step_; }
@@ -50,6 +55,9 @@ class PackedLinear {
     // activations [rows * activation_bytes].
     void prepare(const LinearKernels& kernels, const float* x, Range part, int64_t row, int64_t rows,
                  char* activations) const;
+    // The same of a permuted linear, from the whole row x [k]; scratch holds as many values as `part`.
+    void gather(const LinearKernels& kernels, const float* x, Range part, int64_t row, int64_t rows, float* scratch,
+                char* activations) const;
     // y[rows, n] = the linear of the prepared rows, on the team.
     void apply(const LinearKernels& kernels, const char* activations, int64_t rows, float* y, int64_t y_stride,
                Team& team) const;
@@ -76,7 +84,7 @@ class PackedLinear {
     void unpack_row(const LinearKernels& kernels, int64_t row, float* values) const;
 
   private:
-    void add_segment(const LinearShape& shape, const LinearKernels& kernels);
+    void add_segment(const SegmentData& data, const LinearKernels& kernels);
     void apply_tiles(const LinearKernels& kernels, const Segment& segment, Range tiles, const char* activations,
                      int64_t rows, float* y, int64_t y_stride) const;
 
@@ -98,6 +106,7 @@ class PackedLinear {
     int64_t tiles_ = 0;
     int64_t activation_bytes_ = 0;
     int64_t prepare_step_ = 1;
+    bool permuted_ = false;
 };
 
 }  // namespace tinychat

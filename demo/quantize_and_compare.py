@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import tinychat
-from tinychat.quantize import evaluation, quantize
+from tinychat.quantize import quantize
 
 
 def main(model: str, text_file: str, group_size: int = 128) -> None:
@@ -24,8 +24,7 @@ def main(model: str, text_file: str, group_size: int = 128) -> None:
             )
         for name, path in paths.items():
             with tinychat.load(path) as llm:
-                windows = evaluation.windows(llm.tokenizer.encode(text), 256)
-                found = evaluation.score_logits((llm.logits(window) for window in windows), windows)
+                found = tinychat.evaluate(llm, text, window=256)
                 written = tinychat.generate(llm, text[:60], max_tokens=24, temperature=0).text
             print(f"{name:<9} perplexity {found.perplexity:.3f}  {text[:60]!r} -> {written!r}")
 

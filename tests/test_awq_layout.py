@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import pack_words
 
-from tinychat.checkpoint import awq
+from tinychat.checkpoint import awq, layouts
 from tinychat.checkpoint.awq import AwqFormat
 from tinychat.errors import ConfigError
 from tinychat.qtensor import AWQ_ORDER, AwqWords, QTensor, bfloat16
@@ -60,7 +60,7 @@ def test_pack_and_unpack_are_inverses(words, groups, group_size, seed):
     assert np.array_equal(packed["qzeros"], pack_words(q.zeros.T))
     again = AwqWords(**packed).tensor()
     assert same(again, q)
-    assert all(np.array_equal(awq.pack(again)[part], packed[part]) for part in awq.PARTS)
+    assert all(np.array_equal(awq.pack(again)[part], packed[part]) for part in awq.ENDINGS)
     assert again.codes.flags.c_contiguous and again.scales.flags.c_contiguous
 
 
@@ -132,14 +132,13 @@ def test_fits():
     ],
 )
 def test_spellings_of_the_config(raw):
-    assert AwqFormat.parse(raw, "here") == AwqFormat(bits=4, group_size=64)
+    assert layouts.parse(raw, "here") == AwqFormat(bits=4, group_size=64)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"quant_method": "gptq"}, "quant_method gptq"),
-        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ({"quant_method": "bitsandbytes"}, "quant_method bitsandbytes; supported are awq, "),
         ({"quant_method": None}, "quant_method None"),
         ({"version": "gemv"}, "version gemv; supported is 'gemm'"),
         ({"version": "gemv_fast"}, "gemv_fast"),
@@ -159,7 +158,7 @@ def test_spellings_of_the_config(raw):
 def test_configs_refused(change, message):
     raw = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm", **change}
     with pytest.raises(ConfigError, match=message) as fault:
-        AwqFormat.parse(raw, "config.json")
+        layouts.parse(raw, "config.json")
     assert str(fault.value).startswith("config.json") and "\x1b" not in str(fault.value)
 
 

@@ -21,7 +21,7 @@ from tinychat.progress import Loading
 from tinychat.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("chat", "generate", "quantize", "bench", "info")
+COMMANDS = ("chat", "generate", "quantize", "eval", "bench", "info")
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_version(capsys):
     ("line", "message"),
     [
         ("caht", "no command 'caht' (did you mean 'chat'?)"),
-        ("serve", "no command 'serve'; there are: chat, generate, quantize, bench, info"),
+        ("serve", "no command 'serve'; there are: chat, generate, quantize, eval, bench, info"),
         ("--verison", "no option --verison (did you mean '--version'?)"),
         ("chat --tmep 1", "no option --tmep (did you mean '--temp'?)"),
         ("chat --ctx_size=5", "no option --ctx_size (did you mean '--ctx-size'?)"),

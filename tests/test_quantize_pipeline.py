@@ -17,8 +17,9 @@ from tinychat.backends import reference
 from tinychat.cache import Rows
 from tinychat.cli import main
 from tinychat.errors import CheckpointError, ConfigError, TinychatError, TokenizerError, UsageError
+from tinychat.evaluation import likelihood
 from tinychat.qtensor import QTensor, canonical
-from tinychat.quantize import calibration, evaluation, quantize, quantize_in_memory, rtn
+from tinychat.quantize import calibration, quantize, quantize_in_memory, rtn
 from tinychat.weights import LINEARS
 
 SMALL = {"n_sequences": 4, "length": 24, "progress": False}
@@ -276,12 +277,12 @@ def test_awq_beats_rounding_on_real_weights(data_dir):
     """A trained model, small enough for int3 to hurt; likelihoods of held-out text, paired, window by window."""
     source = checkpoint.open(data_dir / "stories260K")
     text = (data_dir / "text" / "tinystories_val.txt").read_text()[:9000]
-    windows = evaluation.windows(calibration.tokenizers.load(source.path).encode(text), 256)
+    windows = likelihood.windows(calibration.tokenizers.load(source.path).encode(text), 256)
     sequences = calibration.self_generated(source, starts=[1], n_sequences=8, length=160)
     models = {"original": source}
     for method in ("rtn", "awq"):
         models[method], _ = quantize_in_memory(source, method=method, bits=3, group_size=64, sequences=sequences)
-    scores = {n: evaluation.score(reference.build(m, ctx_size=256), windows) for n, m in models.items()}
+    scores = {n: likelihood.score(reference.build(m, ctx_size=256), windows) for n, m in models.items()}
     assert scores["original"].perplexity < 4.4
-    assert evaluation.compare(scores["awq"], scores["original"]).high < 0
-    assert evaluation.compare(scores["awq"], scores["rtn"]).low > 0
+    assert likelihood.compare(scores["awq"], scores["original"]).high < 0
+    assert likelihood.compare(scores["awq"], scores["rtn"]).low > 0

@@ -19,7 +19,7 @@ FLOORS = [
     {"backends"},
     {"quantize", "engine"},
     {"chat", "info", "arguments"},
-    {"bench"},
+    {"bench", "evaluation"},
     {"cli"},
 ]
 

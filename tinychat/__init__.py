@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tinychat.engine import load as load
     from tinychat.engine import stream as stream
     from tinychat.errors import TinychatError as TinychatError
+    from tinychat.evaluation.evaluate import Evaluation as Evaluation
+    from tinychat.evaluation.evaluate import evaluate as evaluate
     from tinychat.results import Piece as Piece
     from tinychat.results import Result as Result
     from tinychat.sampling import SamplingParams as SamplingParams
@@ -32,14 +34,19 @@ _HOMES = {
     "load": "engine",
     "generate": "engine",
     "stream": "engine",
+    "evaluate": "evaluation.evaluate",
     "Engine": "engine",
+    "Evaluation": "evaluation.evaluate",
     "Piece": "results",
     "Result": "results",
     "SamplingParams": "sampling",
     "TinychatError": "errors",
 }
 
-__all__ = ["Engine", "Piece", "Result", "SamplingParams", "TinychatError", "generate", "load", "stream"]
+__all__ = [
+    *("Engine", "Evaluation", "Piece", "Result", "SamplingParams", "TinychatError"),
+    *("evaluate", "generate", "load", "stream"),
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -99,11 +99,14 @@ def add_device(
     *,
     context: str = "the model's maximum, at most 4096",
     several_threads: bool = False,
+    kv_type: str = "fp16",
+    head: int | None = None,
 ) -> None:
     """Options of running a model.
 
     context          the default of --ctx-size, in words
     several_threads  --threads takes more than one number, and gives a list
+    kv_type, head    the defaults of --kv-type and --head
     """
     group = parser.add_argument_group("how it runs")
     group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or reference (default: auto)")
@@ -117,8 +120,8 @@ def add_device(
     group.add_argument(
         "--kv-type",
         choices=("fp16", "fp32", "int8"),
-        default="fp16",
-        help="precision of the KV cache; int8 takes half the memory of fp16 (default: fp16)",
+        default=kv_type,
+        help=f"precision of the KV cache; int8 takes half the memory of fp16 (default: {kv_type})",
     )
     group.add_argument(
         "--activations",
@@ -132,7 +135,9 @@ def add_device(
         "--head",
         type=int,
         choices=(8, 16),
-        help="bits of the output head (default: 8 where the checkpoint is quantized, else as it is stored)",
+        default=head,
+        help="bits of the output head; 16: as it is stored "
+        f"(default: {head or '8 where the checkpoint is quantized, else as it is stored'})",
     )
     group.add_argument(
         *("-t", "--threads"),

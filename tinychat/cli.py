@@ -30,6 +30,7 @@ from tinychat.arguments import (
 )
 from tinychat.bench import command as bench
 from tinychat.errors import TinychatError, UsageError
+from tinychat.evaluation import command as evaluation
 
 if TYPE_CHECKING:
     from tinychat.engine import Engine
@@ -48,6 +49,7 @@ def build_parser() -> Parser:
   tinychat generate "Once upon a time" -n 64        continue a text
   tinychat info Qwen/Qwen2.5-0.5B-Instruct-AWQ      what a model is and the memory it needs
   tinychat quantize DIR -o DIR-awq                  make a 4-bit checkpoint of a 16-bit one
+  tinychat eval DIR-awq --text FILE --against DIR   perplexity, and the distance from the original
   tinychat bench --shape llama-2-7b                 how fast such a model would run here
 
 A MODEL is a directory, an id on the Hugging Face hub, or 'pebble'. TINYCHAT_DEBUG=1 shows tracebacks.
@@ -61,6 +63,7 @@ A MODEL is a directory, an id on the Hugging Face hub, or 'pebble'. TINYCHAT_DEB
         ("chat", "talk to a model in the terminal", _chat_options, _chat),
         ("generate", "continue a text, for scripts", _generate_options, _generate),
         ("quantize", "make a 4-bit checkpoint", _quantize_options, _quantize),
+        ("eval", "how well a model predicts a text, and what its quantization cost", evaluation.fill, evaluation.run),
         ("bench", "how fast a model runs here, and how near the machine's limit", bench.fill, bench.run),
         ("info", "what a model is, the memory it needs, its backend", _info_options, _info),
     ):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -248,6 +249,20 @@ class Engine:
         finally:
             self._release(runner)
         return out
+
+    @contextmanager
+    def exclusive(self) -> Iterator[Runner]:
+        """The model itself, its caches empty, for this thread alone: streams of others wait until the block ends."""
+        runner = self._alive()
+        self._acquire(lambda: False)
+        try:
+            for slot in range(len(self._slots)):
+                self._keep(runner, slot, 0)
+            yield runner
+        finally:
+            for slot in range(len(self._slots)):
+                runner.cache.truncate(slot, 0)
+            self._release(runner)
 
     def _stream(
         self, prompt: list[int], params: SamplingParams, text: TextStream, cancelled: Callable[[], bool]

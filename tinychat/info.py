@@ -76,8 +76,8 @@ def _weights(source: checkpoint.Checkpoint, shards: Shards) -> dict[str, Any]:
                 left.append(segment.module)
     facts: dict[str, Any] = {"plain": dict(plain), "quantized": source.n_quantized}
     if quantization is not None:
-        bits, group = quantization.bits, quantization.group_size
-        facts |= {"method": "awq", "bits": bits, "group_size": group, "linears": len(modules), "left_plain": left}
+        facts |= {name: getattr(quantization, name) for name in ("method", "bits", "group_size")}
+        facts |= {"linears": len(modules), "left_plain": left}
     return facts
 
 
@@ -125,7 +125,7 @@ def _precision_rows(weights: dict[str, Any]) -> list[tuple[str, str]]:
     plain = ", ".join(f"{_count(count)} in {dtype}" for dtype, count in weights["plain"].items())
     if not weights["quantized"]:
         return [("weights", plain)]
-    bits, group, left = weights["bits"], weights["group_size"], weights["left_plain"]
+    how, bits, group, left = (weights[name] for name in ("method", "bits", "group_size", "left_plain"))
     each = (
         "a group a row"
         if group == -1
@@ -133,7 +133,7 @@ def _precision_rows(weights: dict[str, Any]) -> list[tuple[str, str]]:
     )
     shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
     return [
-        ("weights", f"{_count(weights['quantized'])} in {bits} bits, in {weights['linears']} linears (awq, {each})"),
+        ("weights", f"{_count(weights['quantized'])} in {bits} bits, in {weights['linears']} linears ({how}, {each})"),
         ("", f"{plain}: the embedding" + (f", {shown}" if left else "")),
     ]
 

@@ -41,6 +41,8 @@ class QTensor:
     codes   uint8 [N, K], each below 2**bits
     scales  fp16, bf16 or fp32 [N, ceil(K / group_size)]
     zeros   uint8 [N, ceil(K / group_size)], each below 2**bits
+    permutation  int32 [K], or None for inputs in their own order: column j of `codes` multiplies input permutation[j].
+                 It is what GPTQ's act-order leaves: groups gather inputs of like magnitude, wherever they are
 
     The last group is shorter where group_size does not divide K; group_size == K is one group per row.
     """
@@ -50,9 +52,14 @@ class QTensor:
     zeros: np.ndarray
     bits: int
     group_size: int
+    permutation: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
+        if self.permutation is not None:
+            p = self.permutation
+            if p.dtype != np.int32 or p.shape != (k,) or not np.array_equal(np.sort(p), np.arange(k)):
+                raise ValueError(f"a permutation of {k} inputs is int32 and names each once; found {p.dtype} {p.shape}")
         groups = (n, -(-k // self.group_size))
         if self.codes.dtype != np.uint8 or self.zeros.dtype != np.uint8 or self.scales.dtype not in FLOAT_DTYPES:
             raise TypeError(f"QTensor of {self.codes.dtype}, {self.scales.dtype}, {self.zeros.dtype}")
@@ -74,13 +81,14 @@ class QTensor:
         return self.bits + self.scales.shape[1] * (self.scales.dtype.itemsize * 8 + self.bits) / k
 
     def dequantize(self, dtype: type | np.dtype = np.float32) -> np.ndarray:
-        """The weight [N, K]: w = (q - z) * s, computed in fp32 (fp64 where `dtype` is)."""
+        """The weight [N, K], inputs in their own order: w = (q - z) * s, computed in fp32 (fp64 where `dtype` is)."""
         work = np.float64 if np.dtype(dtype) == np.float64 else np.float32
         k = self.shape[1]
         each = np.minimum(self.group_size, k - np.arange(self.scales.shape[1]) * self.group_size)
         zeros = np.repeat(self.zeros.astype(work), each, axis=1)
         scales = np.repeat(self.scales.astype(work), each, axis=1)
-        return ((self.codes.astype(work) - zeros) * scales).astype(dtype)
+        weight = ((self.codes.astype(work) - zeros) * scales).astype(dtype)
+        return weight if self.permutation is None else np.take(weight, np.argsort(self.permutation), axis=1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,14 +1,17 @@
-"""Prepare the text that pebble is trained on: conversations and stories to a tokenizer and two files of token ids.
+"""Prepare the text that pebble is trained on: conversations and stories to a tokenizer and files of token ids.
 
-    python models/pebble/prepare.py --dialogues DIR_OR_JSONL --stories FILE [--roleplay FILE] -o build/pebble
+    python models/pebble/prepare.py --dialogues DIR_OR_JSONL --stories FILE [--roleplay FILE] [--books FILE] -o DIR
 
 --dialogues  the Schema-Guided Dialogue folder (train/ and dev/ with dialogues_*.json), or a .jsonl(.xz) file whose
              lines are {"messages": [{"role", "content"}, ...]}
 --stories    a TinyStories text file; stories end with a line <|endoftext|>
 --roleplay   GPTeacher's role-play file: a JSON list of {"instruction", "input", "response"}
+--books      running text, kept apart from the rest
 
 Where to find them, and their licences: README.md beside this file. The output folder receives tokenizer.model,
-tokenizer_config.json, train.bin, val.bin and persona.bin (uint16 ids), and counts.json.
+tokenizer_config.json, counts.json and files of uint16 ids: train.bin and val.bin (conversations, and stories as they
+are or as answers), persona.bin, stories.bin (all stories as they are) and, with --books, books.bin, to be mixed by
+train.py.
 """
 
 from __future__ import annotations
@@ -99,6 +102,20 @@ def read_stories(path: Path) -> Iterator[str]:
             lines.append(line)
 
 
+def read_passages(path: Path | None, length: int = 8000) -> list[str]:
+    """Running text in passages of at least `length` characters that end where a line does."""
+    passages: list[str] = []
+    lines: list[str] = []
+    size = 0
+    for line in open_text(path) if path else ():
+        lines.append(line)
+        size += len(line)
+        if size >= length:
+            passages.append("".join(lines))
+            lines, size = [], 0
+    return [*passages, "".join(lines)] if lines else passages
+
+
 def read_roleplay(path: Path | None) -> Iterator[Messages]:
     """Single-turn conversations."""
     for entry in json.loads(path.read_text(encoding="utf-8")) if path else []:
@@ -143,6 +160,7 @@ def main() -> None:
     parser.add_argument("--dialogues", type=Path, required=True)
     parser.add_argument("--stories", type=Path, required=True)
     parser.add_argument("--roleplay", type=Path)
+    parser.add_argument("--books", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--validation", type=float, default=0.01, help="share of documents held out (default: 0.01)")
@@ -152,7 +170,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
 
     documents: list[Messages | str] = [*read_dialogues(args.dialogues), *read_roleplay(args.roleplay)]
-    for story in read_stories(args.stories):
+    stories = list(read_stories(args.stories))
+    books = read_passages(args.books)
+    for story in stories:
         about = topic(story, rng) if rng.random() < 0.5 else None
         request = rng.choice(STORY_REQUESTS).format(about)
         messages = [{"role": "user", "content": request}, {"role": "assistant", "content": story}]
@@ -164,7 +184,9 @@ def main() -> None:
         return document if isinstance(document, str) else "\n".join(m["content"] for m in document)
 
     train_tokenizer(
-        (line for d in [*documents, *persona] for line in plain(d).splitlines()), args.output, args.vocab_size
+        (line for d in [*documents, *books[::8], *persona] for line in plain(d).splitlines()),
+        args.output,
+        args.vocab_size,
     )
     tokenizer = tokenizers.load(args.output)
     assert tokenizer is not None
@@ -177,7 +199,8 @@ def main() -> None:
 
     held_out = max(1, int(len(documents) * args.validation))
     counts = {}
-    for name, part in {"val": documents[:held_out], "train": documents[held_out:], "persona": persona}.items():
+    parts = {"val": documents[:held_out], "train": documents[held_out:], "persona": persona, "stories": stories}
+    for name, part in {**parts, **({"books": books} if books else {})}.items():
         ids = [token for document in tqdm(part, desc=name) for token in encode(document)]
         np.array(ids, np.uint16).tofile(args.output / f"{name}.bin")
         counts[name] = {"documents": len(part), "tokens": len(ids)}

@@ -15,6 +15,7 @@ NAMES = TensorNames(
     norm2="norm_2",
     up=("ffn.up_proj",),
     down=("ffn.down_proj",),
+    act_scale="ffn.act.scales",
 )
 
 

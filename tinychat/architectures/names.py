@@ -29,6 +29,7 @@ class TensorNames:
     shared_down: tuple[str, ...] = ("mlp.shared_expert.down_proj",)
     expert_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")  # {}: the expert's index
     expert_down: tuple[str, ...] = ("mlp.experts.{}.down_proj",)
+    act_scale: str = "mlp.act.scales"  # AWQ's, where there is one: a tensor, not a module
     heads_interleaved: bool = False  # rows of a fused qkv: for each key-value head its queries, its key, its value
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)  # endings of tensors that carry nothing
 
@@ -37,6 +38,8 @@ class TensorNames:
         return replace(self, **names)  # type: ignore[arg-type]
 
     def vector(self, name: str, layer: int) -> str:
-        """The tensor of one of `weights.NORMS` in block `layer`."""
+        """The tensor of one of `weights.NORMS` in block `layer`, or that of `act_scale`."""
+        if name == "act_scale":
+            return self.layer.format(layer) + self.act_scale
         norm, bias, _ = name.partition("_bias")
         return f"{self.layer.format(layer)}{getattr(self, norm)}.{'bias' if bias else 'weight'}"

@@ -20,7 +20,7 @@ from tinychat.config import Block, ModelConfig
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
-from tinychat.qtensor import HEAD_GROUP, AwqWords, Weight, bfloat16
+from tinychat.qtensor import HEAD_GROUP, AwqWords, QTensor, Weight, bfloat16
 from tinychat.weights import NORMS, Layer, Linear, WeightSource, norm_sizes
 
 _cpu: Any = None
@@ -216,10 +216,14 @@ class CpuRunner:
             return {
                 "up": self._linear(layer.up, self.config.up_size, hidden, "up", keep),
                 "down": self._linear(layer.down, hidden, self.config.intermediate_size, "down", keep),
+                "act_scale": _vector(layer.act_scale, self.config.intermediate_size, "act_scale", keep),
             }
-        found = [linear for linear in (layer.router, layer.shared_up, layer.up) if linear is not None]
+        found = [linear for linear in (layer.router, layer.shared_up, layer.up) if linear]
         if any(linear.bias is not None for linear in found):
             raise BackendError("experts with biases; the cpu backend has none")
+        stacked = (segment for linear in (*found, layer.down) for segment in linear.segments)
+        if any(isinstance(segment, QTensor) and segment.permutation is not None for segment in stacked):
+            raise BackendError("experts whose inputs are permuted (GPTQ's act-order); the cpu backend has none")
         rows = experts.router_size + factor * (experts.shared_size + experts.n_experts * experts.intermediate_size)
         together = Linear(tuple(segment for linear in found for segment in linear.segments))  # all read the same rows
         made: dict[str, Any] = {
@@ -303,25 +307,27 @@ def _vector(values: np.ndarray | None, n: int, name: str, keep: list[np.ndarray]
 
 
 def _segment(weight: Weight, activations: int, keep: list[np.ndarray], bits: int) -> tuple:
-    """(shape, source, addresses of values, scales, zeros); a plain weight is rounded where `bits` is 8."""
+    """(shape, source, addresses of values, scales, zeros, permutation); a plain weight is rounded where `bits` is 8."""
     (n, k), source, types = weight.shape, _cpu.Source.codes, _cpu.WeightType
     if isinstance(weight, np.ndarray):
         kind, address = _float_type(weight), _kept(weight, keep)
         if bits == 16:
-            return _cpu.LinearShape(kind, n, k, k, False), source, address, 0, 0
+            return _cpu.LinearShape(kind, n, k, k, False), source, address, 0, 0, 0
         shape = _cpu.LinearShape(types.quantized, n, k, min(HEAD_GROUP, k), False, bits, activations)
-        return shape, getattr(_cpu.Source, kind.name), address, 0, 0
+        return shape, getattr(_cpu.Source, kind.name), address, 0, 0, 0
     if weight.bits > 8:
         raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 8")
     wide = weight.scales.dtype != np.float16
     scales = weight.scales.astype(np.float32, copy=False) if wide else weight.scales
+    order = 0
     if isinstance(weight, AwqWords):
         source, values, zeros = _cpu.Source.awq, weight.qweight, weight.qzeros
     else:
         values, zeros = weight.codes, weight.zeros
+        order = 0 if weight.permutation is None else _kept(weight.permutation, keep)
     kept = 4 if weight.bits <= 4 else 8
     shape = _cpu.LinearShape(types.quantized, n, k, min(weight.group_size, k), wide, kept, activations)
-    return shape, source, _kept(values, keep), _kept(scales, keep), _kept(zeros, keep)
+    return shape, source, _kept(values, keep), _kept(scales, keep), _kept(zeros, keep), order
 
 
 def _float_type(values: np.ndarray) -> Any:

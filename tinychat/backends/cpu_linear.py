@@ -47,6 +47,7 @@ class Segment:
     data: np.ndarray
     dtype: np.dtype  # of the scales, or of the values where the weight is not quantized
     bits: int  # of the codes; 0 where the weight is not quantized
+    permutation: np.ndarray | None = None  # see `QTensor`
 
 
 def pack_weight(weight: Weight, isa: str, activation_bits: int = 16) -> Segment:
@@ -59,7 +60,7 @@ def pack_weight(weight: Weight, isa: str, activation_bits: int = 16) -> Segment:
     n, k = weight.shape
     if n < 1 or k < 1:
         raise ValueError(f"a weight of shape [{n}, {k}] has nothing to multiply")
-    weight = canonical(weight)
+    weight, permutation = canonical(weight), None
     if isinstance(weight, QTensor):
         if weight.bits > 8:
             raise BackendError(f"the cpu kernels hold codes of up to 8 bits; found {weight.bits}")
@@ -73,7 +74,7 @@ def pack_weight(weight: Weight, isa: str, activation_bits: int = 16) -> Segment:
         scales = np.ascontiguousarray(weight.scales, np.float32 if wide else np.float16)
         zeros = np.ascontiguousarray(weight.zeros)
         addresses = values.ctypes.data, scales.ctypes.data, zeros.ctypes.data
-        dtype, bits = weight.scales.dtype, weight.bits
+        dtype, bits, permutation = weight.scales.dtype, weight.bits, weight.permutation
     else:
         types = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", bfloat16: "bf16"}
         if weight.dtype not in types:
@@ -84,7 +85,7 @@ def pack_weight(weight: Weight, isa: str, activation_bits: int = 16) -> Segment:
         dtype, bits = weight.dtype, 0
     data = aligned(cpu.packed_bytes(isa, shape))
     cpu.pack(isa, shape, *addresses, data.ctypes.data, 0, -(-n // cpu.tile(isa)))
-    return Segment(shape, data, dtype, bits)
+    return Segment(shape, data, dtype, bits, permutation)
 
 
 def unpack_weight(segment: Segment, isa: str) -> Weight:
@@ -99,7 +100,7 @@ def unpack_weight(segment: Segment, isa: str) -> Weight:
     codes, zeros = np.empty((shape.n, shape.k), np.uint8), np.empty(groups, np.uint8)
     scales = np.empty(groups, np.float32 if shape.wide_scales else np.float16)
     cpu.unpack(isa, shape, data, codes.ctypes.data, scales.ctypes.data, zeros.ctypes.data)
-    return QTensor(codes, scales.astype(segment.dtype), zeros, segment.bits, shape.group)
+    return QTensor(codes, scales.astype(segment.dtype), zeros, segment.bits, shape.group, segment.permutation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +154,8 @@ def linear(packed: PackedLinear, x: np.ndarray) -> np.ndarray:
     for segment in packed.segments:
         shape = segment.shape
         activations = aligned(cpu.activation_bytes(isa, shape) * len(x))
-        cpu.prepare(isa, shape, x.ctypes.data, activations.ctypes.data, len(x))
+        inputs = x if segment.permutation is None else np.take(x, segment.permutation, axis=1)
+        cpu.prepare(isa, shape, inputs.ctypes.data, activations.ctypes.data, len(x))
         tiles = -(-shape.n // cpu.tile(isa))
         target = y.ctypes.data + begin * y.itemsize
         cpu.linear(isa, shape, segment.data.ctypes.data, activations.ctypes.data, len(x), 0, tiles, target, n)

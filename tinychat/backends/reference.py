@@ -79,16 +79,19 @@ class QSegment:
     scales: torch.Tensor  # [N, groups]
     zeros: torch.Tensor  # uint8 [N, groups]
     group_size: int
+    order: torch.Tensor | None = None  # int64 [K]: the column of `codes` that multiplies each input; None: its own
 
     @property
     def nbytes(self) -> int:
         """Bytes resident."""
-        return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
+        order = 0 if self.order is None else self.order.nbytes
+        return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes + order
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """w = (q - z) * s, [N, K]."""
+        """w = (q - z) * s, [N, K], inputs in their own order."""
         groups = torch.arange(self.codes.shape[1], device=self.codes.device) // self.group_size  # [K]
-        return (self.codes.to(dtype) - self.zeros.to(dtype)[:, groups]) * self.scales.to(dtype)[:, groups]
+        weight = (self.codes.to(dtype) - self.zeros.to(dtype)[:, groups]) * self.scales.to(dtype)[:, groups]
+        return weight if self.order is None else weight[:, self.order]
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +212,8 @@ def visible(start: int, n: int, length: int, window: int) -> torch.Tensor:
 def _segment(weight: Weight) -> QSegment | torch.Tensor:
     weight = canonical(weight)
     if isinstance(weight, QTensor):
-        return QSegment(_tensor(weight.codes), _tensor(weight.scales), _tensor(weight.zeros), weight.group_size)
+        order = None if weight.permutation is None else torch.from_numpy(np.argsort(weight.permutation))
+        return QSegment(_tensor(weight.codes), _tensor(weight.scales), _tensor(weight.zeros), weight.group_size, order)
     return _tensor(weight)
 
 

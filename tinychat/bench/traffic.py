@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from tinychat import checkpoint
 from tinychat.bench.random_weights import RandomWeights
-from tinychat.checkpoint import awq
 from tinychat.checkpoint.inventory import segments
 from tinychat.checkpoint.safetensors_file import DTYPES
 from tinychat.checkpoint.shards import Shards
@@ -88,7 +87,8 @@ def _of_files(source: checkpoint.Checkpoint) -> tuple[float, float, float, float
     table = sizes.pop(f"{names.embed}.weight")
     head = sum(sizes.pop(name) for name in list(sizes) if name.startswith(f"{names.head}."))
     body = {name: size for name, size in sizes.items() if not name.endswith(names.ignored)}
-    quantized = sum(size for name, size in body.items() if name.rpartition(".")[2] in awq.PARTS)
+    endings = source.quantization.endings if source.quantization else ()
+    quantized = sum(size for name, size in body.items() if name.rpartition(".")[2] in endings)
     sparse = source.config.experts.layers if source.config.experts else ()
     places = [(linear, layer) for layer in sparse for linear in ("up", "down")]
     modules = {part.module for place in places for part in segments(source.config, names, *place)}

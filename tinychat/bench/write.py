@@ -59,7 +59,7 @@ def _layer(weights: RandomWeights, index: int) -> Iterator[tuple[str, np.ndarray
         for part, segment in zip(segments(config, names, name, index), linear.segments, strict=True):
             module, after = part.module, first + segment.shape[0]
             if isinstance(segment, AwqWords):
-                yield from ((f"{module}.{ending}", getattr(segment, ending)) for ending in awq.PARTS)
+                yield from ((f"{module}.{ending}", getattr(segment, ending)) for ending in awq.ENDINGS)
             else:
                 yield f"{module}.weight", np.asarray(segment)
             if linear.bias is not None:

@@ -13,24 +13,40 @@ It knows neither files nor models. The byte order within a word is little-endian
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from tinychat.checkpoint.layouts import Part
 from tinychat.checkpoint.quoting import quote
 from tinychat.errors import ConfigError
-from tinychat.qtensor import QTensor, pack_words
+from tinychat.qtensor import AwqWords, QTensor, pack_words
 
 BITS = 4
-PARTS = ("qweight", "qzeros", "scales")  # endings of the three tensors, in the order of `AwqWords`
 PER_WORD = 8
+ENDINGS = ("qweight", "qzeros", "scales")  # in the order of `AwqWords`
+
+
+def recognises(raw: Mapping[str, Any]) -> bool:
+    """See `layouts`. AutoAWQ's old files of their own do not name the method."""
+    return raw.get("quant_method", "awq" if "w_bit" in raw else None) == "awq"
+
+
+def parse(raw: Mapping[str, Any], where: str) -> AwqFormat:
+    """See `layouts`."""
+    return AwqFormat.parse(raw, where)
+
+
+def for_writing(bits: int, group_size: int, symmetric: bool, act_order: bool) -> AwqFormat | None:
+    """See `layouts`: 4 bits, symmetric or not, of inputs in their own order."""
+    return AwqFormat(group_size=group_size) if bits == BITS and not act_order else None
 
 
 @dataclass(frozen=True)
 class AwqFormat:
-    """What `quantization_config` says of an AWQ checkpoint. `group_size` -1: one group per row."""
+    """A `Layout`: what `quantization_config` says of an AWQ checkpoint. `group_size` -1: one group per row."""
 
     bits: int = BITS
     group_size: int = 128
@@ -46,11 +62,6 @@ class AwqFormat:
         or record how the file was made. None of them can change what a number means unnoticed: names, dtypes and
         shapes of all tensors are checked against the layout.
         """
-        method = raw.get("quant_method", "awq" if "w_bit" in raw else None)
-        if method != "awq":
-            raise ConfigError(
-                f"{where} says quant_method {quote(method)}; supported is 'awq', and checkpoints that are not quantized"
-            )
         if raw.get("backend") == "llm-awq":
             raise ConfigError(f"{where} says backend 'llm-awq', a layout of its own; supported is AWQ version 'gemm'")
         version = raw.get("version") or raw.get("format") or "gemm"
@@ -69,6 +80,47 @@ class AwqFormat:
         if not isinstance(exceptions, list) or not all(isinstance(name, str) for name in exceptions):
             raise ConfigError(f"{where} says modules_to_not_convert {quote(exceptions)}; expected is a list of names")
         return cls(bits, group_size, zero_point, tuple(exceptions), "gemm")
+
+    @property
+    def method(self) -> str:
+        """See `Layout`."""
+        return "awq"
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """See `Layout`."""
+        return ENDINGS
+
+    @property
+    def rows_together(self) -> int:
+        """See `Layout`: `AwqWords` keep the file's words."""
+        return PER_WORD
+
+    def misfit(self, shape: tuple[int, int]) -> str | None:
+        """See `Layout`."""
+        return fits(shape, self.group_size)
+
+    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+        """See `Layout`."""
+        n, k = shape
+        groups = 1 if self.group_size == -1 else k // self.group_size
+        return {
+            "qweight": Part((k, n // PER_WORD), ("I32",)),
+            "qzeros": Part((groups, n // PER_WORD), ("I32",)),
+            "scales": Part((groups, n), ("F16", "BF16")),
+        }
+
+    def read(self, shape: tuple[int, int], tensors: Mapping[str, np.ndarray]) -> AwqWords:
+        """See `Layout`. The words as they are mapped; nothing is copied."""
+        return AwqWords(*(tensors[ending] for ending in ENDINGS))
+
+    def pack(self, q: QTensor) -> dict[str, np.ndarray]:
+        """See `Layout`."""
+        return pack(q)
+
+    def excluding(self, modules: Collection[str]) -> AwqFormat:
+        """See `Layout`."""
+        return replace(self, modules_to_not_convert=tuple(modules))
 
     def to_config(self) -> dict[str, Any]:
         """The `quantization_config` to write into config.json."""
@@ -110,6 +162,8 @@ def pack(q: QTensor) -> dict[str, np.ndarray]:
     """
     n, k = q.shape
     reason = fits((n, k), q.group_size) if q.bits == BITS else f"it has {q.bits} bits, not {BITS}"
+    if q.permutation is not None:
+        reason = "its groups run along inputs in an order of their own"
     if reason:
         raise ValueError(f"AWQ's layout cannot hold this linear: {reason}")
     scales = q.scales.astype(np.float16)

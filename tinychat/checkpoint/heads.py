@@ -5,6 +5,8 @@ The canonical order is all queries, all keys, all values. Rows move in whole hea
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from tinychat.checkpoint.awq import PER_WORD
@@ -48,7 +50,7 @@ def _weight(weight: Weight, order: np.ndarray, head_dim: int) -> Weight:
         )
     if isinstance(weight, QTensor):
         codes, scales, zeros = (_moved(array, order, head_dim) for array in (weight.codes, weight.scales, weight.zeros))
-        return QTensor(codes, scales, zeros, weight.bits, weight.group_size)
+        return replace(weight, codes=codes, scales=scales, zeros=zeros)
     return _moved(weight, order, head_dim)
 
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tinychat.architectures.names import TensorNames
-from tinychat.checkpoint import awq
-from tinychat.checkpoint.awq import AwqFormat
+from tinychat.checkpoint.layouts import Layout, first_endings
 from tinychat.checkpoint.quoting import listing, quote
 from tinychat.checkpoint.shards import Shards
 from tinychat.config import ModelConfig
@@ -20,7 +19,6 @@ from tinychat.weights import linears, norm_sizes
 
 MAX_FAULTS = 12  # reported at once: where config.json is wrong, every tensor is
 _FLOATS = ("F16", "BF16", "F32")
-_SCALES = ("F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -65,14 +63,14 @@ def _placed(names: TensorNames, layer: int, modules: tuple[str, ...], rows: tupl
 class Inventory:
     """What `open` learns from the headers. `CheckpointError` lists what is missing, misshapen, mistyped or left over.
 
-    quantized     modules stored as qweight, qzeros, scales. Which tensors exist decides that: a plain linear that
-                  modules_to_not_convert does not list is read as what it is, but a quantized one that it lists is an
+    quantized     modules stored in the parts of a `Layout`. Which tensors exist decides that: a plain linear that the
+                  configuration does not except is read as what it is, but a quantized one that it excepts is an
                   error, as other engines would read the checkpoint differently
     n_parameters  of the model: weights, biases, norms; a tied head is not counted again
     n_quantized   weights among them that are quantized
     """
 
-    def __init__(self, config: ModelConfig, names: TensorNames, quantization: AwqFormat | None, shards: Shards):
+    def __init__(self, config: ModelConfig, names: TensorNames, quantization: Layout | None, shards: Shards):
         self.quantized: set[str] = set()
         self.n_parameters = 0
         self.n_quantized = 0
@@ -81,6 +79,7 @@ class Inventory:
         self._quantization = quantization
         self._shards = shards
         self._unseen = set(shards.names)
+        self._marks = {quantization.endings[0]} if quantization else first_endings()
         faults: list[str] = []
         for fault in self._faults():
             faults.append(fault)
@@ -99,6 +98,8 @@ class Inventory:
         for layer in range(c.n_layers):
             for vector, size in norm_sizes(c).items():
                 yield from self._tensor(names.vector(vector, layer), (size,))
+            if (scale := names.vector("act_scale", layer)) in self._unseen:
+                yield from self._tensor(scale, (c.intermediate_size,), n_parameters=0)
             for linear in linears(c, layer):
                 yield from self._linear(linear, layer)
         for part in ("weight", "bias") if c.norm_bias else ("weight",):
@@ -112,7 +113,8 @@ class Inventory:
         if left:
             yield f"tensors that this model does not have: {listing(left)}"
         if self._quantization and not self.quantized:
-            yield "the configuration says AWQ, but no linear has a qweight"
+            method, first = self._quantization.method.upper(), self._quantization.endings[0]
+            yield f"the configuration says {method}, but no linear has a {first}"
 
     def _linear(self, linear: str, layer: int) -> Iterator[str]:
         for segment in segments(self._config, self._names, linear, layer):
@@ -121,7 +123,7 @@ class Inventory:
                 yield from self._tensor(f"{module}.bias", (n,))
             elif f"{module}.bias" in self._unseen:
                 yield from self._absent_bias(f"{module}.bias")
-            if f"{module}.qweight" in self._unseen:
+            if any(f"{module}.{ending}" in self._unseen for ending in self._marks):
                 yield from self._quantized(segment)
             elif linear == "head" and f"{module}.weight" not in self._unseen:
                 yield f"{module}.weight is missing; if the embedding table serves, set tie_word_embeddings to true"
@@ -129,27 +131,31 @@ class Inventory:
                 yield from self._tensor(f"{module}.weight", (n, k))
 
     def _quantized(self, segment: Segment) -> Iterator[str]:
-        module, (n, k) = segment.module, segment.shape
-        if self._quantization is None:
-            self._unseen -= {f"{module}.{part}" for part in awq.PARTS}
+        module, (n, k), layout = segment.module, segment.shape, self._quantization
+        if layout is None:
+            self._drop(module)
             yield f"{quote(module)} is quantized, but there is no quantization_config that says how"
             return
-        group_size = k if self._quantization.group_size == -1 else self._quantization.group_size
-        reason = awq.fits((n, k), group_size)
-        if module.endswith(self._names.qkv) and self._names.heads_interleaved and self._config.head_dim % awq.PER_WORD:
-            reason = f"heads of {self._config.head_dim} rows do not end at whole words of {awq.PER_WORD}"
+        reason = layout.misfit((n, k))
+        together, head_dim = layout.rows_together, self._config.head_dim
+        if module.endswith(self._names.qkv) and self._names.heads_interleaved and head_dim % together:
+            reason = f"heads of {head_dim} rows do not end at whole words of {together}"
         if reason:
-            self._unseen -= {f"{module}.{part}" for part in awq.PARTS}
+            self._drop(module)
             yield f"{quote(module)} cannot be quantized as config.json says: {reason}"
             return
-        if self._quantization.excludes(module):
-            yield f"{quote(module)} is quantized, though modules_to_not_convert lists it"
+        if layout.excludes(module):
+            yield f"{quote(module)} is quantized, though the configuration lists it among those that are not"
         self.quantized.add(module)
         self.n_quantized += n * k
-        words, groups = n // awq.PER_WORD, k // group_size
-        yield from self._tensor(f"{module}.qweight", (k, words), ("I32",), n * k)
-        yield from self._tensor(f"{module}.qzeros", (groups, words), ("I32",), 0)
-        yield from self._tensor(f"{module}.scales", (groups, n), _SCALES, 0)
+        self.n_parameters += n * k
+        for ending, part in layout.parts((n, k)).items():
+            if not part.optional or f"{module}.{ending}" in self._unseen:
+                yield from self._tensor(f"{module}.{ending}", part.shape, part.dtypes, 0)
+
+    def _drop(self, module: str) -> None:
+        """Say no more of a module's tensors."""
+        self._unseen = {name for name in self._unseen if name.rpartition(".")[0] != module}
 
     def _tensor(
         self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...] = _FLOATS, n_parameters: int | None = None

@@ -18,19 +18,19 @@ import numpy as np
 
 from tinychat.architectures import translate
 from tinychat.architectures.names import TensorNames
-from tinychat.checkpoint import awq, heads
-from tinychat.checkpoint.awq import AwqFormat
-from tinychat.checkpoint.inventory import Inventory, segments
+from tinychat.checkpoint import heads, layouts
+from tinychat.checkpoint.inventory import Inventory, Segment, segments
 from tinychat.checkpoint.json_file import read_object
+from tinychat.checkpoint.layouts import Layout
 from tinychat.checkpoint.quoting import quote
 from tinychat.checkpoint.shards import Shards
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError, ConfigError
-from tinychat.qtensor import AwqWords, Weight
+from tinychat.qtensor import Weight
 from tinychat.weights import Layer, Linear, linears, norm_sizes
 
 MAX_CONFIG_BYTES = 4 << 20
-_OLD_QUANT_CONFIGS = ("quant_config.json", "quantize_config.json")  # AutoAWQ before it wrote into config.json
+_OLD_QUANT_CONFIGS = ("quant_config.json", "quantize_config.json")  # engines before they wrote into config.json
 # An IEEE float is NaN or infinite where its exponent is all ones, so that its bits are at least these: of positive ones
 # as an integer with sign, of negative ones, beside which all others are small, as one without.
 _NOT_FINITE: dict[str, tuple[np.dtype, int]] = {
@@ -51,7 +51,7 @@ class Checkpoint:
     generation_config  generation_config.json, or {}
     quantization       None where no linear is quantized
     n_parameters       of the model; a tied head is not counted again
-    n_quantized        weights of 4 bits among them
+    n_quantized        weights that are quantized among them
     file_bytes         of the weight files
     """
 
@@ -83,6 +83,7 @@ class Checkpoint:
         self._shards.release()
         made: dict[str, Any] = {name: self._linear(name, index) for name in linears(self.config, index)}
         made |= {name: self._vector(self.names.vector(name, index)) for name in norm_sizes(self.config)}
+        made["act_scale"] = self._act_scale(self.names.vector("act_scale", index))
         return Layer(**{"norm2": None, **made})
 
     def norm(self) -> np.ndarray:
@@ -115,13 +116,27 @@ class Checkpoint:
         bias = None
         if linear in self.config.biases:
             bias = np.concatenate([self._vector(f"{part.module}.bias") for part in parts])
-        made = Linear(tuple(self._weight(part.module) for part in parts), bias)
+        made = Linear(tuple(self._weight(part) for part in parts), bias)
         return heads.apart(made, self.config) if linear == "qkv" and self.names.heads_interleaved else made
 
-    def _weight(self, module: str) -> Weight:
-        if module in self._quantized:
-            return AwqWords(*(self._read(f"{module}.{part}") for part in awq.PARTS))
-        return self._read(f"{module}.weight")
+    def _act_scale(self, name: str) -> np.ndarray | None:
+        if name not in self._present:
+            return None
+        scale = self._vector(name)
+        if not scale.all():
+            raise CheckpointError(f"{self._where(name)} has a zero, and activations are divided by it")
+        return scale
+
+    def _weight(self, segment: Segment) -> Weight:
+        module, layout = segment.module, self.quantization
+        if layout is None or module not in self._quantized:
+            return self._read(f"{module}.weight")
+        names = {ending: f"{module}.{ending}" for ending in layout.endings}
+        tensors = {ending: self._read(name) for ending, name in names.items() if name in self._present}
+        try:
+            return layout.read(segment.shape, tensors)
+        except ValueError as error:
+            raise CheckpointError(f"{self._where(names[layout.endings[0]])}: {error}") from None
 
     def _vector(self, name: str) -> np.ndarray:
         return self._read(name).astype(np.float32)
@@ -170,7 +185,7 @@ def _optional(path: Path) -> dict[str, Any]:
     return read_object(path, ConfigError, MAX_CONFIG_BYTES) if path.exists() else {}
 
 
-def _quantization(path: Path, hf_config: dict[str, Any]) -> AwqFormat | None:
+def _quantization(path: Path, hf_config: dict[str, Any]) -> Layout | None:
     raw, where = hf_config.get("quantization_config"), f"quantization_config in {quote(str(path / 'config.json'))}"
     for name in _OLD_QUANT_CONFIGS:
         if raw is None:
@@ -179,4 +194,4 @@ def _quantization(path: Path, hf_config: dict[str, Any]) -> AwqFormat | None:
         return None
     if not isinstance(raw, dict):
         raise ConfigError(f"{where} is not an object")
-    return AwqFormat.parse(raw, where)
+    return layouts.parse(raw, where)

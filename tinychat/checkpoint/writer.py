@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from tinychat.checkpoint.awq import AwqFormat
+from tinychat.checkpoint.layouts import Layout
 from tinychat.checkpoint.quoting import listing, quote
 from tinychat.checkpoint.safetensors_file import DTYPES
 from tinychat.checkpoint.shards import INDEX, SINGLE
@@ -109,7 +109,7 @@ class CheckpointWriter:
         self._shards[-1].append(tensor)
         self._data_bytes += array.nbytes
 
-    def finish(self, config: dict[str, Any], quantization: AwqFormat | None = None) -> Path:
+    def finish(self, config: dict[str, Any], quantization: Layout | None = None) -> Path:
         """Write `config` as config.json, with `quantization` in it, and make the directory visible; its path."""
         config = {key: value for key, value in config.items() if key != "quantization_config"}
         if quantization is not None:

@@ -1,8 +1,9 @@
-"""The offline half of tinychat: an unquantized checkpoint in, a 4-bit AWQ checkpoint out, and the proof of its quality.
+"""The offline half of tinychat: an unquantized checkpoint in, a 4-bit AWQ checkpoint out.
 
 A `method` is made of stages, each one file (`awq`, `rtn`); all end on a `grid`. `groups` says where scales fold;
 `activations` carries `calibration` tokens through the model layer by layer; `pipeline` joins them to a checkpoint;
-`report` tells what was done, `evaluation` what it cost. It knows no device layout and no architecture's name.
+`report` tells what was done; what it cost, `tinychat.evaluation` measures. It knows no device layout and no
+architecture's name.
 """
 
 from tinychat.quantize.calibration import from_file, self_generated

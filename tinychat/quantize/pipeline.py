@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from tinychat import checkpoint
 from tinychat.architectures.names import TensorNames
-from tinychat.checkpoint import awq as awq_layout
-from tinychat.checkpoint import heads
+from tinychat.checkpoint import heads, layouts
 from tinychat.config import ModelConfig
 from tinychat.errors import UsageError
 from tinychat.qtensor import QTensor, canonical
@@ -28,7 +27,6 @@ from tinychat.quantize.method import Method, find
 from tinychat.quantize.report import Report
 from tinychat.weights import LINEARS, NORMS, Layer, Linear, MemoryWeights, WeightSource
 
-FILE_BITS = 4
 SAMPLED, FROM_FILE = 128, 512  # tokens of a calibration sequence
 SEARCH_TOKENS = 4096  # of the calibration set, on which losses are measured; statistics take all of it
 
@@ -54,7 +52,7 @@ def quantize(
     offline: bool = False,
     ignore_config: Collection[str] = (),
 ) -> Report:
-    """Quantize the checkpoint `source` and write it to the directory `output` in the AWQ layout.
+    """Quantize the checkpoint `source` and write it to the directory `output`: 4 bits as AWQ; 2, 3 and 8 as GPTQ.
 
     calibration  a text file, or JSON lines of {"text"} or {"messages"}; None: text sampled from the model itself
     n_sequences, length  of the calibration set, at most; None: 512 tokens from a file, 128 sampled
@@ -64,12 +62,8 @@ def quantize(
     Raises UsageError for arguments that cannot be, CheckpointError for what is wrong with the source or the output.
     """
     began = time.monotonic()
-    if bits != FILE_BITS:
-        raise UsageError(
-            f"{bits} bits cannot be written: the AWQ layout holds {FILE_BITS}; "
-            f"other widths exist in memory (tinychat.quantize.quantize_in_memory)"
-        )
     grid, chosen = Grid(bits, group_size), find(method)
+    layout = layouts.for_writing(bits, group_size)
     path = checkpoint.locate(source, revision=revision, offline=offline)
     opened = checkpoint.open(path, ignore_config=ignore_config)
     if opened.quantization is not None:
@@ -97,11 +91,11 @@ def quantize(
         names = opened.names
 
         def plan(index: int, linear: str, i: int, shape: tuple[int, int]) -> tuple[str, str | None]:
-            return names.layer.format(index) + getattr(names, linear)[i], awq_layout.fits(shape, group_size)
+            return names.layer.format(index) + getattr(names, linear)[i], layout.misfit(shape)
 
         writer.add(f"{names.embed}.weight", half(opened.embed(), names.embed))
         for index, layer in enumerate(_layers(opened, chosen, grid, sequences, plan, report, progress)):
-            _write(writer, opened.config, names, index, layer)
+            _write(writer, opened.config, names, layout, index, layer)
         writer.add(f"{names.norm}.weight", half(opened.norm(), names.norm))
         if (norm_bias := opened.norm_bias()) is not None:
             writer.add(f"{names.norm}.bias", half(norm_bias, names.norm))
@@ -113,11 +107,10 @@ def quantize(
                 + "; ".join(sorted(set(report.kept.values())))
                 + ". Choose another --group-size"
             )
-        layout = awq_layout.AwqFormat(group_size=group_size, modules_to_not_convert=tuple(report.kept))
         config = {**opened.hf_config, "torch_dtype": "float16"}
         if "dtype" in config:
             config["dtype"] = "float16"
-        path = writer.finish(config, layout)
+        path = writer.finish(config, layout.excluding(report.kept))
     report.bytes_after = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     report.seconds = time.monotonic() - began
     return report
@@ -186,12 +179,19 @@ def _layers(
 
 
 def _write(
-    writer: checkpoint.CheckpointWriter, config: ModelConfig, names: TensorNames, index: int, layer: Layer
+    writer: checkpoint.CheckpointWriter,
+    config: ModelConfig,
+    names: TensorNames,
+    layout: layouts.Layout,
+    index: int,
+    layer: Layer,
 ) -> None:
     prefix = names.layer.format(index)
     for norm in NORMS:
         if (values := getattr(layer, norm)) is not None:
             writer.add(names.vector(norm, index), half(values, norm))
+    if layer.act_scale is not None:
+        writer.add(names.vector("act_scale", index), half(layer.act_scale, "act_scale"))
     for name in LINEARS:
         linear: Linear = getattr(layer, name)
         if name == "qkv" and names.heads_interleaved:
@@ -201,7 +201,7 @@ def _write(
             module = prefix + part
             segment = canonical(segment)
             if isinstance(segment, QTensor):
-                for ending, array in awq_layout.pack(segment).items():
+                for ending, array in layout.pack(segment).items():
                     writer.add(f"{module}.{ending}", array)
             else:
                 writer.add(f"{module}.weight", segment)
