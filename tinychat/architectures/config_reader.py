@@ -138,8 +138,11 @@ class ConfigReader:
         window: tuple[int | None, frozenset[int]] = (None, frozenset()),
         qk_norm: bool = False,
         experts: Experts | None = None,
+        norm_eps: float = 1e-6,
+        theta: float = 10000.0,
     ) -> ModelConfig:
-        """The keys that all families share; `n_kv_heads` and `head_dim` are the family's defaults (None: derived)."""
+        """The keys that all families share; `n_kv_heads`, `head_dim` (None: derived), `norm_eps` and `theta` are the
+        family's defaults."""
         hidden_size = self.integer("hidden_size", high=2**17)
         n_heads = self.integer("num_attention_heads", high=2**10)
         if "num_key_value_heads" in self._values or n_kv_heads is None:
@@ -166,8 +169,8 @@ class ConfigReader:
             head_dim=head_dim,
             intermediate_size=self.integer("intermediate_size", high=2**20),
             max_positions=max_positions,
-            norm_eps=self.number("rms_norm_eps", 1e-6, above=0, high=1),
-            rope=self.rope(head_dim, max_positions),
+            norm_eps=self.number("rms_norm_eps", norm_eps, above=0, high=1),
+            rope=self.rope(head_dim, max_positions, theta),
             activation=Activation.SILU,
             sliding_window=window[0],
             windowed_layers=window[1],
@@ -238,9 +241,9 @@ class ConfigReader:
                 raise self.error("layer_types", "full_attention only: use_sliding_window or sliding_window is off")
         return (window, layers) if window is not None and layers else (None, frozenset())
 
-    def rope(self, dim: int, max_positions: int) -> Rope:
+    def rope(self, dim: int, max_positions: int, theta: float = 10000.0) -> Rope:
         """Rotary parameters in either spelling: `rope_theta` and `rope_scaling`, or all in `rope_parameters`."""
-        theta = self.number("rope_theta", 10000.0, above=1, high=1e15)
+        theta = self.number("rope_theta", theta, above=1, high=1e15)
         spellings = [key for key in ("rope_scaling", "rope_parameters") if self.get(key, None)]
         found = []
         for key in spellings or ["rope_parameters"]:

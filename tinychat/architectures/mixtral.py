@@ -22,4 +22,10 @@ def translate(reader: ConfigReader) -> ModelConfig:
         reader.integer("intermediate_size", high=2**20),
         layers,
     )
-    return reader.decoder(n_kv_heads=8, window=(window, layers if window else frozenset()), experts=experts)
+    return reader.decoder(
+        n_kv_heads=8,
+        window=(window, layers if window else frozenset()),
+        experts=experts,
+        norm_eps=1e-5,
+        theta=1e6,
+    )
