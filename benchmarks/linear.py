@@ -1,7 +1,7 @@
 """Speed of one linear on one thread, level by level, beside the speed at which the same thread reads memory.
 
     python benchmarks/linear.py [--k 4096] [--n 11008] [--group-size 128] [--rows 1 4 32 512] [--isa avx2 ...]
-                                [--bits 4 8] [--activations 16 8] [--megabytes 1]
+                                [--bits 2 3 4 8] [--activations 16 8] [--megabytes 1]
 
 The matrix lies in memory many times over and the copies are used in turn, so that no cache holds it (with --megabytes 1
 and a small --n, one copy that the cache holds). Reading and multiplying alternate in slices of the same buffer, and the
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=11008)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 512])
-    parser.add_argument("--bits", type=int, nargs="+", choices=(4, 8), default=[4])
+    parser.add_argument("--bits", type=int, nargs="+", choices=(2, 3, 4, 8), default=[4])
     parser.add_argument("--activations", type=int, nargs="+", choices=(16, 8), default=[16])
     parser.add_argument("--isa", nargs="+", default=supported_isas())
     parser.add_argument("--megabytes", type=int, default=768, help="all copies of the matrix together")

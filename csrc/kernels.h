@@ -14,7 +14,7 @@ namespace tinychat {
 enum class WeightType : int32_t { quantized = 0, f32 = 1, f16 = 2, bf16 = 3 };
 
 // A weight [n, k] and the precision of the activations that it meets.
-//   quantized: codes of `bits` (4 or 8); groups of `group` along k share a scale and a zero (the last may be shorter;
+//   quantized: codes of `bits` (2, 3, 4 or 8); groups of `group` along k share a scale and a zero (the last may be shorter;
 //              group >= k is one group per row); scales are kept as fp16, or as fp32 where `wide_scales` (checkpoints with
 //              bf16 or fp32 scales); activations are rounded to integers of `activation_bits` (16 or 8)
 //   else:      activations stay fp32, and the last four fields say nothing

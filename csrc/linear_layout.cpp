@@ -7,18 +7,21 @@
 namespace tinychat {
 namespace {
 
-void split(const char* lane, int64_t count, int32_t bits, uint8_t* codes) {
-    uint32_t halves[2];
-    std::memcpy(halves, lane, 4);
-    if (bits == 4) {
-        halves[1] = halves[0] >> 4 & 0x0f0f0f0fu;
-        halves[0] &= 0x0f0f0f0fu;
-    } else {
-        std::memcpy(halves + 1, lane + kRegisterBytes, 4);
-    }
-    std::memcpy(codes, halves, static_cast<size_t>(count));
+float load(const char* values, int64_t index, WeightType type) {
+    if (type == WeightType::f32) return reinterpret_cast<const float*>(values)[index];
+    const uint16_t bits = reinterpret_cast<const uint16_t*>(values)[index];
+    return type == WeightType::f16 ? from_half(bits) : from_bf16(bits);
 }
 
+// The first `count` codes of the unit of a row whose lane is given.
+template <int bits>
+void split(const char* lane, int64_t count, uint8_t* codes) {
+    uint32_t h[unit_length(bits) / 4];
+    for (int i = 0; i < unit_length(bits) / 4; i++) h[i] = unpacked<bits, uint32_t>(lane, i);
+    std::memcpy(codes, h, static_cast<size_t>(count));
+}
+
+template <int bits>
 void pack_codes(const LinearShape& shape, const WeightData& data, char* tile, int64_t row, int64_t rows) {
     const QuantizedLayout layout(shape);
     const int64_t scale_bytes = layout.scale_bytes / kTile;
@@ -33,13 +36,14 @@ void pack_codes(const LinearShape& shape, const WeightData& data, char* tile, in
             tile[place.zeros + r] = static_cast<const char*>(data.zeros)[index];
             const uint8_t* source = codes + (row + r) * shape.k + k;
             char* lane = tile + place.codes + r * 4;
-            for (int64_t i = 0; i < length; i += kStep, lane += layout.step_bytes) {
-                join(source + i, smaller(kStep, length - i), shape.bits, lane);
+            for (int64_t i = 0; i < length; i += unit_length(bits), lane += unit_bytes(bits)) {
+                join<bits>(source + i, length - i, lane);
             }
         }
     });
 }
 
+template <int bits>
 void unpack_codes(const LinearShape& shape, const char* tile, const WeightData& data, int64_t row, int64_t rows) {
     const QuantizedLayout layout(shape);
     const int64_t scale_bytes = layout.scale_bytes / kTile;
@@ -52,8 +56,25 @@ void unpack_codes(const LinearShape& shape, const char* tile, const WeightData& 
             static_cast<char*>(data.zeros)[index] = tile[place.zeros + r];
             uint8_t* target = codes + (row + r) * shape.k + k;
             const char* lane = tile + place.codes + r * 4;
-            for (int64_t i = 0; i < length; i += kStep, lane += layout.step_bytes) {
-                split(lane, smaller(kStep, length - i), shape.bits, target + i);
+            for (int64_t i = 0; i < length; i += unit_length(bits), lane += unit_bytes(bits)) {
+                split<bits>(lane, smaller(unit_length(bits), length - i), target + i);
+            }
+        }
+    });
+}
+
+template <int bits>
+void unpack_row_codes(const LinearShape& shape, const char* tile, int64_t r, float* values) {
+    const QuantizedLayout layout(shape);
+    each_group(shape, layout, [&](int64_t, int64_t k, int64_t length, const GroupPlace& place) {
+        const float scale = load(tile + place.scales, r, shape.wide_scales ? WeightType::f32 : WeightType::f16);
+        const auto zero = static_cast<uint8_t>(tile[place.zeros + r]);
+        const char* lane = tile + place.codes + r * 4;
+        for (int64_t i = 0; i < length; i += unit_length(bits), lane += unit_bytes(bits)) {
+            uint8_t codes[unit_length(bits)];
+            split<bits>(lane, unit_length(bits), codes);
+            for (int64_t j = 0; j < smaller(unit_length(bits), length - i); j++) {
+                values[k + i + j] = static_cast<float>(codes[j] - zero) * scale;
             }
         }
     });
@@ -72,12 +93,6 @@ int64_t tile_bytes(const LinearShape& shape) {
     return shape.type == WeightType::quantized ? QuantizedLayout(shape).tile_bytes : round_up(float_tile_bytes(shape), 64);
 }
 
-float load(const char* values, int64_t index, WeightType type) {
-    if (type == WeightType::f32) return reinterpret_cast<const float*>(values)[index];
-    const uint16_t bits = reinterpret_cast<const uint16_t*>(values)[index];
-    return type == WeightType::f16 ? from_half(bits) : from_bf16(bits);
-}
-
 }  // namespace
 
 int64_t packed_bytes(const LinearShape& shape) { return divide_up(shape.n, kTile) * tile_bytes(shape); }
@@ -89,7 +104,9 @@ void pack(const LinearShape& shape, const WeightData& data, void* packed, int64_
     const int64_t bytes = tile_bytes(shape);
     for (int64_t tile = tile_begin; tile < tile_end; tile++) {
         const int64_t row = tile * kTile;
-        pack_codes(shape, data, static_cast<char*>(packed) + tile * bytes, row, smaller(kTile, shape.n - row));
+        with_bits(shape.bits, [&](auto bits) {
+            pack_codes<bits.value>(shape, data, static_cast<char*>(packed) + tile * bytes, row, smaller(kTile, shape.n - row));
+        });
     }
 }
 
@@ -99,7 +116,7 @@ void unpack(const LinearShape& shape, const void* packed, const WeightData& data
         const char* at = static_cast<const char*>(packed) + row / kTile * bytes;
         const int64_t rows = smaller(kTile, shape.n - row);
         if (shape.type == WeightType::quantized) {
-            unpack_codes(shape, at, data, row, rows);
+            with_bits(shape.bits, [&](auto bits) { unpack_codes<bits.value>(shape, at, data, row, rows); });
         } else if (shape.type == WeightType::f32) {
             unpack_values<uint32_t>(shape, at, data, row, rows);
         } else {
@@ -115,19 +132,7 @@ void unpack_row(const LinearShape& shape, const void* packed, int64_t row, float
         for (int64_t k = 0; k < shape.k; k++) values[k] = load(at, k * kTile + r, shape.type);
         return;
     }
-    const QuantizedLayout layout(shape);
-    each_group(shape, layout, [&](int64_t, int64_t k, int64_t length, const GroupPlace& place) {
-        const float scale = load(at + place.scales, r, shape.wide_scales ? WeightType::f32 : WeightType::f16);
-        const auto zero = static_cast<uint8_t>(at[place.zeros + r]);
-        const char* lane = at + place.codes + r * 4;
-        for (int64_t i = 0; i < length; i += kStep, lane += layout.step_bytes) {
-            uint8_t codes[kStep];
-            split(lane, kStep, shape.bits, codes);
-            for (int64_t j = 0; j < smaller(kStep, length - i); j++) {
-                values[k + i + j] = static_cast<float>(codes[j] - zero) * scale;
-            }
-        }
-    });
+    with_bits(shape.bits, [&](auto bits) { unpack_row_codes<bits.value>(shape, at, r, values); });
 }
 
 }  // namespace tinychat

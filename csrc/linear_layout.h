@@ -9,16 +9,29 @@
 //   bits 0-3 k         k+1       k+2       k+3    k ...
 //   bits 4-7 k+4       k+5       k+6       k+7    k+4 ...
 //
-// Of 8 bits, a register holds 4 consecutive k, and needs no unpacking. Unpacked, both are the same: 64 bytes of 4 k of 16
-// rows, which is what vpdpbusd multiplies with 4 broadcast activations, and a row of an AMX tile.
+// Of 8 bits, a register holds 4 consecutive k, and needs no unpacking; of 2 bits 16, four in a byte. Of 3 bits, three
+// registers hold 32: each byte two codes, and what is left in the three bytes another two, so that 17 instructions unpack
+// eight registers (a plane of 2 bits and one of 1 bit would take 29). Below, byte 0 of row 0; "k" is its whole code,
+// "k: 1 0" are bits 1 and 0 of it:
+//
+//              2 bits            3 bits: first   second           third
+//   bits 0-1   k       bits 0-2  k               k+8              k+16
+//   bits 2-3   k+4     bits 3-5  k+4             k+12             k+20
+//   bits 4-5   k+8     bits 6-7  k+24: 1 0       k+28: 1 0        k+28: 2, k+24: 2
+//   bits 6-7   k+12
+//
+// Unpacked, all widths are the same: 64 bytes of 4 k of 16 rows, which is what vpdpbusd multiplies with 4 broadcast
+// activations, and a row of an AMX tile. What fills whole registers is a unit: 8 k, of 2 bits 16, of 3 bits 32.
 //
 // A row's sum stays in its lane: activations are broadcast, and no sum runs across a register. Groups are padded to whole
-// steps of 8 k, and come in chunks of four (the last chunk of a tile may hold fewer, m), scales and zeros inline before
-// the codes, padded to a cache line. In fp16 with groups of 128 that is 4.1875 bits for a weight of 4.
+// steps of 8 k, their codes to whole units, and come in chunks of four (the last chunk of a tile may hold fewer, m), scales
+// and zeros inline before the codes, padded to a cache line. In fp16 with groups of 128 that adds 0.1875 bits to a code,
+// with groups of 64 0.375.
 //
 //   chunk: | m x scales[16] | m x zeros[16] (uint8) | pad to 64 | codes of group 0 | .. | codes of group m-1 |
 //
-// Padding (rows beyond n, k beyond a group's end) is zero: codes, scales and zeros.
+// Padding (rows beyond n, k beyond a group's end) is zero: codes, scales and zeros. A kernel may multiply whole units: the
+// bytes that follow a block's integers in an activation, 24 at the least, then meet codes of zero.
 // Weights of the other types are k-major within the tile, values[k][16], k padded to 4 with zeros.
 //
 // Activations. For the other types: the row as fp32, padded to 4. For quantized weights: integers x with a scale per block.
@@ -69,6 +82,50 @@ struct Outlier {
 [[maybe_unused]] int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 [[maybe_unused]] int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// ---- codes -----------------------------------------------------------------------------------------------------------
+
+constexpr int64_t unit_length(int32_t bits) { return bits == 3 ? 32 : bits == 2 ? 16 : 8; }  // k
+constexpr int64_t unit_bytes(int32_t bits) { return unit_length(bits) * kTile * bits / 8; }
+
+// Codes 4 h .. 4 h + 3 of a unit, a byte each: of the row whose lane is at `at` (V = uint32_t), or of as many rows as V has
+// lanes of 32 bits.
+template <int bits, class V>
+__attribute__((always_inline)) inline V unpacked(const char* at, int64_t h) {
+    const auto part = [at](int64_t i, int64_t shift, uint32_t mask) __attribute__((always_inline)) {
+        V lanes;
+        std::memcpy(&lanes, at + i * kRegisterBytes, sizeof lanes);
+        return lanes >> static_cast<int>(shift) & mask * 0x01010101u;
+    };
+    if (bits == 3 && h >= 6) return part(h - 6, 6, 3) | part(2, h - 2, 4);
+    constexpr int64_t kInByte = 8 / bits;
+    return part(h / kInByte, h % kInByte * bits, (1u << bits) - 1);
+}
+
+// Code k of a block, in every lane of V; any k, for which `unpacked` is too much.
+template <int bits, class V>
+inline V one_code(const char* at, int64_t k) {
+    const int64_t unit = k / unit_length(bits) * unit_bytes(bits), h = k % unit_length(bits) / 4;
+    return unpacked<bits, V>(at + unit, h) >> static_cast<int>(k % 4 * 8) & 255u;
+}
+
+template <int n>
+struct Number {
+    static constexpr int value = n;
+};
+
+// work(Number<bits>) for a width that there are kernels of.
+template <class Work>
+void with_bits(int32_t bits, const Work& work) {
+    switch (bits) {
+        case 2: return work(Number<2>{});
+        case 3: return work(Number<3>{});
+        case 4: return work(Number<4>{});
+        case 8: return work(Number<8>{});
+    }
+}
+
+// ---- sizes -----------------------------------------------------------------------------------------------------------
+
 // Length of a group; one group per row where there are none (the other types leave it 0).
 [[maybe_unused]] int64_t group_length(const LinearShape& shape) {
     return shape.group > 0 && shape.group < shape.k ? shape.group : shape.k;
@@ -80,7 +137,7 @@ struct QuantizedLayout {
     int64_t padded_group, padded_last;  // of a full group, of the last
     int64_t group_blocks, blocks;       // blocks of a full group, of a row
     int64_t padded_k;                   // of a row
-    int64_t step_bytes;                 // of the codes of 8 k of a tile
+    int32_t bits;
     int64_t scale_bytes;                // of one group of a tile
     int64_t tile_bytes;
     int64_t integer_bytes;           // of one activation: its planes
@@ -96,9 +153,10 @@ struct QuantizedLayout {
         group_blocks = divide_up(padded_group, kBlock);
         blocks = (groups - 1) * group_blocks + divide_up(padded_last, kBlock);
         padded_k = (groups - 1) * padded_group + padded_last;
-        step_bytes = kStep * kTile * shape.bits / 8;
+        bits = shape.bits;
         scale_bytes = kTile * (shape.wide_scales ? 4 : 2);
-        tile_bytes = padded_k / kStep * step_bytes + (groups / kChunk) * header_bytes(kChunk) + header_bytes(groups % kChunk);
+        tile_bytes = (groups - 1) * code_bytes(padded_group) + code_bytes(padded_last) +
+                     (groups / kChunk) * header_bytes(kChunk) + header_bytes(groups % kChunk);
         integer_bytes = shape.activation_bits / 8;
         block_outliers = divide_up(smaller(group, kBlock), 16);
         blocks_at = round_up(padded_k * integer_bytes, 64);
@@ -108,6 +166,8 @@ struct QuantizedLayout {
 
     // Scales and zeros of a chunk of m groups.
     int64_t header_bytes(int64_t m) const { return round_up(m * (scale_bytes + kTile), 64); }
+    // Codes of `length` k of a tile, of which only the last of a group may end within a unit.
+    int64_t code_bytes(int64_t length) const { return divide_up(length, unit_length(bits)) * unit_bytes(bits); }
     int64_t padded(int64_t g) const { return g == groups - 1 ? padded_last : padded_group; }
 };
 

@@ -88,9 +88,10 @@ void codes_of(const float* values, int64_t length, float scale, int32_t most, ui
 }
 
 // Group of row r of a tile: its scale, zero and codes to their places.
+template <int bits>
 void pack_group(const LinearShape& shape, const WeightData& data, int64_t from, int64_t length, int64_t r,
                 const GroupPlace& place, char* tile) {
-    const int32_t most = (1 << (shape.bits - 1)) - 1;
+    constexpr int32_t most = (1 << (bits - 1)) - 1;
     const float size = largest(data.source, data.values, from, length);
     float scale = size / static_cast<float>(most);
     if (shape.wide_scales) {
@@ -102,7 +103,6 @@ void pack_group(const LinearShape& shape, const WeightData& data, int64_t from, 
     }
     tile[place.zeros + r] = static_cast<char>(most + 1);
     char* lane = tile + place.codes + r * 4;
-    const int64_t step_bytes = kStep * kTile * shape.bits / 8;
     for (int64_t i = 0; i < length; i += kPiece) {
         const int64_t piece = smaller(kPiece, length - i);
         float values[kPiece];
@@ -113,7 +113,9 @@ void pack_group(const LinearShape& shape, const WeightData& data, int64_t from, 
         } else {
             std::memset(codes, most + 1, static_cast<size_t>(piece));
         }
-        for (int64_t j = 0; j < piece; j += kStep, lane += step_bytes) join(codes + j, kStep, shape.bits, lane);
+        for (int64_t j = 0; j < piece; j += unit_length(bits), lane += unit_bytes(bits)) {
+            join<bits>(codes + j, unit_length(bits), lane);
+        }
     }
 }
 
@@ -127,9 +129,11 @@ void pack_rounded(const LinearShape& shape, const WeightData& data, void* packed
         if (rows < kTile) std::memset(tile, 0, static_cast<size_t>(layout.tile_bytes));
         clear_header_padding(layout, tile);
         each_group(shape, layout, [&](int64_t, int64_t k, int64_t length, const GroupPlace& place) {
-            for (int64_t r = 0; r < rows; r++) {
-                pack_group(shape, data, (row + r) * shape.k + k, length, r, place, tile);
-            }
+            with_bits(shape.bits, [&](auto bits) {
+                for (int64_t r = 0; r < rows; r++) {
+                    pack_group<bits.value>(shape, data, (row + r) * shape.k + k, length, r, place, tile);
+                }
+            });
         });
     }
 }

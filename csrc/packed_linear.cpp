@@ -23,6 +23,9 @@ PackedLinear::PackedLinear(const LinearData& data, int64_t n, int64_t k, const L
         const LinearShape& shape = segment.shape;
         if (shape.n < 1 || shape.k != k) refuse("a segment of a linear has the wrong shape");
         if (shape.type == WeightType::quantized && shape.group < 1) refuse("a group of less than one weight");
+        if (shape.type == WeightType::quantized && shape.bits != 2 && shape.bits != 3 && shape.bits != 4 && shape.bits != 8) {
+            refuse("codes of " + std::to_string(shape.bits) + " bits, which no kernel has");
+        }
         if (!segment.data.values) refuse("a segment of a linear has no values");
         add_segment(segment, kernels);
         bytes += cache_line(kernels.packed_bytes(shape));

@@ -30,22 +30,33 @@ void each_group(const LinearShape& shape, const QuantizedLayout& layout, const V
             visit(g, g * layout.group, smaller(layout.group, shape.k - g * layout.group), place);
             place.scales += layout.scale_bytes;
             place.zeros += kTile;
-            place.codes += layout.padded(g) / kStep * layout.step_bytes;
+            place.codes += layout.code_bytes(layout.padded(g));
         }
         at = place.codes;
     }
 }
 
-// 8 codes of a row, one in a byte, to its lanes in the registers of a step; `count` of them are there, the others zero.
-[[maybe_unused]] void join(const uint8_t* codes, int64_t count, int32_t bits, char* lane) {
-    uint32_t halves[2] = {0, 0};
-    std::memcpy(halves, codes, static_cast<size_t>(count));
-    if (bits == 4) {
-        halves[0] |= halves[1] << 4;
-        std::memcpy(lane, halves, 4);
+// The codes of a unit of a row, one in a byte, to its lanes; `count` of them are there, the others zero. unpacked() undoes it.
+template <int bits>
+void join(const uint8_t* codes, int64_t count, char* lane) {
+    constexpr int64_t kLength = unit_length(bits);
+    uint32_t h[kLength / 4] = {}, registers[unit_bytes(bits) / kRegisterBytes] = {};
+    if (count >= kLength) {
+        std::memcpy(h, codes, kLength);
     } else {
-        std::memcpy(lane, halves, 4);
-        std::memcpy(lane + kRegisterBytes, halves + 1, 4);
+        std::memcpy(h, codes, static_cast<size_t>(count));
+    }
+    if constexpr (bits == 3) {
+        for (int i = 0; i < 3; i++) registers[i] = h[2 * i] | h[2 * i + 1] << 3;
+        registers[0] |= (h[6] & 0x03030303u) << 6;
+        registers[1] |= (h[7] & 0x03030303u) << 6;
+        registers[2] |= (h[6] & 0x04040404u) << 4 | (h[7] & 0x04040404u) << 5;
+    } else {
+        for (int i = 0; i < kLength / 4; i++) registers[i * bits / 8] |= h[i] << i * bits % 8;
+    }
+    for (uint32_t joined : registers) {
+        std::memcpy(lane, &joined, 4);
+        lane += kRegisterBytes;
     }
 }
 
@@ -55,7 +66,7 @@ void each_group(const LinearShape& shape, const QuantizedLayout& layout, const V
         const int64_t m = smaller(kChunk, layout.groups - first), used = m * (layout.scale_bytes + kTile);
         std::memset(tile + used, 0, static_cast<size_t>(layout.header_bytes(m) - used));
         tile += layout.header_bytes(m);
-        for (int64_t g = first; g < first + m; g++) tile += layout.padded(g) / kStep * layout.step_bytes;
+        for (int64_t g = first; g < first + m; g++) tile += layout.code_bytes(layout.padded(g));
     }
 }
 

@@ -18,6 +18,7 @@ from tinychat.bench.subject import Options, Subject
 from tinychat.cache import KVCache, Rows
 from tinychat.engine import Engine
 from tinychat.errors import BackendError, ConfigError, UsageError
+from tinychat.qtensor import canonical
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = shapes.Shape(
@@ -93,17 +94,19 @@ def test_other_engines_read_the_shapes_too():
         assert config.architectures == shape.hf_config["architectures"]
 
 
-def test_random_weights_stay_finite_at_any_depth_and_no_two_matrices_are_equal():
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_random_weights_stay_finite_at_any_depth_and_no_two_matrices_are_equal(bits):
     deep = {**TINY.hf_config, "num_hidden_layers": 80}
-    weights = RandomWeights(*shapes.Shape(deep).translate(), group_size=32)
+    weights = RandomWeights(*shapes.Shape(deep).translate(), group_size=32, bits=bits)
     first, second = (weights.layer(i).up.segments for i in range(2))
-    matrices = [segment.tensor().dequantize() for segment in (*first, *second)]
+    matrices = [canonical(segment).dequantize() for segment in (*first, *second)]
     assert len({m.tobytes() for m in matrices}) == 4
     for matrix in matrices:  # an input of unit size gives an output of about unit size
         assert 0.7 < matrix.std() * 64**0.5 < 1.5
     runner = tinychat.backends.choose()[0].build(weights, ctx_size=8)
     logits = runner.step(Rows.of([1, 2, 3], 0, wanted="all"))
     assert np.isfinite(logits).all() and 0.3 < logits.std() < 3
+    assert all(segment.bits == bits for segment in first)
 
 
 def test_weights_that_awq_cannot_hold_are_refused():
@@ -370,6 +373,34 @@ def test_a_shape_is_measured(tiny, capsys):
 
 
 @needs_kernels
+@pytest.mark.parametrize("bits, group", [(2, 64), (3, 32)])
+def test_a_shape_in_other_widths(tiny, capsys, bits, group):
+    options = (
+        "--bits",
+        str(bits),
+        "--group-size",
+        str(group),
+        "--repeats",
+        "1",
+        "--tokens",
+        "9",
+        "--contexts",
+        "--json",
+    )
+    assert run("bench", "--shape", "tiny", *options) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["weights"] == f"random weights, {bits}-bit g{group}"
+    source = RandomWeights(*TINY.translate(), group, bits)
+    assert (need := traffic.of(source, head_bits=found["head"])).quantized == 3 * BLOCK * (
+        bits + (16 + bits) / group
+    ) / 8
+    assert found["bytes_per_token"] == pytest.approx(need.token(4 + 4.5), abs=1)
+    assert bits + 24 / group <= found["resident_bits_per_weight"] < bits + 24 / group + 0.7  # small rows are padded
+    estimate = memory.estimate(source.config, source.file_bytes, source.n_quantized, cpu.FOOTPRINT, 9, bits=bits)
+    assert estimate["weights"] == source.file_bytes - TABLE * 2
+
+
+@needs_kernels
 def test_a_written_shape_is_measured_without_contexts(tiny, capsys, tmp_path):
     assert run("bench", "--shape", "tiny", "--write", str(tmp_path / "model")) == 0
     assert "4-bit" in capsys.readouterr().out
@@ -385,6 +416,8 @@ def test_a_written_shape_is_measured_without_contexts(tiny, capsys, tmp_path):
         (("pebble", "--shape", "tiny"), 2, "give one"),
         (("--shape", "tiny", "--float"), 2, "--float says what --write writes"),
         (("--write", "somewhere"), 2, "--write needs --shape"),
+        (("pebble", "--bits", "3"), 2, "a model has its own"),
+        (("--shape", "tiny", "--write", "somewhere", "--bits", "3"), 2, "--write writes 4 bits"),
         (("--shape", "tiny", "--contexts", "-1"), 2, "expected a whole number, 0 or more"),
         (("--shape", "tiny", "-c", "200"), 2, "the model has 128 positions"),
         (("--shape", "tiny", "--tokens", "125"), 2, "need a context of 129"),

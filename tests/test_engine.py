@@ -439,6 +439,7 @@ def parts(monkeypatch, tmp_path):
         quantization=None,
         n_parameters=260_000,
         n_quantized=0,
+        bits=4,
         file_bytes=1001,
     )
 
@@ -566,9 +567,11 @@ def test_memory_estimate_counts_each_part():
     wide = memory.estimate(replace(config, intermediate_size=1000), 800, 600, packed, 10)
     assert wide["working"] > 2 * 3 * 1000 * config.hidden_size - wide["kv_cache"] > parts["working"]
     assert memory.estimate(config, 800, 600, packed, 100_000)["working"] == 0
-    unpacked = memory.Footprint(program=50, code_bytes=1, step_bytes=4)  # a byte a code, fp32 in a step
+    unpacked = memory.Footprint(program=50, widths=(8,), step_bytes=4)  # a byte a code, fp32 in a step
     parts = memory.estimate(config, 800, 600, unpacked, 100_000)
     assert (parts["weights"], parts["working"]) == (800 + 300, 4 * table)
+    widths = [memory.estimate(config, 800, 600, packed, 10, bits=bits)["weights"] for bits in (2, 3, 5)]
+    assert widths == [800, 800, 800 + 225]  # 5 bits ride in 8
     rounded = int(table * (1 + 3 / 128)) - 2 * table  # a byte, and a group's scale and zero, for 16 bits
     assert memory.estimate(config, 80_000, 600, packed, 10, head=8)["weights"] == 80_000 + rounded
     mapped = memory.Footprint(program=50, maps=True)

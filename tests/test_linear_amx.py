@@ -69,7 +69,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("activation_bits", (16, 8))
-@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_bits_of_avx512vnni(shape, bits, activation_bits):
     case = Case(shape, bits, activation_bits)
@@ -80,7 +80,7 @@ def test_the_bits_of_avx512vnni(shape, bits, activation_bits):
 
 @pytest.mark.parametrize("activation_bits", (16, 8))
 def test_every_number_of_rows(activation_bits):
-    case, x = Case((37, 300, 128), 4, activation_bits, wide=True), activations(70, 300)
+    case, x = Case((37, 300, 128), 3, activation_bits, wide=True), activations(70, 300)
     whole = case.multiply("avx512vnni", x)
     for rows in range(1, 71):
         assert same(case.multiply("amx", x[:rows]), whole[:rows])

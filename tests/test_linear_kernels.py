@@ -20,6 +20,7 @@ from tinychat.weights import Linear
 cpu = pytest.importorskip("tinychat._cpu", reason="the compiled extension is not built")
 
 ISAS = cpu.supported_isas().split()
+BITS = (2, 3, 4, 8)
 FLOATS = (np.float32, np.float16, bfloat16)
 # (N, K, group size): each a multiple of nothing in its own way; whole rows are one group of K
 SHAPES = (
@@ -73,7 +74,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("scale_dtype", FLOATS)
 def test_unpacking_gives_back_what_was_packed(isa, scale_dtype):
-    for (n, k, group), bits in itertools.product(SHAPES, (4, 8)):
+    for (n, k, group), bits in itertools.product(SHAPES, BITS):
         weight = qtensor(n, k, group, scale_dtype=scale_dtype, bits=bits)
         (found,) = PackedLinear.pack(weight, isa).unpack().segments
         assert same(found.codes, weight.codes) and same(found.zeros, weight.zeros) and same(found.scales, weight.scales)
@@ -103,7 +104,7 @@ def test_packing_in_slices_gives_the_same_bytes(isa):
 
 
 @pytest.mark.parametrize("activation_bits", (16, 8))
-@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_codes_equal_float64(isa, shape, bits, activation_bits):
     weight, x = qtensor(*shape, bits=bits), activations(33, shape[1])
@@ -127,13 +128,13 @@ def heavy_tailed(t, k):
 
 
 @pytest.mark.parametrize("activation_bits", (16, 8))
-@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("bits", BITS)
 def test_levels_give_the_same_bits(isa, bits, activation_bits):
     """Sums of integers are exact, and all vector levels add the blocks in one order with fused multiplications.
 
     The portable level has none, and differs in the last bits.
     """
-    for n, k, group in ((50, 1000, 128), (33, 172, 32), (17, 1100, 1100), (24, 700, 200)):
+    for n, k, group in ((50, 1000, 128), (33, 172, 32), (17, 1100, 1100), (24, 700, 200), (20, 300, 8)):
         weight = qtensor(n, k, group, bits=bits)
         for x in (activations(9, k), one_huge(activations(5, k)), heavy_tailed(5, k), saturated(activations(2, k))):
             found = linear(PackedLinear.pack(weight, isa, activation_bits), x)
@@ -176,7 +177,7 @@ def test_a_row_may_be_prepared_in_parts(isa, k, group, activation_bits):
 
 def test_the_largest_sums_do_not_overflow(isa):
     """Codes and integers at their ends, with both signs: int16 and int32 sums at their largest."""
-    for bits in (4, 8):
+    for bits in BITS:
         for sign in (1, -1):
             x = np.full((9, 512), np.float32(sign))
             for group in (128, 512):
@@ -188,18 +189,29 @@ def test_the_largest_sums_do_not_overflow(isa):
 
 
 @pytest.mark.parametrize("scale_dtype", (np.float32, bfloat16))
-def test_q4_with_wide_scales(isa, scale_dtype):
-    for n, k, group in SHAPES[3:8]:
-        weight, x = qtensor(n, k, group, scale_dtype=scale_dtype), activations(9, k)
+def test_codes_with_wide_scales(isa, scale_dtype):
+    for (n, k, group), bits in itertools.product(SHAPES[3:8], BITS):
+        weight, x = qtensor(n, k, group, scale_dtype=scale_dtype, bits=bits), activations(9, k)
         assert nmse(linear(PackedLinear.pack(weight, isa), x), exact(weight, x)) < 1e-6
 
 
-@pytest.mark.parametrize("bits", (2, 3))
-def test_narrower_codes_use_the_same_kernel(isa, bits):
+@pytest.mark.parametrize("bits, kept", ((1, 2), (5, 8), (7, 8)))
+def test_other_widths_are_kept_in_the_next(isa, bits, kept):
     weight, x = qtensor(20, 256, 64, bits=bits), activations(3, 256)
     packed = PackedLinear.pack(weight, isa)
+    assert packed.segments[0].shape.bits == kept
     assert nmse(linear(packed, x), exact(weight, x)) < 1e-6
     assert packed.unpack().segments[0].bits == bits
+
+
+@pytest.mark.parametrize(
+    "bits, group, resident",
+    ((4, 128, 4.1875), (3, 128, 3.1875), (3, 64, 3.375), (2, 64, 2.375), (2, 32, 2.75), (2, 4096, 2 + 32 / 4096)),
+)
+def test_codes_take_the_bytes_they_claim(isa, bits, group, resident):
+    """Code, fp16 scale and zero of a byte; nothing is lost to padding where sizes are usual ones."""
+    packed = PackedLinear.pack(qtensor(64, 4096, group, bits=bits), isa)
+    assert packed.nbytes * 8 / (64 * 4096) == resident
 
 
 def saturated(x):
@@ -250,7 +262,7 @@ def whole_range(x):
 )
 def test_adversarial_activations(isa, group, twist):
     k = 11008 if group == 11008 else 1000
-    for bits in (4, 8):
+    for bits in BITS:
         weight, x = qtensor(33, k, group, bits=bits), twist(activations(5, k))
         assert nmse(linear(PackedLinear.pack(weight, isa), x), exact(weight, x)) < 1e-6
 
@@ -328,6 +340,8 @@ WEIGHTS = {
     "q4": lambda: qtensor(75, 300, 128),
     "q4-wide": lambda: qtensor(75, 300, 300, scale_dtype=np.float32),
     "q8": lambda: qtensor(75, 300, 128, bits=8),
+    "q3": lambda: qtensor(75, 300, 100, bits=3),
+    "q2": lambda: qtensor(75, 300, 128, bits=2),
     "f32": lambda: activations(75, 301),
     "f16": lambda: activations(75, 301).astype(np.float16),
     "bf16": lambda: activations(75, 301).astype(bfloat16),
@@ -394,7 +408,10 @@ class Fenced:
 @pytest.mark.skipif(platform.system() != "Linux", reason="mprotect as Linux has it")
 @pytest.mark.parametrize("at_end", (True, False))
 def test_nothing_outside_the_buffers_is_touched(isa, at_end):
-    for weight in (*(make() for make in WEIGHTS.values()), qtensor(1, 1, 1), qtensor(3, 9, 4)):
+    for weight in (
+        *(make() for make in WEIGHTS.values()),
+        *(qtensor(*shape, bits=b) for b in BITS for shape in ((1, 1, 1), (3, 9, 4))),
+    ):
         (segment,) = (packed := PackedLinear.pack(weight, isa)).segments
         n, k = packed.shape
         rows, tiles = 7, -(-n // 16)
@@ -458,12 +475,17 @@ def test_objects_share_no_code_with_other_levels(isa):
 
 
 def test_fused_segments_of_mixed_precision(isa):
-    segments = (qtensor(20, 64, 32), activations(7, 64).astype(bfloat16), qtensor(16, 64, 64, scale_dtype=np.float32))
-    bias = activations(1, 43)[0]
+    segments = (
+        qtensor(20, 64, 32),
+        qtensor(9, 64, 32, bits=3),
+        activations(7, 64).astype(bfloat16),
+        qtensor(16, 64, 64, scale_dtype=np.float32),
+    )
+    bias = activations(1, 52)[0]
     packed = PackedLinear.pack(Linear(segments, bias), isa)
     x = activations(5, 64)
     expected = np.concatenate([exact(s, x) for s in segments], axis=1) + bias
-    assert packed.shape == (43, 64) and nmse(linear(packed, x), expected) < 1e-6
+    assert packed.shape == (52, 64) and nmse(linear(packed, x), expected) < 1e-6
     assert same(packed.unpack().bias, bias)
 
 

@@ -33,15 +33,15 @@ def f32(*shape, seed=0, scale=1.0):
     return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
 
 
-def quantized(n, k, group, seed, scales=np.float16):
+def quantized(n, k, group, seed, scales=np.float16, bits=4):
     """A random QTensor whose weights have a standard deviation near 0.15."""
     random = np.random.default_rng(seed)
     groups = -(-k // group)
     return QTensor(
-        random.integers(0, 16, (n, k)).astype(np.uint8),
-        random.uniform(0.02, 0.04, (n, groups)).astype(scales),
-        random.integers(5, 11, (n, groups)).astype(np.uint8),
-        4,
+        random.integers(0, 2**bits, (n, k)).astype(np.uint8),
+        (random.uniform(0.02, 0.04, (n, groups)) * 2 ** (4 - bits)).astype(scales),
+        random.integers(5 * 2**bits // 16, 11 * 2**bits // 16, (n, groups)).astype(np.uint8),
+        bits,
         group,
     )
 
@@ -67,7 +67,7 @@ def model(
 ):
     """A random model; `extra` are fields of ModelConfig.
 
-    `weight`: f32, f16, bf16, q4, or mixed (segments of one linear differ).
+    `weight`: f32, f16, bf16, q2, q3, q4, or mixed (segments of one linear differ).
     """
     config = ModelConfig(
         model_type="test",
@@ -92,12 +92,12 @@ def model(
 
     def one(n, k, kind):
         seed = next(seeds)
-        if kind.startswith("q4"):
-            return quantized(n, k, group, seed, {"q4": np.float16, "q4b": bfloat16}[kind])
+        if kind.startswith("q"):
+            return quantized(n, k, group, seed, bfloat16 if kind.endswith("b") else np.float16, int(kind[1]))
         return f32(n, k, seed=seed, scale=0.15).astype({"f32": np.float32, "f16": np.float16, "bf16": bfloat16}[kind])
 
     def linear(name, sizes, k):
-        kinds = {"mixed": ["q4", "bf16", "q4b"]}.get(weight, [weight] * 3)
+        kinds = {"mixed": ["q3", "bf16", "q4b"]}.get(weight, [weight] * 3)
         values = f32(sum(sizes), seed=next(seeds), scale=0.3) if name in bias else None
         return Linear(tuple(one(n, k, kind) for n, kind in zip(sizes, kinds, strict=False)), values)
 
@@ -177,7 +177,7 @@ def test_logits_equal_the_reference(name):
         assert runner.cache.lengths.tolist() == [40]
 
 
-@pytest.mark.parametrize("weight", ["f16", "bf16", "q4", "mixed"])
+@pytest.mark.parametrize("weight", ["f16", "bf16", "q2", "q3", "q4", "mixed"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_weights_of_every_type(weight, isa):
     weights = model(weight=weight, bias=("qkv",), kv_heads=2, dim=12, hidden=72, inter=131)

@@ -91,7 +91,7 @@ def unpacked(isa, shape, data):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, bfloat16])
 @pytest.mark.parametrize("n, k, group", [(64, 256, 128), (33, 300, 128), (17, 60, 60), (40, 1000, 1000), (16, 20, 7)])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_rounding_equals_its_specification(dtype, n, k, group, bits):
     values = table(n, k, dtype)
     expected = round_symmetric(values, bits, group)

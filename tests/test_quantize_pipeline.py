@@ -193,7 +193,7 @@ def test_weights_that_fp16_cannot_hold(tmp_path):
 
 
 def test_methods_are_the_files_that_transform():
-    assert package.methods() == ["awq", "rtn"]
+    assert package.methods() == ["awq", "awq+gptq", "gptq", "rtn"]
 
 
 def make_tokenizer(directory):

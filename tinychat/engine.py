@@ -84,7 +84,9 @@ def load(
     size = context_size(config, ctx_size)
     sizes = config, source.file_bytes, source.n_quantized, module.FOOTPRINT, size
     head = head or (8 if source.n_quantized else 16)
-    memory.check(memory.estimate(*sizes, n_slots=n_slots, kv_itemsize=KV_ITEMSIZE[kv_dtype], head=head), size)
+    itemsize = KV_ITEMSIZE[kv_dtype]
+    needed = memory.estimate(*sizes, bits=source.bits, n_slots=n_slots, kv_itemsize=itemsize, head=head)
+    memory.check(needed, size)
     words = tokenizer.load(path)
     runner = module.build(
         source,

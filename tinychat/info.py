@@ -52,7 +52,12 @@ def gather(
         "ctx_size": size,
         "kv_dtype": kv_dtype,
         "memory": {
-            **memory.estimate(*sizes, kv_itemsize=engine.KV_ITEMSIZE[kv_dtype], head=8 if source.n_quantized else 16),
+            **memory.estimate(
+                *sizes,
+                bits=source.bits,
+                kv_itemsize=engine.KV_ITEMSIZE[kv_dtype],
+                head=8 if source.n_quantized else 16,
+            ),
             "available": memory.available(),
         },
         **_text(path),

@@ -19,15 +19,22 @@ class Footprint:
     """What a backend takes beyond a checkpoint's weights and the KV cache; each backend states its own.
 
     program     bytes of interpreter, libraries and buffers
-    code_bytes  of a 4-bit weight's code, resident
+    widths      bits that codes are kept in: the least of these that holds them
     step_bytes  of a weight while a step computes with it, one part of the model at a time; 0: it is used as it is kept
     maps        codes are packed from the mapped words, and an embedding table that is not the head is read in its file
     """
 
     program: int
-    code_bytes: float = 0.5
+    widths: tuple[int, ...] = (2, 3, 4, 8)
     step_bytes: int = 0
     maps: bool = False
+
+    def kept(self, bits: int) -> int:
+        """What codes of `bits` are kept in; BackendError where no width holds them."""
+        for width in self.widths:
+            if width >= bits:
+                return width
+        raise BackendError(f"a weight of {bits} bits; at most {max(self.widths)} are supported")
 
 
 def estimate(
@@ -37,6 +44,7 @@ def estimate(
     footprint: Footprint,
     ctx_size: int,
     *,
+    bits: int = 4,
     n_slots: int = 1,
     kv_itemsize: int = 2,
     head: int = 16,
@@ -44,7 +52,7 @@ def estimate(
     """Bytes that a running model occupies: 'weights', 'kv_cache', 'working', 'overhead', and their sum as 'total'.
 
     file_bytes   of the checkpoint's weight files
-    n_quantized  weights of 4 bits among them
+    n_quantized  weights of `bits` among them
     kv_itemsize  bytes of one number in the KV cache
     head         bits of the output head: 16 as it is stored, or 8
 
@@ -58,12 +66,12 @@ def estimate(
     block = c.hidden_size * (2 * c.q_size + 2 * c.kv_size) + mlp
     kv_cache = n_slots * c.kv_bytes(ctx_size, kv_itemsize)
     table, itemsize = c.vocab_size * c.hidden_size, 4 if c.dtype == "float32" else 2
-    weights = file_bytes + int((footprint.code_bytes - 0.5) * n_quantized)
+    weights = file_bytes + (footprint.kept(bits) - bits) * n_quantized // 8
     if head == 8:
         weights += int((1 + 3 / HEAD_GROUP) * table) - itemsize * table  # code, and a group's scale and zero
     if footprint.maps and not c.tied_head:
         weights -= itemsize * table
-    in_words = footprint.maps and n_quantized > 0
+    in_words = footprint.maps and n_quantized > 0 and bits == 4
     source = max((0.55 if in_words else itemsize) * block, itemsize * table)  # 4 bits, scales and zeros
     parts = {
         "weights": weights,

@@ -123,7 +123,7 @@ struct Walk {
             place.length = length;
             place.index = index++;
             places[count++] = place;
-            at += length / kStep * layout.step_bytes;
+            at += layout.code_bytes(length);
             x += length * layout.integer_bytes;
             in_group += length;
             if (in_group == layout.padded(group)) {
@@ -138,32 +138,30 @@ struct Walk {
 };
 
 // One block of a tile of packed weights to lines of B.
+template <int bits>
 void unpack_block(const LinearShape& shape, const char* tile, const Place& place, int8_t* lines, Factors* factors) {
+    typedef uint32_t Lanes __attribute__((vector_size(64)));
+    constexpr int kFours = unit_length(bits) / 4;
     const char* scales = tile + place.scales;
     const auto* half = reinterpret_cast<const __m256i*>(scales);
     const __m512 scale = shape.wide_scales ? _mm512_load_ps(scales) : _mm512_cvtph_ps(_mm256_load_si256(half));
     const __m512i zero = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(tile + place.zeros)));
+    const __m512i taken = bits == 8 ? _mm512_set1_epi32(128) : zero, shift = _mm512_sub_epi32(taken, zero);
     _mm512_store_ps(factors->scale, scale);
+    _mm512_store_si512(factors->shift, shift);
+    factors->shifted = _mm512_test_epi32_mask(shift, shift);
+    const __m512i bytes = _mm512_mullo_epi32(taken, _mm512_set1_epi32(0x01010101));
     const char* codes = tile + place.codes;
-    int8_t* end = lines + place.depth * kTileBytes;
-    if (shape.bits == 8) {
-        const __m512i middle = _mm512_set1_epi32(128), shift = _mm512_sub_epi32(middle, zero);
-        _mm512_store_si512(factors->shift, shift);
-        factors->shifted = _mm512_test_epi32_mask(shift, shift);
-        for (int64_t i = 0; i < place.length; i += 4, codes += kRegisterBytes, lines += kRegisterBytes) {
-            _mm512_store_si512(lines, _mm512_xor_si512(_mm512_load_si512(codes), _mm512_set1_epi8(-128)));
-        }
-    } else {
-        factors->shifted = 0;
-        const __m512i mask = _mm512_set1_epi8(15), zeros = _mm512_mullo_epi32(zero, _mm512_set1_epi32(0x01010101));
-        for (int64_t i = 0; i < place.length; i += 8, codes += kRegisterBytes, lines += 2 * kRegisterBytes) {
-            const __m512i q = _mm512_load_si512(codes);
-            const __m512i first = _mm512_and_si512(q, mask), second = _mm512_and_si512(_mm512_srli_epi16(q, 4), mask);
-            _mm512_store_si512(lines, _mm512_sub_epi8(first, zeros));
-            _mm512_store_si512(lines + kRegisterBytes, _mm512_sub_epi8(second, zeros));
+    for (int64_t i = 0; i < place.length; i += unit_length(bits), codes += unit_bytes(bits)) {
+#pragma GCC unroll 8
+        for (int h = 0; h < kFours; h++) {
+            const auto q = (__m512i)unpacked<bits, Lanes>(codes, h);
+            _mm512_store_si512(lines + (i / 4 + h) * kRegisterBytes, _mm512_sub_epi8(q, bytes));
         }
     }
-    for (; lines < end; lines += kRegisterBytes) _mm512_store_si512(lines, _mm512_setzero_si512());
+    for (int64_t i = place.length / 4; i < place.depth * kLines; i++) {
+        _mm512_store_si512(lines + i * kRegisterBytes, _mm512_setzero_si512());
+    }
 }
 
 // ---- rows ------------------------------------------------------------------------------------------------------------
@@ -194,16 +192,11 @@ void gather(const Call& call, int64_t begin, int64_t end) {
     }
 }
 
-template <int i>
-struct Index {
-    static constexpr int value = i;
-};
-
-// Calls work(Index<i>) for each i < count: an array indexed so stays in registers.
+// Calls work(Number<i>) for each i < count: an array indexed so stays in registers.
 template <int count, int i = 0, class Work>
 __attribute__((always_inline)) inline void each(const Work& work) {
     if constexpr (i < count) {
-        work(Index<i>{});
+        work(Number<i>{});
         each<count, i + 1>(work);
     }
 }
@@ -412,7 +405,9 @@ void multiply_tiles(const Call& call, int64_t begin, int64_t end, int64_t tile_b
             int8_t* lines = scratch.weights[output][0];
             for (int64_t b = 0; b < count; b++) {
                 const Place& place = scratch.places[b];
-                unpack_block(call.shape, tile, place, lines, &scratch.factors[output][b]);
+                with_bits(call.shape.bits, [&](auto bits) {
+                    unpack_block<bits.value>(call.shape, tile, place, lines, &scratch.factors[output][b]);
+                });
                 *item++ = {lines, &scratch.factors[output][b], place.x, place.length, place.depth, place.index, output,
                            b == 0, b == count - 1};
                 lines += place.depth * kTileBytes;
@@ -447,9 +442,8 @@ void configure(int64_t rows) {
 
 void linear(const LinearShape& shape, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
             int64_t tile_end, float* y, int64_t y_stride) {
-    const bool quantized = shape.type == WeightType::quantized && (shape.bits == 4 || shape.bits == 8);
     const int64_t least = shape.activation_bits == 8 ? kLeastRows8 : kLeastRows16;
-    if (rows < least || !quantized || QuantizedLayout(shape).blocks > kPanelBlocks) {
+    if (rows < least || shape.type != WeightType::quantized || QuantizedLayout(shape).blocks > kPanelBlocks) {
         return linear_avx512vnni().linear(shape, packed, activations, rows, tile_begin, tile_end, y, y_stride);
     }
     const int64_t row_tiles = divide_up(rows, kLines), tile_rows = divide_up(rows, row_tiles);

@@ -3,14 +3,14 @@
 //   y[t, r] = sum over blocks of (sum over k of q x - z sum(x)) * (s * scale of x)  +  sum over outliers of (q - z) s x
 //
 // with q and z the codes and zeros of row r, s its scale for the group, and x integers in planes of bytes. A lane of 32
-// bits is a row of the tile (linear_layout.h draws it), so that two registers, the halves of a tile, stand where AVX-512 has
-// one. 8 k of codes of half a tile are two registers of bytes, k..k+3 and k+4..k+7, each multiplied with 4 broadcast bytes
-// of each plane:
+// bits is a row of the tile, so that two registers, the halves of a tile, stand where AVX-512 has one. Codes of any width
+// unpack to registers of 4 k of half a tile, a byte each (linear_layout.h draws it), and these are multiplied with 4
+// broadcast bytes of each plane:
 //
 //   VNNI:    vpdpbusd, which adds the 4 products to the lane
 //   without: vpmaddubsw, which adds them in pairs to the halves of a lane. 8 sums of two products fit in int16 where codes
-//            have 4 bits: 8 * 2 * 15 * 128 = 30720. Then vpmaddwd with ones widens them. Codes of 8 bits are taken as two
-//            of 4, the upper widened with 16 in place of ones.
+//            have 4 bits: 8 * 2 * 15 * 128 = 30720; of 3 bits 16, of 2 bits 32. Then vpmaddwd with ones widens them. Codes
+//            of 8 bits are taken as two of 4, the upper widened with 16 in place of ones.
 //
 // All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
 // Speed: one row runs at 0.82 of the speed at which a thread reads memory (Emerald Rapids; benchmarks/linear.py), as codes are
@@ -23,13 +23,10 @@
 namespace tinychat {
 namespace {
 
-constexpr int64_t kBlockSteps = kBlock / kStep;
 constexpr int64_t kAhead = 8192, kNear = 1024;  // bytes; without them the sums wait for memory
 constexpr int64_t kPanelBytes = 1 << 18;  // of activations: half of a small level-2 cache
 constexpr int64_t kHalf = 8;              // rows in a register
 constexpr int64_t kHalfBytes = 32;        // of a register
-
-__m256i load_bytes(const char* at) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(at)); }
 
 int32_t word(const char* at) {
     int32_t value;
@@ -46,73 +43,45 @@ __attribute__((always_inline)) inline void fetch(const char* at) {
     _mm_prefetch(at + kNear, _MM_HINT_T0);
 }
 
-// What lies ahead of a step.
 template <int bits>
-__attribute__((always_inline)) inline void fetch_step(const char* at) {
-    for (int64_t line = 0; line < kStep * kTile * bits / 8; line += 64) fetch(at + line);
+__attribute__((always_inline)) inline void fetch_unit(const char* at) {
+    for (int64_t line = 0; line < unit_bytes(bits); line += 64) fetch(at + line);
 }
 
-// Codes of `bits`: load() gives a step of half a tile as two registers of bytes, one() a single k of its 8 rows.
-template <int bits>
-struct Codes;
-
-template <>
-struct Codes<4> {
-    static constexpr int64_t kBytes = kStep * kTile / 2;  // of a step
-    __attribute__((always_inline)) static void load(const char* at, __m256i (&q)[2]) {
-        const __m256i mask = _mm256_set1_epi8(15), both = load_bytes(at);
-        q[0] = _mm256_and_si256(both, mask);
-        q[1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
-    }
-    static __m256i one(const char* at, uint32_t k) {
-        const __m256i lanes = load_bytes(at + k / 8 * kBytes);
-        const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(k % 4 * 8 + k % 8 / 4 * 4));
-        return _mm256_and_si256(_mm256_srl_epi32(lanes, shift), _mm256_set1_epi32(15));
-    }
-};
-
-template <>
-struct Codes<8> {
-    static constexpr int64_t kBytes = kStep * kTile;
-    __attribute__((always_inline)) static void load(const char* at, __m256i (&q)[2]) {
-        q[0] = load_bytes(at);
-        q[1] = load_bytes(at + 64);
-    }
-    static __m256i one(const char* at, uint32_t k) {
-        const __m256i lanes = load_bytes(at + k / 4 * 64);
-        const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(k % 4 * 8));
-        return _mm256_and_si256(_mm256_srl_epi32(lanes, shift), _mm256_set1_epi32(255));
-    }
-};
+// Rows of half a tile as `unpacked` wants them.
+typedef uint32_t Lanes __attribute__((vector_size(32)));
 
 #ifdef __AVXVNNI__
 
 __m256i add_pairs(__m256i sum, __m256i a, __m256i b) { return _mm256_dpwssd_avx_epi32(sum, a, b); }
 
-// sums[p][t][j] += sum over k of q x for plane p, row t and half j, in `steps` steps of 8 k.
+// sums[p][t][j] += sum over k of q x for plane p, row t and half j, in `length` k.
 template <int bits, int planes, int R, int H>
-__attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t steps,
+__attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t length,
                                                __m256i (&sums)[planes][R][H]) {
-    constexpr bool kSplit = planes * R * H <= 4;  // few sums would wait for themselves: the halves of a step have their own
+    constexpr int kFours = unit_length(bits) / 4;
+    constexpr bool kSplit = planes * R * H <= 4;  // few sums would wait for themselves: every second has its own
     __m256i second[planes][R][H];
     for (int p = 0; p < planes; p++) {
         for (int t = 0; t < R; t++) {
             for (int j = 0; j < H; j++) second[p][t][j] = _mm256_setzero_si256();
         }
     }
+    const int64_t end = divide_up(length, unit_length(bits));
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < steps; i++) {
-        __m256i q[H][2];
-        fetch_step<bits>(codes + i * Codes<bits>::kBytes);
-        for (int j = 0; j < H; j++) Codes<bits>::load(codes + j * kHalfBytes + i * Codes<bits>::kBytes, q[j]);
-        for (int t = 0; t < R; t++) {
-            for (int p = 0; p < planes; p++) {
-                const char* at = x + t * stride + (p * steps + i) * kStep;
-                for (int half = 0; half < 2; half++) {
-                    const __m256i factor = broadcast(at + half * 4);
+    for (int64_t i = 0; i < end; i++) {
+        const char *at = codes + i * unit_bytes(bits), *factors = x + i * unit_length(bits);
+        fetch_unit<bits>(at);
+#pragma GCC unroll 8
+        for (int h = 0; h < kFours; h++) {
+            __m256i q[H];
+            for (int j = 0; j < H; j++) q[j] = (__m256i)unpacked<bits, Lanes>(at + j * kHalfBytes, h);
+            for (int t = 0; t < R; t++) {
+                for (int p = 0; p < planes; p++) {
+                    const __m256i factor = broadcast(factors + t * stride + p * length + h * 4);
                     for (int j = 0; j < H; j++) {
-                        __m256i& sum = kSplit && half == 1 ? second[p][t][j] : sums[p][t][j];
-                        sum = _mm256_dpbusd_avx_epi32(sum, q[j][half], factor);
+                        __m256i& sum = kSplit && h % 2 == 1 ? second[p][t][j] : sums[p][t][j];
+                        sum = _mm256_dpbusd_avx_epi32(sum, q[j], factor);
                     }
                 }
             }
@@ -129,14 +98,16 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
 
 __m256i add_pairs(__m256i sum, __m256i a, __m256i b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 
-// sums[p][t][j] += sum over k of q x for plane p, row t and half j, in `steps` steps of 8 k.
+// sums[p][t][j] += sum over k of q x for plane p, row t and half j, in `length` k.
 template <int bits, int planes, int R, int H>
-__attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t steps,
+__attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t length,
                                                __m256i (&sums)[planes][R][H]) {
     constexpr int kParts = bits > 4 ? 2 : 1;  // of a code
-    const __m256i mask = _mm256_set1_epi8(15);
-    for (int64_t begin = 0; begin < steps; begin += 4) {
-        const int64_t end = smaller(begin + 4, steps);
+    constexpr int kFours = unit_length(bits) / 4;
+    constexpr int64_t kUnits = (bits == 2 ? 128 : bits == 3 ? 64 : 32) / unit_length(bits);  // that int16 sums hold
+    const int64_t all = divide_up(length, unit_length(bits));
+    for (int64_t begin = 0; begin < all; begin += kUnits) {
+        const int64_t end = smaller(begin + kUnits, all);
         __m256i narrow[kParts][planes][R][H];
         for (int part = 0; part < kParts; part++) {
             for (int p = 0; p < planes; p++) {
@@ -146,24 +117,24 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
             }
         }
         for (int64_t i = begin; i < end; i++) {
-            __m256i q[kParts][H][2];
-            fetch_step<bits>(codes + i * Codes<bits>::kBytes);
-            for (int j = 0; j < H; j++) {
-                Codes<bits>::load(codes + j * kHalfBytes + i * Codes<bits>::kBytes, q[0][j]);
-                for (int h = 0; kParts == 2 && h < 2; h++) {
-                    q[kParts - 1][j][h] = _mm256_and_si256(_mm256_srli_epi16(q[0][j][h], 4), mask);
-                    q[0][j][h] = _mm256_and_si256(q[0][j][h], mask);
+            const char *at = codes + i * unit_bytes(bits), *factors = x + i * unit_length(bits);
+            fetch_unit<bits>(at);
+#pragma GCC unroll 8
+            for (int h = 0; h < kFours; h++) {
+                Lanes q[2][H];
+                for (int j = 0; j < H; j++) {
+                    const Lanes whole = unpacked<bits, Lanes>(at + j * kHalfBytes, h);
+                    q[0][j] = kParts == 2 ? whole & 0x0f0f0f0fu : whole;
+                    q[1][j] = whole >> 4 & 0x0f0f0f0fu;
                 }
-            }
-            for (int t = 0; t < R; t++) {
-                for (int p = 0; p < planes; p++) {
-                    const char* at = x + t * stride + (p * steps + i) * kStep;
-                    const __m256i first = broadcast(at), second = broadcast(at + 4);
-                    for (int j = 0; j < H; j++) {
-                        for (int part = 0; part < kParts; part++) {
-                            __m256i& sum = narrow[part][p][t][j];
-                            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(q[part][j][0], first));
-                            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(q[part][j][1], second));
+                for (int t = 0; t < R; t++) {
+                    for (int p = 0; p < planes; p++) {
+                        const __m256i factor = broadcast(factors + t * stride + p * length + h * 4);
+                        for (int j = 0; j < H; j++) {
+                            for (int part = 0; part < kParts; part++) {
+                                __m256i& sum = narrow[part][p][t][j];
+                                sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)q[part][j], factor));
+                            }
                         }
                     }
                 }
@@ -197,7 +168,7 @@ __m256 load_scales(const char* at, bool wide) {
 // A block of R rows and H halves of a tile, the first of them at `codes`, `scales` and `zeros`: adds to sums[t * 2 + j].
 template <int bits, int planes, int R, int H>
 __attribute__((always_inline)) inline void block_of_tile(const Call& call, const char* codes, const char* scales,
-                                                         const char* zeros, int64_t steps, const char* x,
+                                                         const char* zeros, int64_t length, const char* x,
                                                          const char* blocks, const char* outliers, __m256* sums) {
     const int64_t stride = call.layout.activation_bytes;
     __m256i zero[H], products[planes][R][H];
@@ -212,10 +183,10 @@ __attribute__((always_inline)) inline void block_of_tile(const Call& call, const
             products[planes - 1][t][j] = add_pairs(_mm256_setzero_si256(), zero[j], halves);
         }
     }
-    if (steps == kBlockSteps) {
-        dot<bits, planes, R, H>(codes, x, stride, kBlockSteps, products);
+    if (length == kBlock) {
+        dot<bits, planes, R, H>(codes, x, stride, kBlock, products);
     } else {
-        dot<bits, planes, R, H>(codes, x, stride, steps, products);
+        dot<bits, planes, R, H>(codes, x, stride, length, products);
     }
 #pragma GCC unroll 2
     for (int j = 0; j < H; j++) {
@@ -228,8 +199,7 @@ __attribute__((always_inline)) inline void block_of_tile(const Call& call, const
             const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(block.scale));
             __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), factor, sums[t * 2 + j]);
             for (int32_t o = 0; __builtin_expect(o < block.outliers, 0); o++) {
-                const auto index = static_cast<uint32_t>(list[o].index);
-                const __m256i code = Codes<bits>::one(codes + j * kHalfBytes, index);
+                const auto code = (__m256i)one_code<bits, Lanes>(codes + j * kHalfBytes, list[o].index);
                 const __m256i z = _mm256_and_si256(zero[j], _mm256_set1_epi32(255));
                 const __m256 weight = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(code, z)), scale);
                 sum = _mm256_fmadd_ps(weight, _mm256_set1_ps(list[o].value), sum);
@@ -253,15 +223,14 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, co
         const char *scales = at, *zeros = at + m * layout.scale_bytes;
         at += layout.header_bytes(m);
         for (int64_t g = first; g < first + m; g++, scales += layout.scale_bytes, zeros += kTile) {
-            const int64_t all = layout.padded(g) / kStep;
-            for (int64_t begin = 0; begin < all; begin += kBlockSteps) {
-                const int64_t steps = smaller(kBlockSteps, all - begin);
+            for (int64_t begin = 0; begin < layout.padded(g); begin += kBlock) {
+                const int64_t length = smaller(kBlock, layout.padded(g) - begin);
                 for (int h = 0; h < 2; h += H) {
                     block_of_tile<bits, planes, R, H>(call, at + h * kHalfBytes, scales + h * layout.scale_bytes / 2,
-                                                      zeros + h * kHalf, steps, x, blocks, outliers, sums + h);
+                                                      zeros + h * kHalf, length, x, blocks, outliers, sums + h);
                 }
-                at += steps * Codes<bits>::kBytes;
-                x += steps * kStep * planes;
+                at += layout.code_bytes(length);
+                x += length * planes;
                 blocks += sizeof(Block);
                 outliers += layout.block_outliers * int64_t{sizeof(Outlier)};
             }
@@ -307,12 +276,10 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
     }
     const Call call{QuantizedLayout(shape), shape.wide_scales, shape.n, y_stride};
     const char *at = static_cast<const char*>(packed), *x = static_cast<const char*>(activations);
-    switch (shape.bits * 100 + shape.activation_bits) {
-        case 416: run<4, 2>(call, at, x, rows, tile_begin, tile_end, y); break;
-        case 408: run<4, 1>(call, at, x, rows, tile_begin, tile_end, y); break;
-        case 816: run<8, 2>(call, at, x, rows, tile_begin, tile_end, y); break;
-        case 808: run<8, 1>(call, at, x, rows, tile_begin, tile_end, y); break;
-    }
+    with_bits(shape.bits, [&](auto bits) {
+        const auto work = shape.activation_bits == 8 ? run<bits.value, 1> : run<bits.value, 2>;
+        work(call, at, x, rows, tile_begin, tile_end, y);
+    });
 }
 
 constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step,

@@ -3,13 +3,13 @@
 //   y[t, r] = sum over blocks of (sum over k of q x - z sum(x)) * (s * scale of x)  +  sum over outliers of (q - z) s x
 //
 // with q and z the codes and zeros of row r, s its scale for the group, and x integers in planes of bytes. A lane of 32
-// bits is a row of the tile (linear_layout.h draws it); 8 k of codes are two registers of bytes, k..k+3 and k+4..k+7, each
-// multiplied with 4 broadcast bytes of each plane:
+// bits is a row of the tile; codes of any width unpack to registers of 4 k, a byte each (linear_layout.h draws it), and
+// these are multiplied with 4 broadcast bytes of each plane:
 //
 //   VNNI:    vpdpbusd, which adds the 4 products to the lane
 //   without: vpmaddubsw, which adds them in pairs to the halves of a lane. 8 sums of two products fit in int16 where codes
-//            have 4 bits: 8 * 2 * 15 * 128 = 30720. Then vpmaddwd with ones widens them. Codes of 8 bits are taken as two
-//            of 4, the upper widened with 16 in place of ones.
+//            have 4 bits: 8 * 2 * 15 * 128 = 30720; of 3 bits 16, of 2 bits 32. Then vpmaddwd with ones widens them. Codes
+//            of 8 bits are taken as two of 4, the upper widened with 16 in place of ones.
 //
 // All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
 // Speed: one row runs at 0.89 of the speed at which a thread reads memory (Emerald Rapids; benchmarks/linear.py), as codes are
@@ -23,7 +23,6 @@
 namespace tinychat {
 namespace {
 
-constexpr int64_t kBlockSteps = kBlock / kStep;
 constexpr int64_t kAhead = 8192, kNear = 1024;  // bytes; without them 0.6 of the speed of reading
 constexpr int64_t kPanelBytes = 1 << 19;  // of activations: half of a usual level-2 cache
 
@@ -35,8 +34,6 @@ int32_t word(const char* at) {
 
 __m512i broadcast(const char* at) { return _mm512_set1_epi32(word(at)); }
 
-// Codes of `bits`: load() gives a step as two registers of bytes, and asks for what lies `ahead`; one() gives a single k of
-// the 16 rows.
 // Decoding waits for memory: a line is asked for into the second cache long before it is read, of which a core keeps more
 // on the way than into the first, and from there into the first shortly before.
 __attribute__((always_inline)) inline void fetch(const char* at, int64_t ahead) {
@@ -44,51 +41,25 @@ __attribute__((always_inline)) inline void fetch(const char* at, int64_t ahead) 
     _mm_prefetch(at + kNear, _MM_HINT_T0);
 }
 
+// Rows of a tile as `unpacked` wants them.
+typedef uint32_t Lanes __attribute__((vector_size(64)));
+
 template <int bits>
-struct Codes;
-
-template <>
-struct Codes<4> {
-    static constexpr int64_t kBytes = kStep * kTile / 2;  // of a step
-    __attribute__((always_inline)) static void load(const char* at, int64_t ahead, __m512i (&q)[2]) {
-        const __m512i mask = _mm512_set1_epi8(15), both = _mm512_load_si512(at);
-        fetch(at, ahead);
-        q[0] = _mm512_and_si512(both, mask);
-        q[1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-    }
-    static __m512i one(const char* at, uint32_t k) {
-        const __m512i lanes = _mm512_load_si512(at + k / 8 * kBytes);
-        const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(k % 4 * 8 + k % 8 / 4 * 4));
-        return _mm512_and_si512(_mm512_srl_epi32(lanes, shift), _mm512_set1_epi32(15));
-    }
-};
-
-template <>
-struct Codes<8> {
-    static constexpr int64_t kBytes = kStep * kTile;
-    __attribute__((always_inline)) static void load(const char* at, int64_t ahead, __m512i (&q)[2]) {
-        fetch(at, ahead);
-        fetch(at + 64, ahead);
-        q[0] = _mm512_load_si512(at);
-        q[1] = _mm512_load_si512(at + 64);
-    }
-    static __m512i one(const char* at, uint32_t k) {
-        const __m512i lanes = _mm512_load_si512(at + k / 4 * 64);
-        const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(k % 4 * 8));
-        return _mm512_and_si512(_mm512_srl_epi32(lanes, shift), _mm512_set1_epi32(255));
-    }
-};
+__attribute__((always_inline)) inline void fetch_unit(const char* at, int64_t ahead) {
+    for (int64_t line = 0; line < unit_bytes(bits); line += 64) fetch(at + line, ahead);
+}
 
 #ifdef __AVX512VNNI__
 
 __m512i add_pairs(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
-// sums[p][t] += sum over k of q x for plane p and row t, in `steps` steps of 8 k.
+// sums[p][t] += sum over k of q x for plane p and row t, in `length` k.
 template <int bits, int planes, int R>
 __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead, const char* x, int64_t stride,
-                                               int64_t steps, __m512i (&sums)[planes][R]) {
+                                               int64_t length, __m512i (&sums)[planes][R]) {
     // Few sums would wait for themselves: they are split in chains.
     constexpr int kSums = planes * R, kChains = kSums <= 2 ? 4 : kSums <= 8 ? 2 : 1;
+    constexpr int kFours = unit_length(bits) / 4, kTogether = kFours < 4 ? 4 / kFours : 1;
     __m512i chains[kChains][planes][R];
     for (int p = 0; p < planes; p++) {
         for (int t = 0; t < R; t++) {
@@ -96,32 +67,33 @@ __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead,
             for (int c = 1; c < kChains; c++) chains[c][p][t] = _mm512_setzero_si512();
         }
     }
-    const auto step = [&](int64_t i, int odd) __attribute__((always_inline)) {
-        __m512i q[2];
-        Codes<bits>::load(codes + i * Codes<bits>::kBytes, ahead, q);
-        for (int t = 0; t < R; t++) {
-            for (int p = 0; p < planes; p++) {
-                const char* at = x + t * stride + (p * steps + i) * kStep;
-                for (int half = 0; half < 2; half++) {
-                    __m512i& sum = chains[(odd * 2 + half) % kChains][p][t];
-                    sum = _mm512_dpbusd_epi32(sum, q[half], broadcast(at + half * 4));
+    const auto units = [&](int64_t first, int count) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+        for (int i = 0; i < count; i++) {
+            const char *at = codes + (first + i) * unit_bytes(bits), *factors = x + (first + i) * unit_length(bits);
+            fetch_unit<bits>(at, ahead);
+#pragma GCC unroll 8
+            for (int h = 0; h < kFours; h++) {
+                const auto q = (__m512i)unpacked<bits, Lanes>(at, h);
+                for (int t = 0; t < R; t++) {
+                    for (int p = 0; p < planes; p++) {
+                        __m512i& sum = chains[(i * kFours + h) % kChains][p][t];
+                        sum = _mm512_dpbusd_epi32(sum, q, broadcast(factors + t * stride + p * length + h * 4));
+                    }
                 }
             }
         }
     };
-    const auto two_steps = [&](int64_t i) __attribute__((always_inline)) {
-        step(i, 0);
-        step(i + 1, 1);
-    };
+    const int64_t end = divide_up(length, unit_length(bits));
     int64_t i = 0;
     if constexpr (kSums <= 2) {  // a whole block without a branch or a copy
 #pragma GCC unroll 8
-        for (; i + 2 <= steps; i += 2) two_steps(i);
+        for (; i + kTogether <= end; i += kTogether) units(i, kTogether);
     } else {
 #pragma GCC unroll 2
-        for (; i + 2 <= steps; i += 2) two_steps(i);
+        for (; i + kTogether <= end; i += kTogether) units(i, kTogether);
     }
-    if (i < steps) step(i, 0);
+    if (i < end) units(i, 1);
     for (int p = 0; p < planes; p++) {
         for (int t = 0; t < R; t++) {
             sums[p][t] = chains[0][p][t];
@@ -134,14 +106,16 @@ __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead,
 
 __m512i add_pairs(__m512i sum, __m512i a, __m512i b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
 
-// sums[p][t] += sum over k of q x for plane p and row t, in `steps` steps of 8 k.
+// sums[p][t] += sum over k of q x for plane p and row t, in `length` k.
 template <int bits, int planes, int R>
 __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead, const char* x, int64_t stride,
-                                               int64_t steps, __m512i (&sums)[planes][R]) {
+                                               int64_t length, __m512i (&sums)[planes][R]) {
     constexpr int kParts = bits > 4 ? 2 : 1;  // of a code
-    const __m512i mask = _mm512_set1_epi8(15);
-    for (int64_t begin = 0; begin < steps; begin += 4) {
-        const int64_t end = smaller(begin + 4, steps);
+    constexpr int kFours = unit_length(bits) / 4;
+    constexpr int64_t kUnits = (bits == 2 ? 128 : bits == 3 ? 64 : 32) / unit_length(bits);  // that int16 sums hold
+    const int64_t all = divide_up(length, unit_length(bits));
+    for (int64_t begin = 0; begin < all; begin += kUnits) {
+        const int64_t end = smaller(begin + kUnits, all);
         __m512i narrow[kParts][planes][R];
         for (int part = 0; part < kParts; part++) {
             for (int p = 0; p < planes; p++) {
@@ -149,20 +123,18 @@ __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead,
             }
         }
         for (int64_t i = begin; i < end; i++) {
-            __m512i q[2][2];  // parts, halves of the step
-            Codes<bits>::load(codes + i * Codes<bits>::kBytes, ahead, q[0]);
-            for (int half = 0; kParts == 2 && half < 2; half++) {
-                q[1][half] = _mm512_and_si512(_mm512_srli_epi16(q[0][half], 4), mask);
-                q[0][half] = _mm512_and_si512(q[0][half], mask);
-            }
-            for (int t = 0; t < R; t++) {
-                for (int p = 0; p < planes; p++) {
-                    const char* at = x + t * stride + (p * steps + i) * kStep;
-                    for (int half = 0; half < 2; half++) {
-                        const __m512i factor = broadcast(at + half * 4);
+            const char *at = codes + i * unit_bytes(bits), *factors = x + i * unit_length(bits);
+            fetch_unit<bits>(at, ahead);
+#pragma GCC unroll 8
+            for (int h = 0; h < kFours; h++) {
+                const Lanes whole = unpacked<bits, Lanes>(at, h);
+                const Lanes q[2] = {kParts == 2 ? whole & 0x0f0f0f0fu : whole, whole >> 4 & 0x0f0f0f0fu};
+                for (int t = 0; t < R; t++) {
+                    for (int p = 0; p < planes; p++) {
+                        const __m512i factor = broadcast(factors + t * stride + p * length + h * 4);
                         for (int part = 0; part < kParts; part++) {
                             __m512i& sum = narrow[part][p][t];
-                            sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(q[part][half], factor));
+                            sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16((__m512i)q[part], factor));
                         }
                     }
                 }
@@ -205,9 +177,8 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, in
                                      : _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(scales)));
             const __m512i z = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(zeros)));
             const __m512i zero = _mm512_or_si512(z, _mm512_slli_epi32(z, 16 + 7));  // z and 128 z, for Block::halves
-            const int64_t all = layout.padded(g) / kStep;
-            for (int64_t begin = 0; begin < all; begin += kBlockSteps) {
-                const int64_t steps = smaller(kBlockSteps, all - begin);
+            for (int64_t begin = 0; begin < layout.padded(g); begin += kBlock) {
+                const int64_t length = smaller(kBlock, layout.padded(g) - begin);
                 __m512i products[planes][R];
                 for (int t = 0; t < R; t++) {
                     const auto* block = reinterpret_cast<const Block*>(blocks + t * stride);
@@ -215,10 +186,10 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, in
                     products[planes - 1][t] =
                         add_pairs(_mm512_setzero_si512(), zero, _mm512_set1_epi32(block->halves));
                 }
-                if (steps == kBlockSteps) {
-                    dot<bits, planes, R>(at, ahead, x, stride, kBlockSteps, products);
+                if (length == kBlock) {
+                    dot<bits, planes, R>(at, ahead, x, stride, kBlock, products);
                 } else {
-                    dot<bits, planes, R>(at, ahead, x, stride, steps, products);
+                    dot<bits, planes, R>(at, ahead, x, stride, length, products);
                 }
                 for (int t = 0; t < R; t++) {
                     const auto* block = reinterpret_cast<const Block*>(blocks + t * stride);
@@ -228,14 +199,14 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, in
                     sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), factor, sums[t]);
                     const auto* list = reinterpret_cast<const Outlier*>(outliers + t * stride);
                     for (int32_t o = 0; __builtin_expect(o < block->outliers, 0); o++) {
-                        const __m512i code = Codes<bits>::one(at, static_cast<uint32_t>(list[o].index));
+                        const auto code = (__m512i)one_code<bits, Lanes>(at, list[o].index);
                         const __m512i difference = _mm512_sub_epi32(code, z);
                         const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(difference), scale);
                         sums[t] = _mm512_fmadd_ps(weight, _mm512_set1_ps(list[o].value), sums[t]);
                     }
                 }
-                at += steps * Codes<bits>::kBytes;
-                x += steps * kStep * planes;
+                at += layout.code_bytes(length);
+                x += length * planes;
                 blocks += sizeof(Block);
                 outliers += layout.block_outliers * int64_t{sizeof(Outlier)};
             }
@@ -291,12 +262,10 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
     }
     const Call call{QuantizedLayout(shape), shape.wide_scales, shape.n, y_stride};
     const char *at = static_cast<const char*>(packed), *x = static_cast<const char*>(activations);
-    switch (shape.bits * 100 + shape.activation_bits) {
-        case 416: run<4, 2>(call, at, x, rows, tile_begin, tile_end, y); break;
-        case 408: run<4, 1>(call, at, x, rows, tile_begin, tile_end, y); break;
-        case 816: run<8, 2>(call, at, x, rows, tile_begin, tile_end, y); break;
-        case 808: run<8, 1>(call, at, x, rows, tile_begin, tile_end, y); break;
-    }
+    with_bits(shape.bits, [&](auto bits) {
+        const auto work = shape.activation_bits == 8 ? run<bits.value, 1> : run<bits.value, 2>;
+        work(call, at, x, rows, tile_begin, tile_end, y);
+    });
 }
 
 constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step,

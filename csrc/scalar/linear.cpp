@@ -29,12 +29,12 @@ int32_t integer(const char* x, int64_t i, int64_t length, int64_t planes) {
 }
 
 // The code of row r and element i of the block whose codes begin at `at`.
-int32_t code(const char* at, int64_t i, int64_t r, int32_t bits) {
-    const auto* bytes = reinterpret_cast<const uint8_t*>(at);
-    if (bits == 8) return bytes[i / 4 * kRegisterBytes + r * 4 + i % 4];
-    return bytes[i / kStep * kRegisterBytes + r * 4 + i % 4] >> i % kStep / 4 * 4 & 15;
+template <int bits>
+int32_t code(const char* at, int64_t i, int64_t r) {
+    return static_cast<int32_t>(one_code<bits, uint32_t>(at + r * 4, i));
 }
 
+template <int bits>
 void tile_quantized(const LinearShape& shape, const QuantizedLayout& layout, const char* at, const char* activation,
                     float* y) {
     const char* x = activation;
@@ -57,18 +57,18 @@ void tile_quantized(const LinearShape& shape, const QuantizedLayout& layout, con
                 int32_t sums[kTile] = {};
                 for (int64_t i = 0; i < length; i++) {
                     const int32_t factor = integer(x, i, length, layout.integer_bytes);
-                    for (int64_t r = 0; r < kTile; r++) sums[r] += code(at, i, r, shape.bits) * factor;
+                    for (int64_t r = 0; r < kTile; r++) sums[r] += code<bits>(at, i, r) * factor;
                 }
                 for (int64_t r = 0; r < kTile; r++) {
                     y[r] += static_cast<float>(sums[r] - zero[r] * block->sum) * (scale[r] * block->scale);
                 }
                 for (int32_t o = 0; o < block->outliers; o++) {
                     for (int64_t r = 0; r < kTile; r++) {
-                        const int32_t difference = code(at, outliers[o].index, r, shape.bits) - zero[r];
+                        const int32_t difference = code<bits>(at, outliers[o].index, r) - zero[r];
                         y[r] += static_cast<float>(difference) * scale[r] * outliers[o].value;
                     }
                 }
-                at += length / kStep * layout.step_bytes;
+                at += layout.code_bytes(length);
                 x += length * layout.integer_bytes;
                 block++;
                 outliers += layout.block_outliers;
@@ -97,7 +97,9 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
             const char* activation = static_cast<const char*>(activations) + t * row_bytes;
             float results[kTile];
             if (shape.type == WeightType::quantized) {
-                tile_quantized(shape, QuantizedLayout(shape), at, activation, results);
+                with_bits(shape.bits, [&](auto bits) {
+                    tile_quantized<bits.value>(shape, QuantizedLayout(shape), at, activation, results);
+                });
             } else {
                 tile_float(shape, at, reinterpret_cast<const float*>(activation), results);
             }

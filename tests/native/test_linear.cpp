@@ -93,7 +93,7 @@ void test_linear() {
     constexpr int64_t kShapes[][3] = {{1, 8, 8},     {17, 100, 100}, {33, 172, 32},   {16, 129, 128},
                                       {40, 192, 64}, {31, 700, 200}, {19, 1100, 1100}, {48, 512, 128}};
     for (const std::string& isa : isas()) {
-        for (int32_t bits : {4, 8}) {
+        for (int32_t bits : {2, 3, 4, 8}) {
             for (int32_t activation_bits : {16, 8}) {
                 Random random(7);
                 for (const auto& [n, k, group] : kShapes) {

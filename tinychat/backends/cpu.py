@@ -315,8 +315,6 @@ def _segment(weight: Weight, activations: int, keep: list[np.ndarray], bits: int
             return _cpu.LinearShape(kind, n, k, k, False), source, address, 0, 0, 0
         shape = _cpu.LinearShape(types.quantized, n, k, min(HEAD_GROUP, k), False, bits, activations)
         return shape, getattr(_cpu.Source, kind.name), address, 0, 0, 0
-    if weight.bits > 8:
-        raise BackendError(f"a weight of {weight.bits} bits; the cpu backend has kernels for up to 8")
     wide = weight.scales.dtype != np.float16
     scales = weight.scales.astype(np.float32, copy=False) if wide else weight.scales
     order = 0
@@ -325,8 +323,8 @@ def _segment(weight: Weight, activations: int, keep: list[np.ndarray], bits: int
     else:
         values, zeros = weight.codes, weight.zeros
         order = 0 if weight.permutation is None else _kept(weight.permutation, keep)
-    kept = 4 if weight.bits <= 4 else 8
-    shape = _cpu.LinearShape(types.quantized, n, k, min(weight.group_size, k), wide, kept, activations)
+    kept, group = FOOTPRINT.kept(weight.bits), min(weight.group_size, k)
+    shape = _cpu.LinearShape(types.quantized, n, k, group, wide, kept, activations)
     return shape, source, _kept(values, keep), _kept(scales, keep), _kept(zeros, keep), order
 
 

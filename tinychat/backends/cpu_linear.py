@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tinychat.backends import backend
+from tinychat.backends.cpu import FOOTPRINT
 from tinychat.errors import BackendError
 from tinychat.qtensor import QTensor, Weight, bfloat16, canonical
 from tinychat.weights import Linear
@@ -53,8 +54,8 @@ class Segment:
 def pack_weight(weight: Weight, isa: str, activation_bits: int = 16) -> Segment:
     """A QTensor or an fp32, fp16 or bf16 array [N, K] in the layout of level `isa`.
 
-    Codes of up to 4 bits are kept in 4, wider ones in 8. Activations meet them as integers of `activation_bits`, 16 or
-    8; other weights take them as they are.
+    Codes of 2, 3, 4 and 8 bits are kept in as many, others in the next of these. Activations meet them as integers of
+    `activation_bits`, 16 or 8; other weights take them as they are.
     """
     cpu = extension()
     n, k = weight.shape
@@ -62,9 +63,7 @@ def pack_weight(weight: Weight, isa: str, activation_bits: int = 16) -> Segment:
         raise ValueError(f"a weight of shape [{n}, {k}] has nothing to multiply")
     weight, permutation = canonical(weight), None
     if isinstance(weight, QTensor):
-        if weight.bits > 8:
-            raise BackendError(f"the cpu kernels hold codes of up to 8 bits; found {weight.bits}")
-        kept = 4 if weight.bits <= 4 else 8
+        kept = FOOTPRINT.kept(weight.bits)
         if max(weight.codes.max(), weight.zeros.max()) >= 2**kept:
             found = f"codes up to {weight.codes.max()}, zeros up to {weight.zeros.max()}"
             raise ValueError(f"{found}; {kept} bits hold {2**kept - 1}")

@@ -27,7 +27,7 @@ else:
     _missing = None
 
 # PyTorch itself; codes in bytes; what a step computes with in fp32.
-FOOTPRINT = Footprint(program=256 << 20, code_bytes=1, step_bytes=4)
+FOOTPRINT = Footprint(program=256 << 20, widths=(8,), step_bytes=4)
 
 
 def available() -> str | None:

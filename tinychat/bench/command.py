@@ -27,6 +27,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
   tinychat bench --shape llama-2-7b --threads 1 2   random weights at a real model's size, 1 thread and 2
   tinychat bench ./my-model --json | tail -n 1      the last line is one JSON object
   tinychat bench --shape llama-3-8b --repeats 1 --contexts 0 8192
+  tinychat bench --shape tinyllama-1.1b --bits 2 --group-size 64
   tinychat bench --shape tinyllama-1.1b --write ./tinyllama-random
 
 Decoding reads every weight once a token, so it can be no faster than memory. Between the tokens a probe reads memory as
@@ -40,8 +41,12 @@ instruction set. Other programs at work on the machine spoil every figure; the f
     what.add_argument(
         "--shape",
         metavar="NAME",
-        help="random 4-bit weights at this shape in place of MODEL: llama-2-7b, tinyllama-1.1b, llama-3-8b, "
+        help="random weights at this shape in place of MODEL: llama-2-7b, tinyllama-1.1b, llama-3-8b, "
         "qwen3-0.6b, qwen3-4b, mpt-7b or falcon-7b",
+    )
+    what.add_argument("--bits", type=int, choices=(2, 3, 4, 8), help="of the shape's weights (default: 4)")
+    what.add_argument(
+        "--group-size", type=whole, metavar="N", help="of the shape's weights (default: that of its 4-bit version)"
     )
     what.add_argument(
         "--tokens", type=whole, metavar="N", help="tokens to generate after a prompt of 4 (default: 200, as it fits)"
@@ -70,6 +75,10 @@ def run(args: argparse.Namespace) -> int:
     """Write or measure."""
     if args.shape is not None and (args.model or args.model_flag):
         raise UsageError(f"a model, {args.model or args.model_flag!r}, and --shape {args.shape!r}; give one")
+    if args.shape is None and (args.bits or args.group_size):
+        raise UsageError("--bits and --group-size say how a --shape is quantized; a model has its own")
+    if args.write is not None and (args.bits or args.group_size):
+        raise UsageError("--write writes 4 bits in the groups of the shape's 4-bit version, or --float")
     if args.float and args.write is None:
         raise UsageError("--float says what --write writes; give --write DIR, or leave --float out")
     if args.write is not None:
@@ -91,6 +100,8 @@ def _options(args: argparse.Namespace) -> Options:
     return Options(
         model=None if args.shape else one_model(args),
         shape=args.shape,
+        bits=args.bits or 4,
+        group_size=args.group_size,
         device=args.device,
         ctx_size=args.ctx_size,
         kv_dtype=args.kv_type,

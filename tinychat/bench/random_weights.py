@@ -21,25 +21,27 @@ from tinychat.checkpoint import awq
 from tinychat.checkpoint.inventory import segments
 from tinychat.config import ModelConfig
 from tinychat.errors import UsageError
-from tinychat.qtensor import AwqWords, Weight
+from tinychat.qtensor import AwqWords, QTensor, Weight
 from tinychat.weights import LINEARS, NORMS, QUANTIZED, Layer, Linear, linears, norm_sizes
 
 PLACES = 1 << 20  # at which a window may begin
 TABLE_POOL = PLACES + 7  # numbers that a table repeats: odd, so that its rows differ
-# codes and zeros are uniform in 0..15, so q - z has this standard deviation
-CODE_STD = math.sqrt(2 * (16**2 - 1) / 12)
 
 
 class RandomWeights:
-    """A `WeightSource` (see `tinychat.weights`) of `config`, its linears in 4 bits, all else in fp16.
+    """A `WeightSource` (see `tinychat.weights`) of `config`, its linears in `bits`, all else in fp16.
 
     group_size  of the quantized linears; None: nothing is quantized
+    bits        of their codes; of 4 they are words as AWQ files hold them, else canonical tensors
     """
 
-    def __init__(self, config: ModelConfig, names: TensorNames, group_size: int | None = 128, seed: int = 0):
+    def __init__(
+        self, config: ModelConfig, names: TensorNames, group_size: int | None = 128, bits: int = 4, seed: int = 0
+    ):
         self.config = config
         self.names = names
         self.group_size = group_size
+        self.bits = bits
         self._rng = np.random.default_rng(seed)
         kinds = [config.experts_of(layer) is not None for layer in range(config.n_layers)]
         self._like = {kinds.index(kind): kinds.count(kind) for kind in set(kinds)}  # a layer: how many are as it is
@@ -50,10 +52,12 @@ class RandomWeights:
         largest = max(n * k for n, k in shapes)
         self._kept: np.ndarray | None = None
         self._std = 1 / math.sqrt(config.hidden_size)
-        if group_size is not None:
+        if group_size is None:
+            self._pool = self._normal(largest + PLACES)
+        elif bits == 4:
             self._pool = np.frombuffer(self._rng.bytes(4 * (largest // awq.PER_WORD + PLACES)), np.int32)
         else:
-            self._pool = self._normal(largest + PLACES)
+            self._pool = np.frombuffer(self._rng.bytes(largest + PLACES), np.uint8) >> 8 - bits
         self._scales = lru_cache(maxsize=None)(self._make_scales)
 
     def embed(self) -> np.ndarray:
@@ -91,7 +95,7 @@ class RandomWeights:
 
     @property
     def n_quantized(self) -> int:
-        """Weights of 4 bits."""
+        """Weights of `bits`."""
         return 0 if self.group_size is None else self._of_all(self._in_quantized)
 
     @property
@@ -158,11 +162,15 @@ class RandomWeights:
         if self.group_size is None:
             return self._window(n, k)
         groups, words = k // self.group_size, n // awq.PER_WORD
+        if self.bits != 4:
+            scales = self._scales(n, groups, k)
+            return QTensor(self._window(n, k), scales, self._window(n, groups), self.bits, self.group_size)
         return AwqWords(self._window(k, words), self._window(groups, words), self._scales(groups, n, k))
 
-    def _make_scales(self, groups: int, n: int, k: int) -> np.ndarray:
-        around = self._rng.uniform(0.5, 1.5, groups * n).reshape(groups, n)
-        return (around / CODE_STD / math.sqrt(k)).astype(np.float16)
+    def _make_scales(self, rows: int, columns: int, k: int) -> np.ndarray:
+        around = self._rng.uniform(0.5, 1.5, rows * columns).reshape(rows, columns)
+        code_std = math.sqrt(2 * (4**self.bits - 1) / 12)  # of q - z, both uniform
+        return (around / code_std / math.sqrt(k)).astype(np.float16)
 
     def _window(self, rows: int, columns: int) -> np.ndarray:
         place = int(self._rng.integers(PLACES))

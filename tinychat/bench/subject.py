@@ -20,6 +20,8 @@ class Options:
     """Of `tinychat bench`, but for those of a single run; plain data, as it crosses into other processes.
 
     model, shape  one of them
+    bits          of the shape's weights
+    group_size    of the shape's weights; None: as its published 4-bit version has it
     tokens        to generate; None: 200, or what the model's context holds
     contexts      at which to decode; None: those of 0, 2k, 8k and 32k that the model and the memory allow
     min_probe     GB/s; where the probe reads less, it is reported as invalid
@@ -27,6 +29,8 @@ class Options:
 
     model: str | None = "pebble"
     shape: str | None = None
+    bits: int = 4
+    group_size: int | None = None
     device: str = "auto"
     ctx_size: int | None = None
     kv_dtype: str = "fp16"
@@ -56,8 +60,9 @@ class Subject:
         self.backend: ModuleType = backends.choose(options.device)[0]
         if options.shape is not None:
             shape = shapes.find(options.shape)
-            self.source = RandomWeights(*shape.translate(), shape.group_size)
-            self.name, self.weights = options.shape, f"random weights, 4-bit g{shape.group_size}"
+            group = options.group_size or shape.group_size
+            self.source = RandomWeights(*shape.translate(), group, options.bits)
+            self.name, self.weights = options.shape, f"random weights, {options.bits}-bit g{group}"
         else:
             self.name = str(options.model)
             path = checkpoint.locate(self.name, revision=options.revision, offline=options.offline)
@@ -83,7 +88,7 @@ class Subject:
         """See `memory.estimate`."""
         source, itemsize = self.source, engine.KV_ITEMSIZE[self.options.kv_dtype]
         sizes = self.config, source.file_bytes, source.n_quantized, self.backend.FOOTPRINT, ctx_size
-        return memory.estimate(*sizes, kv_itemsize=itemsize, head=self.head)
+        return memory.estimate(*sizes, bits=self.source.bits, kv_itemsize=itemsize, head=self.head)
 
     def load(self, ctx_size: int, threads: int | None, progress: Progress | None = None) -> engine.Engine:
         """An engine with a context of `ctx_size`. Raises what `engine.load` does.

@@ -51,7 +51,8 @@ class Checkpoint:
     generation_config  generation_config.json, or {}
     quantization       None where no linear is quantized
     n_parameters       of the model; a tied head is not counted again
-    n_quantized        weights that are quantized among them
+    n_quantized        weights of `bits` among them
+    bits               of a quantized weight
     file_bytes         of the weight files
     """
 
@@ -62,6 +63,7 @@ class Checkpoint:
         self.names = names
         self.generation_config = _optional(path / "generation_config.json")
         self.quantization = _quantization(path, hf_config)
+        self.bits = 4 if self.quantization is None else self.quantization.bits
         self._shards = Shards(path)
         self._present = self._shards.names
         inventory = Inventory(config, names, self.quantization, self._shards)

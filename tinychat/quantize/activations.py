@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 import torch
@@ -20,6 +21,14 @@ from tinychat.quantize.grid import as_float
 CHUNK_TOKENS = 4096  # run at once: bounds the memory of intermediate activations
 
 
+class Use(Enum):
+    """What a sequence is kept for, statistics apart."""
+
+    SEARCH = "search"
+    HELD_OUT = "held out"
+    STATISTICS = "statistics"
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """What one chunk of sequences, kept whole for the searches, looks like inside a block."""
@@ -31,34 +40,42 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What the linears of one block see: mean |x| of each channel over all tokens, and samples of the inputs."""
+    """What the linears of one block see.
 
-    magnitude: dict[str, torch.Tensor]  # fp32 [K], by canonical linear
+    magnitude  fp32 [K] by canonical linear: mean |x| of each channel over all tokens
+    samples    for searches
+    held_out   others, to judge what was found on `samples`; none where the calibration set is one sequence
+    grams      fp32 [K, K] by canonical linear: the sum of x^T x over all tokens, where it was asked for
+    """
+
+    magnitude: dict[str, torch.Tensor]
     samples: list[Sample]
-
-    def rows(self, linear: str) -> torch.Tensor:
-        """All sampled inputs of a linear, [T, K]."""
-        return torch.cat([sample.inputs[linear] for sample in self.samples])
+    held_out: list[Sample]
+    grams: dict[str, torch.Tensor]
 
 
 class Activations:
     """The calibration tokens at the entrance of a block; `advance` takes them through it."""
 
     def __init__(
-        self, config: ModelConfig, embedding: np.ndarray, sequences: Sequence[Sequence[int]], sample_tokens: int
+        self,
+        config: ModelConfig,
+        embedding: np.ndarray,
+        sequences: Sequence[Sequence[int]],
+        sample_tokens: int,
+        seed: int = 0,
     ):
-        """At most about `sample_tokens` tokens, in whole sequences spread over the calibration set, are sampled."""
+        """About `sample_tokens` tokens, in whole sequences drawn with `seed`, are sampled, half of them held out."""
         self._config = config
-        chosen = _spread(sequences, sample_tokens)
-        self._chunks: list[tuple[slice, Context, bool]] = []
+        use = _drawn(sequences, sample_tokens, seed)
+        self._chunks: list[tuple[slice, Context, Use]] = []
         ids: list[int] = []
-        for sampled in (True, False):
-            part = [s for s, is_chosen in zip(sequences, chosen, strict=True) if is_chosen == sampled]
-            for chunk in _chunks(part):
+        for kind in Use:
+            for chunk in _chunks([s for s, its in zip(sequences, use, strict=True) if its is kind]):
                 begin = len(ids)
                 ids += [token for sequence in chunk for token in sequence]
                 context = Context.of_sequences(config.rope, [len(sequence) for sequence in chunk])
-                self._chunks.append((slice(begin, len(ids)), context, sampled))
+                self._chunks.append((slice(begin, len(ids)), context, kind))
         self._x = as_float(embedding[np.asarray(ids)])  # [tokens, hidden_size]
 
     @property
@@ -67,39 +84,47 @@ class Activations:
         return len(self._x)
 
     @torch.inference_mode()
-    def advance(self, layer: PackedLayer, index: int) -> Observed:
+    def advance(self, layer: PackedLayer, index: int, grams: bool = False) -> Observed:
         """Run block `index` on all tokens and say what its linears saw. CheckpointError where they are not finite."""
+        found = Observed({}, [], [], {})
         totals: dict[str, torch.Tensor] = {}
-        samples: list[Sample] = []
-        for rows, context, sampled in self._chunks:
-            sample = Sample(context, self._x[rows].clone()) if sampled else None
+        for rows, context, use in self._chunks:
+            sample = None if use is Use.STATISTICS else Sample(context, self._x[rows].clone())
 
             def watch(linear: Dense, x: torch.Tensor, sample: Sample | None = sample) -> None:
-                total = x.abs().sum(0, dtype=torch.float64)
-                totals[linear.name] = totals[linear.name] + total if linear.name in totals else total
+                _add(totals, linear.name, x.abs().sum(0, dtype=torch.float64))
+                if grams:
+                    _add(found.grams, linear.name, x.T @ x)
                 if sample:
                     sample.inputs[linear.name] = x
 
             self._x[rows] = block(self._config, DenseOps(watch), layer, index, self._x[rows], context)
             if sample:
-                samples.append(sample)
+                (found.samples if use is Use.SEARCH else found.held_out).append(sample)
         if not torch.isfinite(self._x).all():
             raise CheckpointError(
                 f"layer {index} turns the calibration text into values that are not finite; "
                 f"its weights are damaged, or the model does not run in fp32"
             )
-        return Observed({name: (total / self.n_tokens).float() for name, total in totals.items()}, samples)
+        found.magnitude.update({name: (total / self.n_tokens).float() for name, total in totals.items()})
+        return found
 
 
-def _spread(sequences: Sequence[Sequence[int]], n_tokens: int) -> list[bool]:
-    """Which sequences to take, evenly, to reach about n_tokens: at least one."""
-    total = sum(map(len, sequences))
-    share = min(1.0, n_tokens / total)
-    chosen, due = [], 1.0
-    for _ in sequences:
-        chosen.append(due >= 1)
-        due += share - (due >= 1)
-    return chosen
+def _add(totals: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None:
+    totals[name] = totals[name].add_(part) if name in totals else part
+
+
+def _drawn(sequences: Sequence[Sequence[int]], n_tokens: int, seed: int) -> list[Use]:
+    """What each sequence is for: at least one for the search, and where there are more at least one held out."""
+    use = [Use.STATISTICS] * len(sequences)
+    taken = dict.fromkeys((Use.SEARCH, Use.HELD_OUT), 0)
+    for i in np.random.default_rng(seed).permutation(len(sequences)).tolist():
+        kind = min(taken, key=lambda kind: taken[kind])  # the search first
+        if taken[kind] >= n_tokens / 2:
+            break
+        use[i] = kind
+        taken[kind] += len(sequences[i])
+    return use
 
 
 def _chunks(sequences: list[Sequence[int]]) -> list[list[Sequence[int]]]:

@@ -1,19 +1,25 @@
-"""Activation-aware weight quantization: the search for per-channel scales (arXiv 2306.00978, section 3.2).
+"""Activation-aware weight quantization: per-channel scales, and clipping (arXiv 2306.00978, sections 3.2 and 5.1).
 
-For each scaling group: s = mean|x| ** alpha, alpha = i / 20 for i = 0 .. 20, and the s is kept whose rounding disturbs
-the output of the block around the group least. alpha = 0 is the identity, plain rounding to nearest, so that no group
-ends up worse than that by its own measure. Statistics and losses are fp32, over the tokens of `Observed` only.
+For each scaling group: s = s_x ** alpha (equation 5) with s_x = mean|x|, alpha = i / 20 for i = 0 .. 20, and the s is
+kept whose rounding, Q(W diag(s)) diag(s)^-1, disturbs the output of the block around the group least (equation 4).
+alpha = 0 is the identity, plain rounding to nearest. Then the scaled weights are clipped: see `clip`.
+
+Scales and limits are found on `Observed.samples` and kept only where they disturb the output of the block around the
+group less on `Observed.held_out` too, so that no group ends up worse than rounding to nearest by either measure.
+Statistics are of all tokens. Everything is fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from tinychat.config import ModelConfig
 from tinychat.decoder import PackedLayer, block, mlp, self_attention
-from tinychat.quantize.activations import Observed
+from tinychat.quantize import clip
+from tinychat.quantize.activations import Observed, Sample
 from tinychat.quantize.dense import Dense, DenseOps, changed
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.groups import Group, scaling_groups
@@ -24,41 +30,69 @@ NEEDS_CALIBRATION = True
 STEPS = 20
 LARGEST = 2.0**10  # no channel is scaled by more, or by less than its inverse: fp16 must hold the folded weights
 
-Loss = Callable[[dict[str, Dense]], float]  # of the linears in place of those of a group
+Consumers = dict[str, Dense]  # of a group, by canonical name
+Loss = Callable[[Consumers], float]  # of the linears in place of those of a group
 
 
 @torch.inference_mode()
 def transform(
     config: ModelConfig, layer: PackedLayer, index: int, observed: Observed, grid: Grid
 ) -> tuple[PackedLayer, list[GroupResult]]:
-    """`layer` with the best scales of each group folded in: the same function, easier to round."""
+    """`layer` with the best scales of each group folded in, and limits: the same function, easier to round."""
     results = []
     folded = layer
     for group in scaling_groups(config):
-        consumers: dict[str, Dense] = {name: getattr(layer, name) for name in group.consumers}
-        if not any(linear.quantized for linear in consumers.values()):
-            continue
-
-        def rounded(columns: torch.Tensor | None = None, consumers: dict[str, Dense] = consumers) -> dict[str, Dense]:
-            return {name: linear.rounded(grid, columns) for name, linear in consumers.items()}
-
-        loss = _loss(config, layer, index, group, observed)
-        magnitude = group.pooled(observed.magnitude[group.consumers[0]])  # all read the same
-        identity = loss(rounded())
-        best, alpha, scales = identity, 0.0, None
-        for step in range(1, STEPS + 1):
-            tried = group.settled(layer, candidate(magnitude, step / STEPS))
-            found = loss(rounded(group.spread(tried)))
-            if found < best:  # false for NaN
-                best, alpha, scales = found, step / STEPS, tried
-        if scales is not None:
-            folded = group.fold(folded, scales)
-        results.append(GroupResult(index, group.name, alpha, identity, best))
+        if any(getattr(layer, name).quantized for name in group.consumers):
+            folded, result = _search(config, layer, folded, index, group, observed, grid)
+            results.append(result)
     if not results:
         return layer, []
     before, after = (_block_loss(config, layer, other, index, grid, observed) for other in (layer, folded))
     results.append(GroupResult(index, BLOCK, None, before, after))
     return folded, results
+
+
+def _search(
+    config: ModelConfig,
+    layer: PackedLayer,
+    folded: PackedLayer,
+    index: int,
+    group: Group,
+    observed: Observed,
+    grid: Grid,
+) -> tuple[PackedLayer, GroupResult]:
+    """`folded` with what is best for one group of `layer`."""
+    consumers: Consumers = {name: getattr(layer, name) for name in group.consumers}
+    loss = _loss(config, layer, index, group, observed.samples)
+    judged = _loss(config, layer, index, group, observed.held_out) if observed.held_out else loss
+    identity = {name: linear.rounded(grid) for name, linear in consumers.items()}
+    rtn, allowed = loss(identity), judged(identity)
+
+    best, alpha, scales = rtn, 0.0, None
+    magnitude = group.pooled(observed.magnitude[group.consumers[0]])  # all read the same
+    for step in range(1, STEPS + 1):
+        tried = group.settled(layer, candidate(magnitude, step / STEPS))
+        found = loss(_rounded(grid, consumers, group.spread(tried)))
+        if found < best:  # false for NaN
+            best, alpha, scales = found, step / STEPS, tried
+    columns = None if scales is None else group.spread(scales)
+    if columns is not None:
+        there = judged(_rounded(grid, consumers, columns))
+        if there < allowed:
+            allowed = there
+        else:
+            best, alpha, scales, columns = rtn, 0.0, None, None
+
+    limits = _limits(grid, consumers, columns, observed)
+    clipped = _rounded(grid, consumers, columns, limits)
+    found = loss(clipped)
+    is_clipped = found < best and judged(clipped) < allowed
+    if scales is not None:
+        folded = group.fold(folded, scales)
+    if is_clipped:
+        best = found
+        folded = changed(folded, **{name: replace(getattr(folded, name), limits=limits[name]) for name in limits})
+    return folded, GroupResult(index, group.name, alpha, rtn, best, is_clipped)
 
 
 def candidate(magnitude: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -71,18 +105,46 @@ def candidate(magnitude: torch.Tensor, alpha: float) -> torch.Tensor:
     return torch.where(alive, log, 0.0).exp().clamp(1 / LARGEST, LARGEST)
 
 
-def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, observed: Observed) -> Loss:
+def _scaled(linear: Dense, columns: torch.Tensor | None) -> Dense:
+    return linear if columns is None else linear.scaled(columns)
+
+
+def _rounded(
+    grid: Grid, consumers: Consumers, columns: torch.Tensor | None, limits: dict[str, torch.Tensor] | None = None
+) -> Consumers:
+    """What reads the inputs as they are: round(W * columns) / columns of each, within limits."""
+    made = {}
+    for name, linear in consumers.items():
+        scaled = _scaled(linear, columns)
+        rounded = replace(scaled, limits=limits[name] if limits else None).rounded(grid)
+        made[name] = rounded if columns is None else replace(rounded, weight=rounded.weight / columns)
+    return made
+
+
+def _limits(
+    grid: Grid, consumers: Consumers, columns: torch.Tensor | None, observed: Observed
+) -> dict[str, torch.Tensor]:
+    """Of the scaled consumers, by `clip`."""
+    found = {}
+    for name, linear in consumers.items():
+        x = torch.cat([sample.inputs[name] for sample in observed.samples])
+        scaled = _scaled(linear, columns)
+        found[name] = clip.search(grid, scaled.weight, x if columns is None else x / columns, linear.modules[0])
+    return found
+
+
+def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, samples: list[Sample]) -> Loss:
     """How far the output of attention, MLP or both moves when the group's consumers are replaced."""
     if group.ends_block:
         (name,) = group.consumers
-        quadratic = _quadratic_loss(getattr(layer, name), observed.rows(name))
+        quadratic = _quadratic_loss(getattr(layer, name), torch.cat([sample.inputs[name] for sample in samples]))
         return lambda consumers: quadratic(consumers[name])
     ops = DenseOps()
 
-    def run(consumers: dict[str, Dense]) -> list[torch.Tensor]:
+    def run(consumers: Consumers) -> list[torch.Tensor]:
         replaced = changed(layer, **consumers)
         outputs = []
-        for sample in observed.samples:
+        for sample in samples:
             parts = []
             if "qkv" in consumers:
                 parts.append(self_attention(config, ops, replaced, index, sample.inputs["qkv"], sample.context))
@@ -116,7 +178,6 @@ def _power(outputs: list[torch.Tensor]) -> float:
     return max(sum(float(y.square().sum()) for y in outputs), torch.finfo(torch.float32).tiny)
 
 
-@torch.inference_mode()
 def _block_loss(
     config: ModelConfig, layer: PackedLayer, other: PackedLayer, index: int, grid: Grid, observed: Observed
 ) -> float:
@@ -124,7 +185,7 @@ def _block_loss(
     rounded = changed(other, **{name: getattr(other, name).rounded(grid) for name in LINEARS})
     ops = DenseOps()
     error = power = 0.0
-    for sample in observed.samples:
+    for sample in (*observed.samples, *observed.held_out):
         expected = block(config, ops, layer, index, sample.x, sample.context)
         found = block(config, ops, rounded, index, sample.x, sample.context)
         error += float((found - expected).square().sum())

@@ -16,7 +16,7 @@ import torch
 from tinychat.backends.reference import TorchOps
 from tinychat.decoder import PackedLayer
 from tinychat.errors import CheckpointError, UsageError
-from tinychat.qtensor import Weight
+from tinychat.qtensor import QTensor, Weight
 from tinychat.quantize.grid import FP16_MAX, Grid, as_float
 from tinychat.weights import LINEARS, NORMS, Layer, Linear
 
@@ -35,6 +35,8 @@ class Dense:
     rows: tuple[int, ...]
     modules: tuple[str, ...]
     kept: tuple[str | None, ...]
+    limits: torch.Tensor | None = None  # fp32 [N, groups, 2]: weights are rounded as if within them; None: as they lie
+    columns: torch.Tensor | None = None  # fp32 [K]: what was observed of its inputs is to be divided by it; None: 1
 
     @property
     def quantized(self) -> bool:
@@ -45,17 +47,27 @@ class Dense:
         """(weight [N_i, K], module, why it stays in 16 bits) of each segment."""
         return zip(self.weight.split(self.rows), self.modules, self.kept, strict=True)
 
-    def rounded(self, grid: Grid, columns: torch.Tensor | None = None) -> Dense:
-        """The same linear with its weights on the grid; with `columns` [K], round(W * columns) / columns."""
-        parts = []
-        for part, module, reason in self.segments():
-            if reason is not None:
-                parts.append(part)
-            elif columns is None:
-                parts.append(grid.round_trip(part, module))
-            else:
-                parts.append(grid.round_trip(part * columns, module).div_(columns))
-        return replace(self, weight=torch.cat(parts) if len(parts) > 1 else parts[0])
+    def parts(self) -> Iterator[Dense]:
+        """Each segment as a linear of its own."""
+        end = 0
+        for n, module, reason in zip(self.rows, self.modules, self.kept, strict=True):
+            rows = slice(end, end + n)
+            end += n
+            bias, limits = (None if x is None else x[rows] for x in (self.bias, self.limits))
+            yield Dense(self.name, self.weight[rows], bias, (n,), (module,), (reason,), limits, self.columns)
+
+    def scaled(self, columns: torch.Tensor) -> Dense:
+        """The same linear for inputs divided by `columns` [K]. Limits are lost: they were of other weights."""
+        before = 1.0 if self.columns is None else self.columns
+        return replace(self, weight=self.weight * columns, limits=None, columns=before * columns)
+
+    def rounded(self, grid: Grid) -> Dense:
+        """The same linear with its weights on the grid."""
+        found = [
+            part.weight if part.kept[0] is not None else grid.round_trip(part.weight, part.modules[0], part.limits)
+            for part in self.parts()
+        ]
+        return replace(self, weight=torch.cat(found) if len(found) > 1 else found[0])
 
 
 class DenseOps(TorchOps):
@@ -101,13 +113,14 @@ def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:
     return PackedLayer(**made)
 
 
-def quantized_layer(layer: PackedLayer, grid: Grid) -> Layer:
-    """`layer` as it is written: `QTensor` where segments are quantized, fp16 values everywhere else."""
+def quantized_layer(layer: PackedLayer, quantize: Callable[[Dense], QTensor]) -> Layer:
+    """`layer` as it is written: what `quantize` makes of quantized segments, fp16 values everywhere else."""
 
     def linear(dense: Dense) -> Linear:
-        segments: list[Weight] = []
-        for part, module, reason in dense.segments():
-            segments.append(grid.quantize(part, module) if reason is None else half(part.numpy(), module))
+        segments: list[Weight] = [
+            quantize(part) if part.kept[0] is None else half(part.weight.numpy(), part.modules[0])
+            for part in dense.parts()
+        ]
         bias = None
         if dense.bias is not None:
             bias = half(dense.bias.numpy(), f"the bias of {', '.join(dense.modules)}").astype(np.float32)

@@ -1,8 +1,12 @@
 """The grid that a quantized weight lies on, and rounding to it: what every method of this package ends with.
 
-Groups along the input axis, asymmetric: w is near (q - z) * s with q and z in 0..2**bits - 1. Scales are rounded to
-the fp16 of the file first, and zeros and codes follow from the rounded scale, so that what a search evaluates is, bit
-for bit, what is written. This file knows no model, no activations and no file layout.
+Groups along the input axis: w is near (q - z) * s with q and z in 0 .. 2**bits - 1. Scales are rounded to the fp16 of
+the file first, and zeros and codes follow from the rounded scale, so that what a search evaluates is, bit for bit, what
+is written. This file knows no model, no activations and no file layout.
+
+asymmetric  s = (high - low) / (2**bits - 1) of the group's range, zero included, and z = -low / s
+symmetric   s = max|w| / 2**(bits - 1), z = 2**(bits - 1): arXiv 2306.00978, equation 1. Codes use the whole range, so
+            that one end of it is exact and the other, a step further than the largest code, is cut off
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ class Grid:
 
     bits: int = 4
     group_size: int = 128
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -35,46 +40,36 @@ class Grid:
         if self.group_size != -1 and self.group_size < 1:
             raise UsageError(f"group size {self.group_size}: give a number of inputs, or -1 for one group per row")
 
+    @property
+    def top(self) -> float:
+        """The largest code."""
+        return float(2**self.bits - 1)
+
     def width(self, n_inputs: int) -> int:
         """The group size in a row of `n_inputs`."""
         return n_inputs if self.group_size == -1 else min(self.group_size, n_inputs)
 
-    def quantize(self, weight: torch.Tensor, name: str = "weight") -> QTensor:
-        """The weight, fp32 [N, K], rounded to nearest. `name` is for the messages of CheckpointError."""
-        codes, scales, zeros = self._round(weight, name)
+    def grouped(self, weight: torch.Tensor) -> torch.Tensor:
+        """[N, K] -> [N, groups, width]; a short last group is padded with what it holds: its range stays its own."""
         n, k = weight.shape
-        return QTensor(
-            codes.reshape(n, -1)[:, :k].to(torch.uint8).contiguous().numpy(),
-            scales.to(torch.float16).numpy(),
-            zeros.to(torch.uint8).numpy(),
-            self.bits,
-            self.width(k),
-        )
-
-    def round_trip(self, weight: torch.Tensor, name: str = "weight") -> torch.Tensor:
-        """What `quantize(weight).dequantize()` returns, fp32 [N, K], without the detour."""
-        codes, scales, zeros = self._round(weight, name)
-        n, k = weight.shape
-        return codes.sub_(zeros[..., None]).mul_(scales[..., None]).reshape(n, -1)[:, :k]
-
-    def _round(self, weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(codes [N, groups, width], scales [N, groups], zeros [N, groups]), all fp32; a short last group is padded."""
-        n, k = weight.shape
-        width = self.width(k)
-        if short := -k % width:  # padded with what is there already, so that the last group's range stays its own
+        if short := -k % self.width(k):
             weight = torch.cat([weight, weight[:, -1:].expand(n, short)], dim=1)
-        grouped = weight.reshape(n, -1, width)
-        top = float(2**self.bits - 1)
-        low, high = grouped.aminmax(dim=-1)
-        if not (torch.isfinite(low) & torch.isfinite(high)).all():
-            bad = int((~torch.isfinite(weight)).sum())
-            raise CheckpointError(
-                f"{name}: {bad} of {weight.numel()} weights are not finite; such a tensor cannot be quantized. "
-                f"The checkpoint is damaged, or was saved from a run that diverged"
-            )
+        return weight.reshape(n, -1, self.width(k))
+
+    def parameters(
+        self, low: torch.Tensor, high: torch.Tensor, name: str = "weight"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scales, zeros) of groups whose weights lie in low .. high: fp32 tensors, all of one shape.
+
+        CheckpointError, with `name`, where fp16 cannot hold a scale.
+        """
         # A group of one repeated value is that value: code 1 (or zero 1) times it, exactly.
         constant = (low == high) & (low.abs() <= FP16_MAX)
-        scales = torch.where(constant, low.abs(), (high.clamp(min=0) - low.clamp(max=0)) / top)
+        if self.symmetric:
+            scales = torch.maximum(low.abs(), high.abs()) / 2.0 ** (self.bits - 1)
+        else:
+            scales = (high.clamp(min=0) - low.clamp(max=0)) / self.top
+        scales = torch.where(constant, low.abs(), scales)
         if float(scales.max()) > FP16_MAX:
             raise CheckpointError(
                 f"{name}: weights from {float(low.min()):.3g} to {float(high.max()):.3g} need a scale above "
@@ -84,9 +79,58 @@ class Grid:
         small = (scales / FP16_QUANTUM).ceil() * FP16_QUANTUM
         scales = torch.where(scales < 2.0**-14, small, scales).to(torch.float16).float()
         scales = torch.where(scales == 0, 1.0, scales)
-        zeros = (-low.clamp(max=0) / scales).round().clamp_(0, top)
-        codes = (grouped / scales[..., None]).round_().add_(zeros[..., None]).clamp_(0, top)
-        return codes, scales, zeros
+        if self.symmetric:
+            return scales, torch.full_like(scales, 2.0 ** (self.bits - 1))
+        return scales, (-low.clamp(max=0) / scales).round_().clamp_(0, self.top)
+
+    def codes(self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        """The codes nearest to `weight`, fp32 [..., width], of groups with `scales` and `zeros` [...]."""
+        return (weight / scales[..., None]).round_().add_(zeros[..., None]).clamp_(0, self.top)
+
+    def nearest(self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        """The numbers of the grid nearest to `weight`: (q - z) * s of those codes, fp32 [..., width]."""
+        return self.codes(weight, scales, zeros).sub_(zeros[..., None]).mul_(scales[..., None])
+
+    def fitted(
+        self, weight: torch.Tensor, name: str = "weight", limits: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(grouped weight, scales, zeros) of fp32 [N, K]. `limits` [N, groups, 2] replace the groups' own (low, high).
+
+        CheckpointError, with `name`, where a weight is not finite.
+        """
+        grouped = self.grouped(weight)
+        low, high = grouped.aminmax(dim=-1)
+        if not (torch.isfinite(low) & torch.isfinite(high)).all():
+            bad = int((~torch.isfinite(weight)).sum())
+            raise CheckpointError(
+                f"{name}: {bad} of {weight.numel()} weights are not finite; such a tensor cannot be quantized. "
+                f"The checkpoint is damaged, or was saved from a run that diverged"
+            )
+        if limits is not None:
+            low, high = limits.unbind(-1)
+        return grouped, *self.parameters(low, high, name)
+
+    def quantize(self, weight: torch.Tensor, name: str = "weight", limits: torch.Tensor | None = None) -> QTensor:
+        """The weight, fp32 [N, K], rounded to nearest. `name` and `limits`: see `fitted`."""
+        grouped, scales, zeros = self.fitted(weight, name, limits)
+        return self.tensor(self.codes(grouped, scales, zeros).reshape(len(weight), -1), scales, zeros, weight.shape[1])
+
+    def tensor(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, n_inputs: int) -> QTensor:
+        """The `QTensor` of codes [N, n_inputs or more] and of scales and zeros [N, groups]."""
+        return QTensor(
+            codes[:, :n_inputs].to(torch.uint8).contiguous().numpy(),
+            scales.to(torch.float16).numpy(),
+            zeros.to(torch.uint8).numpy(),
+            self.bits,
+            self.width(n_inputs),
+        )
+
+    def round_trip(
+        self, weight: torch.Tensor, name: str = "weight", limits: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What `quantize(weight).dequantize()` returns, fp32 [N, K], without the detour."""
+        n, k = weight.shape
+        return self.nearest(*self.fitted(weight, name, limits)).reshape(n, -1)[:, :k]
 
 
 def as_float(array: np.ndarray) -> torch.Tensor:

@@ -19,7 +19,8 @@ from tinychat.quantize.dense import Dense, changed
 class Group:
     """One scale per channel between a producer and its consumer.
 
-    producer   a norm (its weight and bias are divided), or a linear: its last rows, and their bias (v; up)
+    producer   a norm (its weight and bias are divided), a linear: its last rows, and their bias (v; up), or
+               "act_scale": a vector that what `down` reads is divided by, where nothing before it can be
     consumers  the linears whose columns are multiplied: two where attention and MLP read one norm
     repeat     consumer channels that read one producer channel: query heads per key-value head
     head_dim   channels that are repeated as a whole; 0 where repeat is 1
@@ -55,9 +56,12 @@ class Group:
     def settled(self, layer: PackedLayer, scales: torch.Tensor) -> torch.Tensor:
         """The scales nearest to `scales` [C] whose folding loses nothing in the fp16 of the file.
 
-        A norm's weight g becomes fp16(g / s), so s is g / fp16(g / s); rows of a linear are rounded with their own
-        scales, which follow. 1 where a channel is always zero.
+        A norm's weight g becomes fp16(g / s), so s is g / fp16(g / s); likewise an act_scale; rows of a linear are
+        rounded with their own scales, which follow. 1 where a channel is always zero.
         """
+        if self.producer == "act_scale":
+            before = 1.0 if layer.act_scale is None else layer.act_scale
+            return (before * scales).to(torch.float16).float() / before
         norm = getattr(layer, self.producer)
         if isinstance(norm, Dense):
             return scales
@@ -69,26 +73,30 @@ class Group:
         """`layer` with the producer divided by `scales` [C] and the consumer multiplied."""
         producer = getattr(layer, self.producer)
         made: torch.Tensor | Dense
-        if isinstance(producer, Dense):
-            first = len(producer.weight) - len(scales)
-            weight = producer.weight.clone()
-            weight[first:] /= scales[:, None]
-            bias = producer.bias
-            if bias is not None:
-                bias = bias.clone()
-                bias[first:] /= scales
-            made = replace(producer, weight=weight, bias=bias)
+        if self.producer == "act_scale":
+            made = scales if producer is None else producer * scales
+        elif isinstance(producer, Dense):
+            made = _divided(producer, scales)
         else:
             made = producer / scales
             bias = getattr(layer, f"{self.producer}_bias")
             if bias is not None:
                 layer = changed(layer, **{f"{self.producer}_bias": bias / scales})
         layer = changed(layer, **{self.producer: made})
-        consumers: dict[str, Dense] = {name: getattr(layer, name) for name in self.consumers}
-        scaled = {
-            name: replace(linear, weight=linear.weight * self.spread(scales)) for name, linear in consumers.items()
-        }
-        return changed(layer, **scaled)
+        columns = self.spread(scales)
+        return changed(layer, **{name: getattr(layer, name).scaled(columns) for name in self.consumers})
+
+
+def _divided(producer: Dense, scales: torch.Tensor) -> Dense:
+    """A linear whose last outputs are divided by `scales`; rounding knows no difference, each row has its own scale."""
+    first = len(producer.weight) - len(scales)
+    parts: dict[str, torch.Tensor] = {}
+    for name in ("weight", "bias", "limits"):
+        values: torch.Tensor | None = getattr(producer, name)
+        if values is not None:
+            parts[name] = values.clone()
+            parts[name][first:] /= scales.view(-1, *(1,) * (values.ndim - 1))
+    return replace(producer, **parts)  # type: ignore[arg-type]
 
 
 def scaling_groups(config: ModelConfig) -> tuple[Group, ...]:
@@ -99,7 +107,6 @@ def scaling_groups(config: ModelConfig) -> tuple[Group, ...]:
         groups = [Group("norm1", ("qkv", "up")), mixed]
     else:
         groups = [Group("norm1", ("qkv",)), mixed, Group("norm2", ("up",))]
-    # down(act(gate) * up) is linear in up; what passes through the non-linearity itself could not be scaled exactly.
-    if config.gated:
-        groups.append(Group("up", ("down",)))
+    # down(act(gate) * up) is linear in up; what passes through another non-linearity could not be scaled exactly.
+    groups.append(Group("up" if config.gated else "act_scale", ("down",)))
     return tuple(groups)

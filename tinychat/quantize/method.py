@@ -2,10 +2,12 @@
 
 Each stage is a file of this package with `NEEDS_CALIBRATION` and one function:
 
-    transform(config, layer, index, observed, grid)        an equal layer that is easier to round, and what was found
-    round_layer(config, layer, index, activations, grid)   the layer as it is written
+    transform(config, layer, index, observed, grid)                an equal layer that is easier to round, findings
+    round_layer(config, layer, index, observed, grid, act_order)   the layer as it is written, findings
 
-A transformation alone is rounded to nearest. The files are the registry: a stage is found by its name.
+A way of rounding says by `NEEDS_GRAMS` whether it wants `Observed.grams`. `observed` is of the layer as it came; what
+a transformation does to the inputs of a linear is in `Dense.columns`. A transformation alone is rounded to nearest. The
+files are the registry: a stage is found by its name.
 """
 
 from __future__ import annotations
@@ -27,11 +29,15 @@ from tinychat.weights import Layer
 
 @dataclass(frozen=True)
 class Method:
-    """What is done to each layer. The modules are stages; `transformation` may be none."""
+    """What is done to each layer. The modules are stages; `transformation` may be none.
+
+    act_order  GPTQ's: columns are rounded by falling importance
+    """
 
     name: str
     transformation: ModuleType | None
     rounding: ModuleType
+    act_order: bool = False
 
     @property
     def needs_calibration(self) -> bool:
@@ -47,10 +53,11 @@ class Method:
         `activations` stand at the block's entrance, and are left at its exit: that of the unquantized model.
         """
         results: list[GroupResult] = []
-        observed = activations.advance(layer, index) if activations else None
+        observed = activations.advance(layer, index, self.rounding.NEEDS_GRAMS) if activations else None
         if self.transformation is not None:
             layer, results = self.transformation.transform(config, layer, index, observed, grid)
-        return layer, self.rounding.round_layer(config, layer, index, activations, grid), results
+        made, found = self.rounding.round_layer(config, layer, index, observed, grid, self.act_order)
+        return layer, made, results + found
 
 
 def names() -> list[str]:
@@ -62,15 +69,16 @@ def names() -> list[str]:
     return sorted([*transformations, *roundings, *combined])
 
 
-def find(name: str) -> Method:
+def find(name: str, act_order: bool = False) -> Method:
     """The method called `name`; UsageError, listing those there are, where there is none."""
     if name not in names():
         raise UsageError(f"no method {name!r}; there are: {', '.join(names())}")
     first, _, then = name.partition("+")
     stage = _stages()[first]
-    if hasattr(stage, "round_layer"):
-        return Method(name, None, stage)
-    return Method(name, stage, _stages()[then] if then else rtn)
+    rounding = stage if hasattr(stage, "round_layer") else _stages()[then] if then else rtn
+    if act_order and not rounding.NEEDS_GRAMS:
+        raise UsageError(f"act-order is the order in which gptq rounds columns; {name!r} rounds them all alike")
+    return Method(name, None if rounding is stage else stage, rounding, act_order)
 
 
 def _stages() -> dict[str, ModuleType]:

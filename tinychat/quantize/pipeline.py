@@ -122,15 +122,20 @@ def quantize_in_memory(
     method: str = "awq",
     bits: int = 4,
     group_size: int = 128,
+    symmetric: bool = False,
+    act_order: bool = False,
     sequences: Sequences | None = None,
+    seed: int = 0,
     progress: bool = False,
 ) -> tuple[MemoryWeights, Report]:
     """Every linear of `source` as a `QTensor`, whatever its shape; the rest in fp16. `sequences` are token ids.
 
+    symmetric, act_order  see `Grid` and `Method`; seed: of the choice of sequences on which searches measure losses
+
     Raises UsageError where the method needs calibration and there are no sequences.
     """
     began = time.monotonic()
-    grid, chosen = Grid(bits, group_size), find(method)
+    grid, chosen = Grid(bits, group_size, symmetric), find(method, act_order)
     report = Report(method, bits, group_size)
     if chosen.needs_calibration:
         if not sequences:
@@ -140,7 +145,7 @@ def quantize_in_memory(
     def plan(index: int, linear: str, i: int, shape: tuple[int, int]) -> tuple[str, str | None]:
         return f"layers.{index}.{linear}[{i}]", None
 
-    layers = list(_layers(source, chosen, grid, sequences, plan, report, progress))
+    layers = list(_layers(source, chosen, grid, sequences, plan, report, progress, seed))
     norm_bias = source.norm_bias()
     weights = MemoryWeights(
         config=source.config,
@@ -162,11 +167,12 @@ def _layers(
     plan: LayerPlan,
     report: Report,
     progress: bool,
+    seed: int = 0,
 ) -> Iterator[Layer]:
     """The layers as they are written, one after the other; what is found goes to the report."""
     activations = None
     if method.needs_calibration:
-        activations = Activations(source.config, source.embed(), sequences or [], SEARCH_TOKENS)
+        activations = Activations(source.config, source.embed(), sequences or [], SEARCH_TOKENS, seed)
     layers = tqdm(range(source.config.n_layers), desc="quantizing", unit="layer", disable=not progress)
     for index in layers:
         layer = dense_layer(source.layer(index), partial(plan, index))

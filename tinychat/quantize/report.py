@@ -19,7 +19,8 @@ _ROWS = 32  # of a weight compared at a time: what stays in the cache
 class GroupResult:
     """What was found for one group of one layer. Losses are relative: mean error^2 over mean output^2.
 
-    `alpha` is 0 where plain rounding was best; of the whole block (group `BLOCK`, all groups together) it is None.
+    `alpha` is 0 where no scales were better; where there is none to find, as of the whole block (group `BLOCK`, all
+    groups together), it is None.
     """
 
     layer: int
@@ -27,6 +28,7 @@ class GroupResult:
     alpha: float | None
     loss_rtn: float
     loss: float
+    clipped: bool = False
 
 
 @dataclass

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from tinychat.config import ModelConfig
 from tinychat.decoder import PackedLayer
-from tinychat.quantize.activations import Activations
+from tinychat.quantize.activations import Observed
 from tinychat.quantize.dense import quantized_layer
 from tinychat.quantize.grid import Grid
+from tinychat.quantize.report import GroupResult
 from tinychat.weights import Layer
 
 NEEDS_CALIBRATION = False
+NEEDS_GRAMS = False
 
 
 def round_layer(
-    config: ModelConfig, layer: PackedLayer, index: int, activations: Activations | None, grid: Grid
-) -> Layer:
-    """`layer` as it is written."""
-    return quantized_layer(layer, grid)
+    config: ModelConfig, layer: PackedLayer, index: int, observed: Observed | None, grid: Grid, act_order: bool = False
+) -> tuple[Layer, list[GroupResult]]:
+    """`layer` as it is written, within the limits that clipping may have found. There is nothing to say of it."""
+    return quantized_layer(layer, lambda part: grid.quantize(part.weight, part.modules[0], part.limits)), []

@@ -1,0 +1,158 @@
+"""GPTQ (arXiv 2210.17323): columns are rounded one after the other, and those to come make up for each one's error.
+
+The loss of a linear is |E X^T|^2 = tr(E H E^T), of its weights' error E and H = X^T X over all calibration tokens. With
+H^-1 = U^T U, U upper triangular, rounding column j of W to q costs ((w_j - q) / U_jj)^2 in each row, once the columns
+after it are moved by -(w_j - q) / U_jj * U_j: the paper's equations 2 and 3, by its Cholesky reformulation.
+
+A group's scale is found when its first column is reached, from weights that have moved already, unless clipping has
+set its limits. Act-order takes the columns by falling H_jj. Groups then are those of the file, with the scales of the
+weights as they were ("static"), so that nothing but the order of updates changes and every layout can hold the result.
+
+Each row keeps what plain rounding makes of it where that has the lower loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from tinychat.config import ModelConfig
+from tinychat.decoder import PackedLayer
+from tinychat.errors import CheckpointError
+from tinychat.qtensor import QTensor
+from tinychat.quantize.activations import Observed
+from tinychat.quantize.dense import Dense, quantized_layer
+from tinychat.quantize.grid import Grid
+from tinychat.quantize.report import GroupResult
+from tinychat.weights import Layer
+
+NEEDS_CALIBRATION = True
+NEEDS_GRAMS = True
+DAMPING = 0.01  # of the mean of H's diagonal, added to it; ten times as much where that is not enough
+BLOCK = 128  # columns whose updates of the columns after them are done together
+
+
+@torch.inference_mode()
+def round_layer(
+    config: ModelConfig, layer: PackedLayer, index: int, observed: Observed, grid: Grid, act_order: bool = False
+) -> tuple[Layer, list[GroupResult]]:
+    """`layer` as it is written, and what that costs each linear."""
+    losses: dict[str, list[float]] = {}  # of each linear: rounded to nearest, by this method, and nothing at all
+    solvers: dict[str, Solver] = {}
+
+    def quantize(part: Dense) -> QTensor:
+        if part.name not in solvers:
+            solvers.clear()  # of the linear before
+            gram = observed.grams[part.name]
+            if part.columns is not None:
+                gram = gram / part.columns / part.columns[:, None]
+            solvers[part.name] = Solver(gram, act_order, part.modules[0])
+        made, found = solvers[part.name].quantize(part, grid)
+        losses[part.name] = [a + b for a, b in zip(losses.get(part.name, [0.0] * 3), found, strict=True)]
+        return made
+
+    made = quantized_layer(layer, quantize)
+    results = []
+    for name, (nearest, found, power) in losses.items():
+        power = max(power, torch.finfo(torch.float32).tiny)
+        results.append(GroupResult(index, f"{name}, rounding", None, nearest / power, found / power))
+    return made, results
+
+
+class Solver:
+    """GPTQ for all rows that read the same inputs."""
+
+    def __init__(self, gram: torch.Tensor, act_order: bool = False, name: str = "weight"):
+        """`gram` fp32 [K, K] is H. CheckpointError, with `name`, where it is not finite."""
+        self.gram = gram
+        diagonal = gram.diagonal()
+        if not torch.isfinite(gram).all():
+            raise CheckpointError(f"{name}: its inputs, multiplied with each other, go beyond fp32's range")
+        self.order = diagonal.argsort(descending=True, stable=True) if act_order else None
+        self.factor = _factor(gram if self.order is None else gram[self.order][:, self.order], name)
+
+    def quantize(self, part: Dense, grid: Grid) -> tuple[QTensor, tuple[float, float, float]]:
+        """(a linear of one segment on the grid; the loss rounded to nearest, the loss of this, the loss of zeros)."""
+        n, k = part.weight.shape
+        grouped, scales, zeros = grid.fitted(part.weight, part.modules[0], part.limits)
+        nearest = grid.codes(grouped, scales, zeros).reshape(n, -1)[:, :k]
+        codes, new_scales, new_zeros = self._solve(part, grid, scales, zeros)
+        before = self._loss(part.weight, nearest, scales, zeros, grid)
+        after = self._loss(part.weight, codes, new_scales, new_zeros, grid)
+        better = (after < before)[:, None]  # false for NaN
+        codes, scales = torch.where(better, codes, nearest), torch.where(better, new_scales, scales)
+        zeros = torch.where(better, new_zeros, zeros)
+        losses = (before, torch.where(better[:, 0], after, before), _quadratic(part.weight, self.gram))
+        total, found, power = (float(x.sum(dtype=torch.float64)) for x in losses)
+        return grid.tensor(codes, scales, zeros, k), (total, found, power)
+
+    def _loss(
+        self, weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, grid: Grid
+    ) -> torch.Tensor:
+        """tr(E H E^T), row by row: [N]."""
+        groups = torch.arange(weight.shape[1]) // grid.width(weight.shape[1])
+        return _quadratic((codes - zeros[:, groups]).mul_(scales[:, groups]).sub_(weight), self.gram)
+
+    def _solve(
+        self, part: Dense, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(codes [N, K], scales, zeros), in the columns' own order."""
+        n, k = part.weight.shape
+        width = grid.width(k)
+        static = self.order is not None or part.limits is not None
+        order = torch.arange(k) if self.order is None else self.order
+        weight = part.weight.T[order]  # [K, N], a copy: a column's numbers lie together
+        codes = torch.empty_like(weight)
+        scales, zeros = scales.T.contiguous(), zeros.T.contiguous()  # [groups, N]
+        group_of = (order // width).tolist()
+        for first, last in _blocks(k, BLOCK if static else width):
+            errors = torch.empty(last - first, n)
+            for j in range(first, last):
+                group = group_of[j]
+                if not static and j % width == 0:
+                    low, high = weight[j : j + width].aminmax(dim=0)
+                    scales[group], zeros[group] = grid.parameters(low, high, part.modules[0])
+                scale, zero = scales[group], zeros[group]
+                codes[j] = (weight[j] / scale).round_().add_(zero).clamp_(0, grid.top)
+                error = (weight[j] - (codes[j] - zero) * scale) / self.factor[j, j]
+                weight[j + 1 : last].addr_(self.factor[j, j + 1 : last], error, alpha=-1)
+                errors[j - first] = error
+            weight[last:].addmm_(self.factor[first:last, last:].T, errors, alpha=-1)
+        restored = torch.empty_like(codes)
+        restored[order] = codes
+        return restored.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous()
+
+
+def _blocks(n_columns: int, width: int) -> Iterator[tuple[int, int]]:
+    """First and last column of blocks of at most BLOCK, or of one group; a group that fits in none begins one."""
+    first = 0
+    while first < n_columns:
+        whole = BLOCK // width * width  # groups
+        last = min(first + whole if whole else min(first + BLOCK, (first // width + 1) * width), n_columns)
+        yield first, last
+        first = last
+
+
+def _factor(gram: torch.Tensor, name: str) -> torch.Tensor:
+    """U, upper triangular, of (H + damping)^-1 = U^T U: fp32, computed in fp64.
+
+    H = M M^T of an upper triangular M is the Cholesky factorization of H taken backwards, and U = M^-1. A channel that
+    never spoke has a column of zeros in H; damping alone keeps it, and it neither moves others nor is moved.
+    """
+    h = gram.double().flip(0, 1)
+    step = DAMPING * max(float(h.diagonal().mean()), torch.finfo(torch.float32).tiny)
+    for _ in range(6):
+        h.diagonal().add_(step)
+        lower, failed = torch.linalg.cholesky_ex(h)
+        if not failed:
+            upper = lower.flip(0, 1)
+            eye = torch.eye(len(h), dtype=h.dtype)
+            return torch.linalg.solve_triangular(upper, eye, upper=True).float()
+        step *= 10
+    raise CheckpointError(f"{name}: the second moments of its inputs have no Cholesky factor, damped as they may be")
+
+
+def _quadratic(error: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """e H e^T of each row: [N]."""
+    return (error @ gram).mul_(error).sum(1)
