@@ -197,7 +197,7 @@ def test_a_failing_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
     rename = type(tmp_path).rename
 
     def failing(self, target):
-        if ".partial-" in self.name:
+        if self.name == "whole":
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
@@ -219,7 +219,7 @@ def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
     write(tmp_path / "out", tiny.plain())
     names = [path.rsplit("/", 1)[1] for path in flushed]
     assert names[:2] == ["shard-1", "config.json"]
-    assert ".partial-" in names[2] and flushed[3] == str(tmp_path) and len(flushed) == 4
+    assert names[2] == "whole" and flushed[3] == str(tmp_path) and len(flushed) == 4
 
 
 def test_misuse_is_a_value_error(tmp_path):

@@ -87,8 +87,9 @@ def test_config_is_what_other_engines_read(source, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq"])
-def test_what_the_layout_cannot_express_stays_in_16_bits(source, tmp_path, method):
-    """96 inputs of down_proj are not a multiple of 64."""
+def test_what_the_layout_cannot_express_stays_in_16_bits(tmp_path, method):
+    """104 inputs of down_proj are a multiple of no power of two that a group may have."""
+    source = tiny.write(tmp_path / "source", with_inner(104), intermediate_size=104, bos_token_id=1)
     report = quantize(source, tmp_path / "out", method=method, group_size=64, **SMALL)
     expected = {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
     assert set(report.kept) == expected
@@ -119,7 +120,7 @@ def test_report(source, tmp_path):
     text = str(report)
     for part in ("norm1 -> qkv", "v -> out", "up -> down", "whole block", "alpha", "bits per quantized weight", " s"):
         assert part in text
-    assert "4 sequences, 96 tokens" in text
+    assert "4 sequences of 24, 96 tokens" in text
     found = json.loads(json.dumps(report.to_dict()))
     assert found["method"] == "awq" and len(found["groups"]) == 2 * 5 and found["seconds"] > 0
     plain = quantize(source, tmp_path / "rtn", method="rtn", group_size=32, progress=False)
@@ -140,7 +141,7 @@ def test_errors_leave_nothing_behind(source, tmp_path):
         (UsageError, "5 bits cannot be written", {"bits": 5}),
         (UsageError, "no method", {"method": "magic"}),
         (UsageError, "group size", {"group_size": 0}),
-        (UsageError, "no linear .* can be quantized", {"group_size": 80, "method": "rtn"}),
+        (UsageError, "no linear .* can be quantized", {"group_size": 31, "method": "rtn"}),
         (UsageError, "does not exist", {"calibration": tmp_path / "nowhere.txt"}),
     ]
     make_tokenizer(source)
@@ -194,6 +195,29 @@ def test_weights_that_fp16_cannot_hold(tmp_path):
 
 def test_methods_are_the_files_that_transform():
     assert package.methods() == ["awq", "awq+gptq", "gptq", "rtn"]
+
+
+def with_inner(size):
+    """The tensors of a tiny model of that intermediate size."""
+    tensors = tiny.plain()
+    rng = np.random.default_rng(0)
+    for name, (n, k) in tiny.LINEARS.items():
+        for i in range(2):
+            shape = (size if n == 96 else n, size if k == 96 else k)
+            tensors[f"model.layers.{i}.{name}.weight"] = rng.standard_normal(shape).astype(np.float16) * np.float16(0.3)
+    return tensors
+
+
+def test_groups_get_smaller_where_that_makes_the_checkpoint_smaller(source, tmp_path):
+    """96 inputs of down_proj are not a multiple of 64, but of 32; in 16 bits they would double the checkpoint."""
+    report = quantize(source, tmp_path / "out", method="rtn", group_size=64, progress=False)
+    assert report.group_size == 32 and not report.kept
+    assert "groups of 32, not 64: of mlp.down_proj, its 96 inputs are not a multiple of the group size 64" in str(
+        report
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["group_size"] == 32
+    assert checkpoint.open(tmp_path / "out").layer(0).down.segments[0].group_size == 32
 
 
 def make_tokenizer(directory):

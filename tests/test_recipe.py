@@ -1,4 +1,4 @@
-"""The recipe in models/, at toy size: text in, a checkpoint that tinychat runs out; on the way stopped and continued."""
+"""The recipe in models/, at toy size: from text to a checkpoint that tinychat runs, stopped and continued."""
 
 import contextlib
 import json

@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,36 +124,72 @@ The text is written as the model makes it; a terminal is shielded from escape se
     add_source(parser)
 
 
+class _Methods:
+    """The quantizer's methods for argparse, looked up when they are asked for: that imports PyTorch."""
+
+    def __iter__(self) -> Iterator[str]:
+        from tinychat.quantize import methods
+
+        return iter(methods())
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self)
+
+
 def _quantize_options(parser: Parser) -> None:
     parser.usage = "%(prog)s SRC -o DST [options]"
     parser.epilog = """examples:
   tinychat quantize ./my-model -o ./my-model-awq
-  tinychat quantize ./my-model -o ./my-model-rtn --method rtn --group-size 64
+      AWQ, 4 bits, groups of 128, calibrated on text that the model itself writes: no download, any language
   tinychat quantize ./my-model -o ./my-model-awq --calibration texts.txt
+      calibrated on text like that of its later use: plain text, or *.jsonl with {"text": "..."} or
+      {"messages": [...]} in each line, which goes through the model's chat template
+  tinychat quantize ./my-model -o ./my-model-awq --calibration hf:allenai/c4/en:train:text
+      on the first records of a dataset on the hub: hf:org/name[/configuration][:split[:column]]
+  tinychat quantize ./my-model -o ./my-model-rtn --method rtn --group-size 64
+      plain rounding: no calibration, done in a minute
 
-DST is a checkpoint in the AWQ layout that other engines read too; a report of what it cost ends the run."""
+DST is a checkpoint that other engines read too; a report of what it cost ends the run. In memory is one layer at a
+time. Stopped by Ctrl-C, a full disk or a power failure, the same command goes on after the last finished layer and
+writes the same bytes; what it needs for that lies in .DST.partial beside DST until it is done."""
     parser.add_argument("source", metavar="SRC", help="the checkpoint to quantize: a directory or a hub id")
     parser.add_argument("-o", "--output", required=True, metavar="DST", help="the directory to write (required)")
-    parser.add_argument(
+    form = parser.add_argument_group("what comes out")
+    form.add_argument(
         "--method",
-        choices=("awq", "rtn"),
+        choices=_Methods(),
         default="awq",
-        help="activation-aware scaling, or round to nearest (default: awq)",
+        metavar="NAME",
+        help="how weights are rounded: %(choices)s (default: %(default)s)",
     )
-    parser.add_argument("--bits", type=whole, default=4, metavar="N", help="bits of a weight (default: 4)")
-    parser.add_argument(
+    form.add_argument("--bits", type=whole, default=4, metavar="N", help="bits of a weight (default: 4)")
+    form.add_argument(
         "--group-size",
         type=lambda text: -1 if text == "-1" else whole(text),
         default=128,
         metavar="N",
-        help="inputs that share a scale; -1: a whole row (default: 128)",
+        help="inputs that share a scale: 32, 64, 128, or -1 for a whole row; smaller: less loss, more bits. "
+        "Where it does not divide a layer's inputs, smaller groups or 16 bits are taken, and named (default: 128)",
     )
-    parser.add_argument(
+    form.add_argument("--symmetric", action="store_true", help="one zero for all groups, in the middle of the codes")
+    form.add_argument("--act-order", action="store_true", help="gptq rounds the most active inputs first")
+    text = parser.add_argument_group("what it is calibrated on", "Nothing of it matters to a method that only rounds.")
+    text.add_argument(
         "--calibration",
-        metavar="FILE",
-        help="text like that of its later use, for awq (default: text sampled from the model itself)",
+        metavar="TEXT",
+        help="a text file, a .jsonl file, or hf:DATASET (default: sampled from the model itself)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DST where it exists")
+    text.add_argument(
+        "--n-sequences", type=whole, default=128, metavar="N", help="of calibration text, at most (default: 128)"
+    )
+    text.add_argument(
+        "--length", type=whole, metavar="N", help="tokens of each, at most (default: 512, or 128 of sampled text)"
+    )
+    text.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed, the same bytes (default: 0)")
+    run = parser.add_argument_group("how it runs")
+    run.add_argument("--restart", action="store_true", help="begin anew, not where an interrupted run stopped")
+    run.add_argument("--overwrite", action="store_true", help="replace DST where it exists, once the new one is whole")
+    run.add_argument(*("-t", "--threads"), type=whole, metavar="N", help="threads (default: one for each core)")
     add_source(parser)
 
 
@@ -271,7 +307,7 @@ def _generate(args: argparse.Namespace) -> int:
 def _quantize(args: argparse.Namespace) -> int:
     from tinychat.quantize import quantize
 
-    # Being told to end is no reason to leave half a checkpoint: unwinding removes it.
+    # Being told to end is as good a reason as Ctrl-C to tidy up and to say how to go on.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         report = quantize(
@@ -280,8 +316,15 @@ def _quantize(args: argparse.Namespace) -> int:
             method=args.method,
             bits=args.bits,
             group_size=args.group_size,
+            symmetric=args.symmetric,
+            act_order=args.act_order,
             calibration=args.calibration,
+            n_sequences=args.n_sequences,
+            length=args.length,
+            seed=args.seed,
             overwrite=args.overwrite,
+            restart=args.restart,
+            threads=args.threads,
             revision=args.revision,
             offline=args.offline,
             ignore_config=tuple(args.ignore_config),

@@ -6,6 +6,7 @@ virtual machine where the model is not trusted. POSIX only.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -51,8 +52,6 @@ def passes(program: str, seconds: int = 5, megabytes: int = 512) -> bool:
 
 def _end(child: subprocess.Popen) -> None:
     """The child and what it started, all in its session."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()

@@ -7,8 +7,8 @@ the answer is the number after "####", else the last one. MBPP: {text, code, tes
 are examples, the test tasks 11 to 510 are asked. Greedy decoding, one program a task (pass@1).
 
 Programs that a model wrote are run only with --run-programs, in a limited process each (see `programs.py`); without it
-the table says how many are Python at all. With --text perplexity is measured as well. The last line is JSON of method ->
-scores in per cent (and perplexity).
+the table says how many are Python at all. With --text perplexity is measured as well. The last line is JSON of
+method -> scores in per cent (and perplexity).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ A layout's file has
 
     recognises(raw)        whether a `quantization_config` is of its kind
     parse(raw, where)      the `Layout` it describes; ConfigError, naming `where`, for what is not implemented
-    for_writing(...)       the `Layout` in which such weights are written, or None; see `for_writing` below
+    for_writing(...)       the `WritableLayout` for such weights, or None; see `for_writing` below
+    ENDINGS                of the names of a linear's tensors, after its module's; the first says that it is quantized
 
 What it knows is arrays: neither files nor models.
 """
@@ -54,7 +55,7 @@ class Layout(Protocol):
 
     @property
     def endings(self) -> tuple[str, ...]:
-        """Of the names of a linear's tensors, after its module's. A module is quantized if it has the first."""
+        """The file's ENDINGS."""
         ...
 
     @property
@@ -78,11 +79,15 @@ class Layout(Protocol):
         """The weight that `parts` stand for. ValueError says which of their values cannot be."""
         ...
 
+
+class WritableLayout(Layout, Protocol):
+    """One in which checkpoints are written too."""
+
     def pack(self, q: QTensor) -> dict[str, np.ndarray]:
         """The parts of a linear, by ending. ValueError for what the layout cannot hold."""
         ...
 
-    def excluding(self, modules: Collection[str]) -> Layout:
+    def excluding(self, modules: Collection[str]) -> WritableLayout:
         """With these modules left as they are."""
         ...
 
@@ -103,14 +108,14 @@ def parse(raw: Mapping[str, Any], where: str) -> Layout:
     )
 
 
-def for_writing(bits: int, group_size: int, *, symmetric: bool = False, act_order: bool = False) -> Layout:
+def for_writing(bits: int, group_size: int, *, symmetric: bool = False, act_order: bool = False) -> WritableLayout:
     """The layout for such weights: the first that offers itself; UsageError where none does.
 
     symmetric   every zero is 2**(bits - 1)
     act_order   weights may have a `permutation`
     """
     for layout in _layouts().values():
-        found: Layout | None = layout.for_writing(bits, group_size, symmetric, act_order)
+        found: WritableLayout | None = layout.for_writing(bits, group_size, symmetric, act_order)
         if found is not None:
             return found
     raise UsageError(f"{bits} bits cannot be written: no checkpoint layout holds them")

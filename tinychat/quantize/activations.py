@@ -83,6 +83,15 @@ class Activations:
         """Tokens of the calibration set."""
         return len(self._x)
 
+    @property
+    def state(self) -> np.ndarray:
+        """What `resume` wants: fp32 [tokens, hidden_size]."""
+        return self._x.numpy()
+
+    def resume(self, state: np.ndarray) -> None:
+        """Stand where the activations of the same sequences stood when their `state` was this."""
+        self._x = torch.from_numpy(state)
+
     @torch.inference_mode()
     def advance(self, layer: PackedLayer, index: int, grams: bool = False) -> Observed:
         """Run block `index` on all tokens and say what its linears saw. CheckpointError where they are not finite."""

@@ -7,7 +7,10 @@ on. Sequences stay apart; none sees another.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,68 @@ from tqdm import tqdm
 from tinychat import backends
 from tinychat import tokenizer as tokenizers
 from tinychat.cache import Rows
+from tinychat.checkpoint import Checkpoint
+from tinychat.checkpoint.quoting import listing
 from tinychat.errors import TokenizerError, UsageError
+from tinychat.progress import Loading
+from tinychat.quantize.rounded import Rounded
 from tinychat.weights import WeightSource
 
+HUB = "hf:"  # begins the name of a dataset
 PIECE_CHARACTERS = 8  # per token: more than any common tokenizer's average, so that a piece fills a sequence
+ENOUGH_TOKENS = 2048  # below which a set is warned of
+CACHE_BYTES = 1 << 29  # of the KV cache that sampling takes
+RECORDS = 100_000  # of a hub's dataset looked at, at most
+
+
+def load(
+    calibration: str | Path | None,
+    source: Checkpoint,
+    *,
+    n_sequences: int,
+    length: int,
+    seed: int = 0,
+    threads: int | None = None,
+    offline: bool = False,
+    progress: bool = False,
+) -> tuple[list[list[int]], str]:
+    """(sequences, what they are in words) from what a user names as `calibration`.
+
+    A file for `from_file`; 'hf:org/name...' for `from_hub`; None: sampled from the model itself. Warns of a set too
+    small to be relied on. Raises UsageError, TokenizerError.
+    """
+    for name, value, least in (("sequences", n_sequences, 1), ("tokens in a sequence", length, 2)):
+        if value < least:
+            raise UsageError(f"{value} {name} are too few to calibrate on; give at least {least}")
+    if calibration is None:
+        starts = start_tokens(source.generation_config, source.hf_config)
+        sequences = self_generated(
+            source, starts=starts, n_sequences=n_sequences, length=length, seed=seed, threads=threads, progress=progress
+        )
+        origin = "text sampled from the model itself"
+    elif str(calibration).startswith(HUB):
+        origin = str(calibration)
+        if offline:
+            raise UsageError(f"{origin} is on the hub; without --offline it can be fetched, or give a file")
+        sequences = from_hub(origin, source.path, n_sequences=n_sequences, length=length)
+    else:
+        origin = str(calibration)
+        sequences = from_file(calibration, source.path, n_sequences=n_sequences, length=length)
+    described = describe(sequences, origin)
+    if (n_tokens := sum(map(len, sequences))) < min(ENOUGH_TOKENS, n_sequences * length):
+        warnings.warn(
+            f"{described}: {n_tokens:,} tokens are few to calibrate on; give more text (at least {ENOUGH_TOKENS:,} "
+            f"tokens), or none, to have it sampled from the model itself",
+            stacklevel=3,
+        )
+    return sequences, described
+
+
+def describe(sequences: Sequence[Sequence[int]], origin: str) -> str:
+    """Where a calibration set comes from and how large it is, for the report."""
+    lengths = [len(sequence) for sequence in sequences]
+    span = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else f"{max(lengths)}"
+    return f"{origin}, {len(sequences)} sequences of {span}, {sum(lengths):,} tokens"
 
 
 def from_file(path: str | Path, model: Path, *, n_sequences: int, length: int) -> list[list[int]]:
@@ -30,23 +91,38 @@ def from_file(path: str | Path, model: Path, *, n_sequences: int, length: int) -
     is taken lies evenly over the file. Each sequence begins with the tokenizer's beginning token, where it has one.
     Raises UsageError for a file that is not such text, TokenizerError where the checkpoint has no tokenizer.
     """
-    loaded = tokenizers.load(model)
-    if loaded is None:
-        raise TokenizerError(
-            f"{model} has no tokenizer, which calibration text needs; leave the text out to calibrate "
-            f"on tokens sampled from the model itself"
+    loaded = _tokenizer(model)
+    texts = _texts(Path(path), loaded, n_sequences, PIECE_CHARACTERS * length)
+    return _sequences(texts, loaded, n_sequences, length, str(path))
+
+
+def from_hub(name: str, model: Path, *, n_sequences: int, length: int) -> list[list[int]]:
+    """The same from the first records of a dataset on the Hugging Face hub, streamed.
+
+    name  hf:org/name[/configuration][:split[:column]]; the split is train where none is named, the column the first of
+          `messages`, `text` and `content` that there is
+
+    Records shorter than a sequence are joined. Needs the package `datasets`, and a network. Raises as `from_file`.
+    """
+    loaded = _tokenizer(model)
+    path, _, rest = name.removeprefix(HUB).partition(":")
+    split, _, column = rest.partition(":")
+    owner_and_name, configuration = path.split("/")[:2], path.split("/")[2:]
+    if len(owner_and_name) < 2 or len(configuration) > 1:
+        raise UsageError(f"{name!r} names no dataset; expected is hf:org/name[/configuration][:split[:column]]")
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(f"{name} needs a package that is not installed: pip install datasets") from None
+    try:
+        records = datasets.load_dataset(
+            "/".join(owner_and_name), *configuration, split=split or "train", streaming=True
         )
-    begin = [] if loaded.bos_id is None else [loaded.bos_id]
-    width = length - len(begin)
-    sequences = []
-    for text in _texts(Path(path), loaded, n_sequences, PIECE_CHARACTERS * length):
-        ids = loaded.encode(text, add_bos=False)
-        if begin and ids[:1] == begin:  # a template writes its own
-            ids = ids[1:]
-        sequences += [begin + ids[start : start + width] for start in range(0, len(ids), width)]
-    if not sequences:
-        raise UsageError(f"{path} holds no text to calibrate on")
-    return [list(s) for s in _evenly(sequences, n_sequences)]
+        texts = list(_joined(_hub_texts(records, column, name, loaded), n_sequences, PIECE_CHARACTERS * length))
+    except (OSError, ValueError, RuntimeError) as error:  # no network, no such dataset, configuration or split
+        first = str(error).strip().split("\n")[0]
+        raise UsageError(f"{name} cannot be read: {first}; check its name and the network, or give a file") from None
+    return _sequences(texts, loaded, n_sequences, length, name)
 
 
 def self_generated(
@@ -56,6 +132,7 @@ def self_generated(
     n_sequences: int = 128,
     length: int = 128,
     seed: int = 0,
+    threads: int | None = None,
     progress: bool = False,
 ) -> list[list[int]]:
     """`n_sequences` of `length` tokens each that the model samples from itself, at temperature 1.
@@ -66,19 +143,37 @@ def self_generated(
     differently cover more of what a model can say than its few favourite openings do.
 
     An end token does not end a sequence: a chat model goes on with the next turn, another with the next document, as
-    in the text they were trained on. The whole model is in memory meanwhile, in the precision it is stored in.
+    in the text they were trained on. The model that samples is rounded to 4 bits while it is read (`Rounded`), and as
+    many sequences are sampled at once as `CACHE_BYTES` hold: the float model need not fit in memory.
     """
     generator = np.random.default_rng(seed)
     length = min(length, source.config.max_positions)
-    runner = backends.choose()[0].build(source, ctx_size=length, n_slots=n_sequences)
+    at_once = max(1, min(n_sequences, CACHE_BYTES // source.config.kv_bytes(length, 2)))
+    with Loading("the model in 4 bits", "reading") if progress else nullcontext() as reading:
+        runner = backends.choose()[0].build(
+            Rounded(source),
+            ctx_size=length,
+            n_slots=at_once,
+            kv_dtype="fp16",
+            head=8,
+            threads=threads,
+            progress=reading,
+        )
     first = np.asarray(starts if len(starts) else np.arange(source.config.vocab_size))
     ids = np.empty((n_sequences, length), np.int32)
     ids[:, 0] = generator.choice(first, n_sequences)
-    slots = np.arange(n_sequences, dtype=np.int32)
-    for at in tqdm(range(1, length), desc="sampling calibration text", unit="token", disable=not progress):
-        rows = Rows(ids[:, at - 1].copy(), np.full(n_sequences, at - 1, np.int32), slots, slots)
-        logits = runner.step(rows)
-        ids[:, at] = _draw(logits, generator) if at > 1 else _draw_evenly(logits, generator)
+    n_steps = -(-n_sequences // at_once) * (length - 1)
+    with tqdm(total=n_steps, desc="sampling calibration text", unit="token", disable=not progress) as bar:
+        for start in range(0, n_sequences, at_once):
+            batch = ids[start : start + at_once]
+            slots = np.arange(len(batch), dtype=np.int32)
+            for slot in slots.tolist():
+                runner.cache.truncate(slot, 0)
+            for at in range(1, length):
+                rows = Rows(batch[:, at - 1].copy(), np.full(len(batch), at - 1, np.int32), slots, slots)
+                logits = runner.step(rows)
+                batch[:, at] = _draw(logits, generator) if at > 1 else _draw_evenly(logits, generator)
+                bar.update()
     return [sequence.tolist() for sequence in ids]
 
 
@@ -106,6 +201,33 @@ def _draw_evenly(logits: np.ndarray, generator: np.random.Generator) -> np.ndarr
     likeliest = np.argpartition(-logits, quarter - 1, axis=-1)[:, :quarter]  # [R, quarter]
     drawn = generator.integers(quarter, size=(len(logits), 1))
     return np.take_along_axis(likeliest, drawn, axis=-1)[:, 0]
+
+
+def _tokenizer(model: Path) -> tokenizers.Tokenizer:
+    loaded = tokenizers.load(model)
+    if loaded is None:
+        raise TokenizerError(
+            f"{model} has no tokenizer, which calibration text needs; leave the text out to calibrate "
+            f"on tokens sampled from the model itself"
+        )
+    return loaded
+
+
+def _sequences(
+    texts: Iterable[str], loaded: tokenizers.Tokenizer, n_sequences: int, length: int, where: str
+) -> list[list[int]]:
+    """Sequences of at most `length` tokens, each of one text, the beginning token first."""
+    begin = [] if loaded.bos_id is None else [loaded.bos_id]
+    width = max(1, length - len(begin))
+    sequences = []
+    for text in texts:
+        ids = loaded.encode(text, add_bos=False)
+        if begin and ids[:1] == begin:  # a template writes its own
+            ids = ids[1:]
+        sequences += [begin + ids[start : start + width] for start in range(0, len(ids), width)]
+    if not sequences:
+        raise UsageError(f"{where} holds no text to calibrate on")
+    return [list(s) for s in _evenly(sequences, n_sequences)]
 
 
 def _texts(path: Path, loaded: tokenizers.Tokenizer, count: int, characters: int) -> Iterator[str]:
@@ -136,6 +258,11 @@ def _record(line: str, where: str, loaded: tokenizers.Tokenizer) -> str:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where} is not JSON: {error}") from None
+    return _text(record, where, loaded)
+
+
+def _text(record: Any, where: str, loaded: tokenizers.Tokenizer) -> str:
+    """What a record says: its text, or its messages through the template."""
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return str(record["text"])
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
@@ -143,6 +270,33 @@ def _record(line: str, where: str, loaded: tokenizers.Tokenizer) -> str:
             raise UsageError(f'{where} holds messages, and the checkpoint has no chat template; give {{"text": ...}}')
         return loaded.chat_template.render(record["messages"], add_generation_prompt=False)
     raise UsageError(f'{where} is neither {{"text": "..."}} nor {{"messages": [...]}}')
+
+
+def _hub_texts(records: Iterable[Any], column: str, name: str, loaded: tokenizers.Tokenizer) -> Iterator[str]:
+    for record in islice(records, RECORDS):
+        found = column or next((c for c in ("messages", "text", "content") if c in record), "")
+        if found not in record:
+            raise UsageError(
+                f"{name} has no column {found or 'messages, text or content'!r}, but {listing(list(record))}"
+            )
+        value = record[found]
+        key = "text" if isinstance(value, str) else "messages"
+        if text := _text({key: value}, f"{name}, column {found!r}", loaded):
+            yield text
+
+
+def _joined(texts: Iterable[str], count: int, characters: int) -> Iterator[str]:
+    """`count` texts of at least that many characters, as far as there are: short ones joined by a blank line."""
+    pieces: list[str] = []
+    for text in texts:
+        pieces.append(text)
+        if sum(map(len, pieces)) >= characters:
+            yield "\n\n".join(pieces)
+            pieces, count = [], count - 1
+            if not count:
+                return
+    if pieces:
+        yield "\n\n".join(pieces)
 
 
 def _evenly(items: Sequence[Any], count: int) -> list[Any]:

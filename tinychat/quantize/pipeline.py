@@ -1,31 +1,36 @@
 """The quantizer's walk: layers one at a time from a source, through a method, to memory or to a checkpoint.
 
 What is handed on is what is written, fp16 rounding included.
+
+On the way to a checkpoint each finished layer is committed, with the activations at the entrance of the next: 4 bytes
+for each token and channel on the disk, twice while one commit replaces another. Forward passes could be repeated
+instead, but that takes minutes for a large model, and would have to be equal to the last bit.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+import torch
 
 from tinychat import checkpoint
-from tinychat.architectures.names import TensorNames
-from tinychat.checkpoint import heads, layouts
-from tinychat.config import ModelConfig
+from tinychat.checkpoint import CheckpointWriter
 from tinychat.errors import UsageError
-from tinychat.qtensor import QTensor, canonical
 from tinychat.quantize import calibration as calibrating
+from tinychat.quantize import identity
 from tinychat.quantize.activations import Activations
 from tinychat.quantize.dense import dense_layer, half
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.method import Method, find
+from tinychat.quantize.output import Output, plain_head
+from tinychat.quantize.progress import Progress
 from tinychat.quantize.report import Report
-from tinychat.weights import LINEARS, NORMS, Layer, Linear, MemoryWeights, WeightSource
+from tinychat.weights import LINEARS, Layer, Linear, MemoryWeights, WeightSource
 
 SAMPLED, FROM_FILE = 128, 512  # tokens of a calibration sequence
 SEARCH_TOKENS = 4096  # of the calibration set, on which losses are measured; statistics take all of it
@@ -42,11 +47,15 @@ def quantize(
     method: str = "awq",
     bits: int = 4,
     group_size: int = 128,
+    symmetric: bool = False,
+    act_order: bool = False,
     calibration: str | Path | None = None,
     n_sequences: int = 128,
     length: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    restart: bool = False,
+    threads: int | None = None,
     progress: bool = True,
     revision: str | None = None,
     offline: bool = False,
@@ -54,66 +63,126 @@ def quantize(
 ) -> Report:
     """Quantize the checkpoint `source` and write it to the directory `output`: 4 bits as AWQ; 2, 3 and 8 as GPTQ.
 
-    calibration  a text file, or JSON lines of {"text"} or {"messages"}; None: text sampled from the model itself
-    n_sequences, length  of the calibration set, at most; None: 512 tokens from a file, 128 sampled
-    progress     bars on stderr
+    symmetric, act_order  see `Grid` and `Method`
+    calibration  see `calibration.load`; None: text sampled from the model itself
+    n_sequences, length  of the calibration set, at most; None: 512 tokens, 128 of sampled text
+    restart      throw away what an interrupted run left. Otherwise a run with the same arguments goes on after its last
+                 finished layer, and writes the same bytes as one that was never interrupted
+    threads      of PyTorch, for the process, and of the backend that samples; None: as they are
+    progress     on stderr
     revision, offline, ignore_config  of the source: see `checkpoint.locate` and `checkpoint.open`
 
-    Raises UsageError for arguments that cannot be, CheckpointError for what is wrong with the source or the output.
+    In memory are one layer in fp32 and what the method makes of it, the calibration activations, and mapped pages.
+    Raises UsageError for arguments that cannot be, CheckpointError for what is wrong with the source or the output,
+    which then is as it was before.
     """
     began = time.monotonic()
-    grid, chosen = Grid(bits, group_size), find(method)
-    layout = layouts.for_writing(bits, group_size)
-    path = checkpoint.locate(source, revision=revision, offline=offline)
-    opened = checkpoint.open(path, ignore_config=ignore_config)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen = find(method, act_order)
+    Grid(bits, group_size, symmetric)  # checks them
+    opened = checkpoint.open(checkpoint.locate(source, revision=revision, offline=offline), ignore_config=ignore_config)
     if opened.quantization is not None:
         raise UsageError(f"{opened.path} is quantized already; quantize the original checkpoint instead")
-    report = Report(method, bits, group_size, bytes_before=opened.file_bytes)
-    with checkpoint.CheckpointWriter(output, source=opened.path, overwrite=overwrite) as writer:
-        sequences: Sequences | None = None
-        if chosen.needs_calibration:
-            wanted = length or (SAMPLED if calibration is None else FROM_FILE)
-            length = min(wanted, opened.config.max_positions)
-            if calibration is None:
-                sequences = calibrating.self_generated(
+    made = Output(opened, bits, group_size)
+    length = min(length or (SAMPLED if calibration is None else FROM_FILE), opened.config.max_positions)
+    options = {"method": method, "bits": bits, "group size": group_size, "seed": seed}
+    options |= {"symmetric": symmetric, "act-order": act_order}
+    options |= {"sequences": n_sequences, "length": length, "ignored keys": sorted(ignore_config)}
+    run = identity.run(opened.path, calibration, options)
+    with CheckpointWriter(output, source=opened.path, overwrite=overwrite, run=run, restart=restart) as writer:
+        state = _State(writer, Report(method, bits, made.group_size, bytes_before=opened.file_bytes), began)
+        if writer.note is None:
+            kept = n_sequences * length * opened.config.hidden_size * 4 if chosen.needs_calibration else 0
+            made.require_room(writer.directory.parent, kept)
+            state.report.notes += [made.why] if made.why else []
+        try:
+            if chosen.needs_calibration and not state.sequences and not writer.complete:
+                state.sequences, state.report.calibration = calibrating.load(
+                    calibration,
                     opened,
-                    starts=calibrating.start_tokens(opened.generation_config, opened.hf_config),
                     n_sequences=n_sequences,
                     length=length,
                     seed=seed,
+                    threads=threads,
+                    offline=offline,
                     progress=progress,
                 )
-            else:
-                sequences = calibrating.from_file(calibration, opened.path, n_sequences=n_sequences, length=length)
-            origin = "text sampled from the model itself" if calibration is None else str(calibration)
-            report.calibration = _described(sequences, origin)
-
-        names = opened.names
-
-        def plan(index: int, linear: str, i: int, shape: tuple[int, int]) -> tuple[str, str | None]:
-            return names.layer.format(index) + getattr(names, linear)[i], layout.misfit(shape)
-
-        writer.add(f"{names.embed}.weight", half(opened.embed(), names.embed))
-        for index, layer in enumerate(_layers(opened, chosen, grid, sequences, plan, report, progress)):
-            _write(writer, opened.config, names, layout, index, layer)
-        writer.add(f"{names.norm}.weight", half(opened.norm(), names.norm))
-        if (norm_bias := opened.norm_bias()) is not None:
-            writer.add(f"{names.norm}.bias", half(norm_bias, names.norm))
-        if head := _half_head(opened):
-            writer.add(f"{names.head}.weight", np.asarray(head.segments[0]))
-        if not report.quantized_weights:
-            raise UsageError(
-                f"no linear of {opened.path} can be quantized: "
-                + "; ".join(sorted(set(report.kept.values())))
-                + ". Choose another --group-size"
-            )
-        config = {**opened.hf_config, "torch_dtype": "float16"}
-        if "dtype" in config:
-            config["dtype"] = "float16"
-        path = writer.finish(config, layout.excluding(report.kept))
+                state.commit(0)
+            if not writer.complete:
+                _write_layers(writer, made, chosen, Grid(bits, made.group_size, symmetric), state, seed, progress)
+            path = made.finish(writer, state.report)
+        except (KeyboardInterrupt, SystemExit):
+            if progress and writer.kept_in:
+                print(
+                    f"\nstopped; {state.layers} of {opened.config.n_layers} layers are finished and kept: the same "
+                    f"command goes on from there",
+                    file=sys.stderr,
+                )
+            raise
+    report = state.report
     report.bytes_after = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    report.seconds = time.monotonic() - began
+    report.seconds = state.seconds
     return report
+
+
+class _State:
+    """What is known between two layers, as a run finds and leaves it in the commits of `writer`."""
+
+    def __init__(self, writer: CheckpointWriter, report: Report, began: float):
+        self._writer = writer
+        self._began = began
+        self._before = 0.0  # seconds that earlier runs took
+        self.report = report
+        self.layers = 0  # finished
+        self.sequences: list[list[int]] = []
+        self.activations: np.ndarray | None = None  # at the entrance of the next layer
+        if writer.note is not None:
+            self.report = Report.from_dict(writer.note["report"])
+            self.layers, self._before = writer.note["layers"], writer.note["seconds"]
+            self.activations = writer.arrays.pop("activations", None)
+            if "tokens" in writer.arrays:
+                ends = np.cumsum(writer.arrays["lengths"])
+                self.sequences = [part.tolist() for part in np.split(writer.arrays["tokens"], ends[:-1])]
+
+    @property
+    def seconds(self) -> float:
+        """Of work, over all runs."""
+        return self._before + time.monotonic() - self._began
+
+    def commit(self, layers: int, activations: np.ndarray | None = None) -> None:
+        """Keep that `layers` are written, and where the next one starts."""
+        self.layers = layers
+        arrays = {} if activations is None else {"activations": activations}
+        if self.sequences:
+            arrays["tokens"] = np.concatenate([np.asarray(s, np.int32) for s in self.sequences])
+            arrays["lengths"] = np.asarray([len(s) for s in self.sequences], np.int32)
+        note = {"layers": layers, "seconds": self.seconds, "report": self.report.to_dict()}
+        self._writer.commit(note, arrays)
+
+
+def _write_layers(
+    writer: CheckpointWriter, made: Output, method: Method, grid: Grid, state: _State, seed: int, progress: bool
+) -> None:
+    """Everything from the embedding to the head, from where `state` stands."""
+    source = made.source
+    n_layers = source.config.n_layers
+    activations = None
+    if method.needs_calibration and state.layers < n_layers:
+        activations = Activations(source.config, source.embed(), state.sequences, SEARCH_TOKENS, seed)
+        if state.activations is not None:
+            activations.resume(state.activations)
+            state.activations = None
+    if not state.layers:
+        made.add_embedding(writer)
+    shown = Progress(n_layers, state.layers, shown=progress)
+    for index in range(state.layers, n_layers):
+        layer = _layer(source, method, grid, activations, index, made.plan, state.report, shown)
+        made.add_layer(writer, index, layer)
+        rest = activations.state if activations is not None and index + 1 < n_layers else None
+        state.commit(index + 1, rest)
+        shown.done()
+    made.add_end(writer)
 
 
 def quantize_in_memory(
@@ -140,12 +209,19 @@ def quantize_in_memory(
     if chosen.needs_calibration:
         if not sequences:
             raise UsageError(f"method {method!r} needs calibration: give token sequences")
-        report.calibration = _described(sequences, "the tokens given")
+        report.calibration = calibrating.describe(sequences, "the tokens given")
 
     def plan(index: int, linear: str, i: int, shape: tuple[int, int]) -> tuple[str, str | None]:
         return f"layers.{index}.{linear}[{i}]", None
 
-    layers = list(_layers(source, chosen, grid, sequences, plan, report, progress, seed))
+    activations = None
+    if chosen.needs_calibration:
+        activations = Activations(source.config, source.embed(), sequences or [], SEARCH_TOKENS, seed)
+    shown = Progress(source.config.n_layers, shown=progress)
+    layers = []
+    for index in range(source.config.n_layers):
+        layers.append(_layer(source, chosen, grid, activations, index, plan, report, shown))
+        shown.done()
     norm_bias = source.norm_bias()
     weights = MemoryWeights(
         config=source.config,
@@ -159,71 +235,28 @@ def quantize_in_memory(
     return weights, report
 
 
-def _layers(
+def _layer(
     source: WeightSource,
     method: Method,
     grid: Grid,
-    sequences: Sequences | None,
+    activations: Activations | None,
+    index: int,
     plan: LayerPlan,
     report: Report,
-    progress: bool,
-    seed: int = 0,
-) -> Iterator[Layer]:
-    """The layers as they are written, one after the other; what is found goes to the report."""
-    activations = None
-    if method.needs_calibration:
-        activations = Activations(source.config, source.embed(), sequences or [], SEARCH_TOKENS, seed)
-    layers = tqdm(range(source.config.n_layers), desc="quantizing", unit="layer", disable=not progress)
-    for index in layers:
-        layer = dense_layer(source.layer(index), partial(plan, index))
-        changed, done, results = method.apply(source.config, layer, index, activations, grid)
-        report.groups += results
-        for name in LINEARS:
-            report.kept |= {module: reason for _, module, reason in getattr(layer, name).segments() if reason}
-        report.count(changed, done)
-        yield done
-
-
-def _write(
-    writer: checkpoint.CheckpointWriter,
-    config: ModelConfig,
-    names: TensorNames,
-    layout: layouts.Layout,
-    index: int,
-    layer: Layer,
-) -> None:
-    prefix = names.layer.format(index)
-    for norm in NORMS:
-        if (values := getattr(layer, norm)) is not None:
-            writer.add(names.vector(norm, index), half(values, norm))
-    if layer.act_scale is not None:
-        writer.add(names.vector("act_scale", index), half(layer.act_scale, "act_scale"))
+    progress: Progress,
+) -> Layer:
+    """Layer `index` as it is written; what is found goes to the report."""
+    progress.doing("reading")
+    layer = dense_layer(source.layer(index), partial(plan, index))
+    progress.doing(method.name)
+    changed, done, results = method.apply(source.config, layer, index, activations, grid)
+    report.groups += results
     for name in LINEARS:
-        linear: Linear = getattr(layer, name)
-        if name == "qkv" and names.heads_interleaved:
-            linear = heads.together(linear, config)
-        first = 0
-        for part, segment in zip(getattr(names, name), linear.segments, strict=True):
-            module = prefix + part
-            segment = canonical(segment)
-            if isinstance(segment, QTensor):
-                for ending, array in layout.pack(segment).items():
-                    writer.add(f"{module}.{ending}", array)
-            else:
-                writer.add(f"{module}.weight", segment)
-            if linear.bias is not None:
-                writer.add(f"{module}.bias", half(linear.bias[first : first + segment.shape[0]], module))
-            first += segment.shape[0]
-
-
-def _described(sequences: Sequences, origin: str) -> str:
-    return f"{origin}, {len(sequences)} sequences, {sum(map(len, sequences)):,} tokens"
+        report.kept |= {module: reason for _, module, reason in getattr(layer, name).segments() if reason}
+    report.count(changed, done)
+    return done
 
 
 def _half_head(source: WeightSource) -> Linear | None:
     head = source.head()
-    if head is None:
-        return None
-    if not all(isinstance(segment, np.ndarray) for segment in head.segments):
-        raise UsageError("the output head is quantized already; quantize the original checkpoint instead")
-    return Linear(tuple(half(np.asarray(segment), "the output head") for segment in head.segments), head.bias)
+    return head and Linear((half(plain_head(head), "the output head"),), head.bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -43,6 +44,7 @@ class Report:
     bits: int
     group_size: int
     calibration: str = "none"
+    notes: list[str] = field(default_factory=list)  # what was done otherwise than asked for
     groups: list[GroupResult] = field(default_factory=list)
     rounding: dict[str, list[float]] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
@@ -67,8 +69,8 @@ class Report:
                 if isinstance(segment, QTensor):
                     self.quantized_weights += segment.codes.size
                     self.quantized_bits += segment.bits_per_weight * segment.codes.size
-                    change, size = _squares(weight.numpy(), segment)
-                    error, power = error + change, power + size
+                    change, total = _squares(weight.numpy(), segment)
+                    error, power = error + change, power + total
             if power:
                 self.rounding.setdefault(name, []).append(error / power)
 
@@ -76,9 +78,15 @@ class Report:
         """Everything, for JSON."""
         return {**asdict(self), "bits_per_weight": self.bits_per_weight}
 
+    @staticmethod
+    def from_dict(found: Mapping[str, Any]) -> Report:
+        """The inverse of `to_dict`."""
+        values = {key: value for key, value in found.items() if key != "bits_per_weight"}
+        return Report(**{**values, "groups": [GroupResult(**group) for group in found["groups"]]})
+
     def __str__(self) -> str:
         group = "whole rows" if self.group_size == -1 else f"groups of {self.group_size}"
-        lines = [f"{self.method}, {self.bits} bits in {group}; calibrated on: {self.calibration}"]
+        lines = [f"{self.method}, {self.bits} bits in {group}; calibrated on: {self.calibration}", *self.notes]
         names = list(dict.fromkeys(result.group for result in self.groups))
         if names:
             lines.append("")
@@ -103,10 +111,10 @@ class Report:
                 modules = [module for module, why in self.kept.items() if why == reason]
                 more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
                 lines.append(f"  {reason}: {', '.join(modules[:3])}{more}")
-        size = ""
+        sizes = ""
         if self.bytes_before is not None and self.bytes_after is not None:
-            size = f"{_bytes(self.bytes_before)} -> {_bytes(self.bytes_after)}; "
-        lines.append(f"{size}{self.bits_per_weight:.3f} bits per quantized weight; {self.seconds:.1f} s")
+            sizes = f"{size(self.bytes_before)} -> {size(self.bytes_after)}; "
+        lines.append(f"{sizes}{self.bits_per_weight:.3f} bits per quantized weight; {self.seconds:.1f} s")
         return "\n".join(lines)
 
 
@@ -129,5 +137,6 @@ def _spread(alphas: list[float]) -> str:
     return f"{text}, {kept} of {len(alphas)} not scaled" if kept else text
 
 
-def _bytes(n: int) -> str:
+def size(n: int) -> str:
+    """Bytes, for reading."""
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"

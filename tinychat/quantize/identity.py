@@ -1,0 +1,48 @@
+"""What determines the bytes that a quantization writes, so that one that was stopped is continued by its like only.
+
+A file of the source is told by its size and the time of its last change, to the nanosecond. A hash of its header would
+not see new values in old shapes, as fine-tuning writes them, and one of all its bytes would read 140 GB at each start;
+the price is that a source that was copied anew does not continue the quantization of the first copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tinychat
+from tinychat.errors import UsageError
+
+
+def run(source: Path, calibration: str | Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The identity of quantizing `source` with `options`, as plain values by the names that a user knows them by."""
+    files = {path.name: _file(path) for path in sorted([source / "config.json", *source.glob("*.safetensors")])}
+    software = {"tinychat": tinychat.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {**files, **software, **options, "calibration": _text(calibration)}
+
+
+def _file(path: Path) -> str:
+    found = path.stat()
+    changed = datetime.fromtimestamp(found.st_mtime_ns // 10**9).isoformat(" ")
+    return f"{found.st_size} bytes of {changed}.{found.st_mtime_ns % 10**9:09}"
+
+
+def _text(calibration: str | Path | None) -> str:
+    if calibration is None:
+        return "sampled from the model itself"
+    if str(calibration).startswith("hf:"):
+        return str(calibration)
+    digest = hashlib.sha256()
+    try:
+        with Path(calibration).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except FileNotFoundError:
+        raise UsageError(f"calibration file {calibration} does not exist") from None
+    except OSError as error:
+        raise UsageError(f"calibration file {calibration} cannot be read: {error.strerror}") from None
+    return f"{Path(calibration).name}, sha256 {digest.hexdigest()}"

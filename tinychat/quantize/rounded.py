@@ -1,0 +1,66 @@
+"""A model rounded to nearest while a backend packs it: what calibration text is sampled from.
+
+A layer is rounded when it is asked for, a few rows at a time, so that nobody ever holds the float model: the peak is
+the packed 4-bit model and the mapped pages of one layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from tinychat.qtensor import QTensor, Weight
+from tinychat.quantize.grid import Grid, as_float
+from tinychat.weights import LINEARS, Layer, Linear, WeightSource
+
+GRID = Grid(bits=4, group_size=32)  # 4.6 bits a weight; this text need not be cheap to the last bit
+_ROWS = 1024
+
+
+class Rounded:
+    """`source` with its linears in 4 bits; a `WeightSource`. The embedding and the head stay as they are."""
+
+    def __init__(self, source: WeightSource):
+        self.source = source
+        self.config = source.config
+
+    def embed(self) -> np.ndarray:
+        """See `WeightSource`."""
+        return self.source.embed()
+
+    def layer(self, index: int) -> Layer:
+        """See `WeightSource`."""
+        layer = self.source.layer(index)
+        rounded = {name: _rounded(getattr(layer, name), f"layer {index}, {name}") for name in LINEARS}
+        return replace(layer, **rounded)  # type: ignore[arg-type]  # LINEARS are its linears
+
+    def norm(self) -> np.ndarray:
+        """See `WeightSource`."""
+        return self.source.norm()
+
+    def norm_bias(self) -> np.ndarray | None:
+        """See `WeightSource`."""
+        return self.source.norm_bias()
+
+    def head(self) -> Linear | None:
+        """See `WeightSource`."""
+        return self.source.head()
+
+    def release(self) -> None:
+        """See `WeightSource`."""
+        self.source.release()
+
+
+def _rounded(linear: Linear, name: str) -> Linear:
+    return Linear(tuple(_segment(segment, name) for segment in linear.segments), linear.bias)
+
+
+def _segment(weight: Weight, name: str) -> Weight:
+    if not isinstance(weight, np.ndarray):
+        return weight
+    parts = [GRID.quantize(as_float(weight[start : start + _ROWS]), name) for start in range(0, len(weight), _ROWS)]
+    codes, scales, zeros = (
+        np.concatenate([getattr(part, field) for part in parts]) for field in ("codes", "scales", "zeros")
+    )
+    return QTensor(codes, scales, zeros, GRID.bits, parts[0].group_size)
