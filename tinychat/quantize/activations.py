@@ -15,7 +15,7 @@ import torch
 from tinychat.config import ModelConfig
 from tinychat.decoder import Context, PackedLayer, block
 from tinychat.errors import CheckpointError
-from tinychat.quantize.dense import Dense, DenseOps
+from tinychat.quantize.dense import Dense, DenseOps, linears_of
 from tinychat.quantize.grid import as_float
 
 CHUNK_TOKENS = 4096  # run at once: bounds the memory of intermediate activations
@@ -42,7 +42,7 @@ class Sample:
 class Observed:
     """What the linears of one block see.
 
-    magnitude  fp32 [K] by canonical linear: mean |x| of each channel over all tokens
+    magnitude  fp32 [K] by canonical linear: mean |x| of each channel over all tokens, or those that an expert took
     samples    for searches
     held_out   others, to judge what was found on `samples`; none where the calibration set is one sequence
     grams      fp32 [K, K] by canonical linear: the sum of x^T x over all tokens, where it was asked for
@@ -66,6 +66,7 @@ class Activations:
         seed: int = 0,
     ):
         """About `sample_tokens` tokens, in whole sequences drawn with `seed`, are sampled, half of them held out."""
+        self.unseen: list[str] = []  # linears of experts that no token went to in the last block, or no sampled one
         self._config = config
         use = _drawn(sequences, sample_tokens, seed)
         self._chunks: list[tuple[slice, Context, Use]] = []
@@ -97,11 +98,13 @@ class Activations:
         """Run block `index` on all tokens and say what its linears saw. CheckpointError where they are not finite."""
         found = Observed({}, [], [], {})
         totals: dict[str, torch.Tensor] = {}
+        counts: dict[str, int] = {}
         for rows, context, use in self._chunks:
             sample = None if use is Use.STATISTICS else Sample(context, self._x[rows].clone())
 
             def watch(linear: Dense, x: torch.Tensor, sample: Sample | None = sample) -> None:
                 _add(totals, linear.name, x.abs().sum(0, dtype=torch.float64))
+                counts[linear.name] = counts.get(linear.name, 0) + len(x)
                 if grams:
                     _add(found.grams, linear.name, x.T @ x)
                 if sample:
@@ -115,7 +118,9 @@ class Activations:
                 f"layer {index} turns the calibration text into values that are not finite; "
                 f"its weights are damaged, or the model does not run in fp32"
             )
-        found.magnitude.update({name: (total / self.n_tokens).float() for name, total in totals.items()})
+        found.magnitude.update({name: (total / counts[name]).float() for name, total in totals.items()})
+        seen = found.grams if grams else {name for sample in found.samples for name in sample.inputs}
+        self.unseen = [name for name in linears_of(layer) if name not in seen]
         return found
 
 

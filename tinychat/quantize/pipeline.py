@@ -24,13 +24,13 @@ from tinychat.errors import UsageError
 from tinychat.quantize import calibration as calibrating
 from tinychat.quantize import identity
 from tinychat.quantize.activations import Activations
-from tinychat.quantize.dense import dense_layer, half
+from tinychat.quantize.dense import dense_layer, half, linears_of
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.method import Method, find
 from tinychat.quantize.output import Output, plain_head
 from tinychat.quantize.progress import Progress
 from tinychat.quantize.report import Report
-from tinychat.weights import LINEARS, Layer, Linear, MemoryWeights, WeightSource
+from tinychat.weights import Layer, Linear, MemoryWeights, WeightSource
 
 SAMPLED, FROM_FILE = 128, 512  # tokens of a calibration sequence
 SEARCH_TOKENS = 4096  # of the calibration set, on which losses are measured; statistics take all of it
@@ -251,8 +251,11 @@ def _layer(
     progress.doing(method.name)
     changed, done, results = method.apply(source.config, layer, index, activations, grid)
     report.groups += results
-    for name in LINEARS:
-        report.kept |= {module: reason for _, module, reason in getattr(layer, name).segments() if reason}
+    if activations is not None and (idle := [name for name in activations.unseen if name.startswith("down.")]):
+        experts = ", ".join(name.removeprefix("down.") for name in idle)
+        report.notes.append(f"layer {index}: rounded to nearest for want of tokens that go there: experts {experts}")
+    for linear in linears_of(layer).values():
+        report.kept |= {module: reason for _, module, reason in linear.segments() if reason}
     report.count(changed, done)
     return done
 

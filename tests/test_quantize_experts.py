@@ -1,0 +1,124 @@
+"""Mixtures of experts in the quantizer: one scale for all that read a norm, each expert by its own tokens, on to a file."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_architectures import TOLERANCE, ours, tokens
+from test_experts import FAMILIES, SIZES_OF, mixture
+from test_lowered_decoder import build, ids, nmse
+from tiny_models import memory_weights, tiny
+
+from tinychat import checkpoint
+from tinychat.cache import Rows
+from tinychat.qtensor import QTensor
+from tinychat.quantize import quantize, quantize_in_memory
+from tinychat.quantize.activations import Activations
+from tinychat.quantize.dense import dense_layer, linears_of, part
+from tinychat.quantize.groups import scaling_groups
+from tinychat.weights import NORMS, Linear
+
+TEXT = [ids(48, 97, seed=seed).tolist() for seed in range(8)]
+
+
+def unrounded(layer):
+    """A layer of `Dense` linears as weights."""
+    norms = {name: getattr(layer, name) for name in NORMS}
+    made = {name: values.numpy() for name, values in norms.items() if values is not None}
+    for name in ("qkv", "out", "up", "down", "router", "shared_up", "shared_down"):
+        found = getattr(layer, name)
+        if found is not None:
+            stack = found if isinstance(found, tuple) else (found,)
+            bias = None if isinstance(found, tuple) or found.bias is None else found.bias.numpy()
+            made[name] = Linear(tuple(w.numpy() for one in stack for w, _, _ in one.segments()), bias)
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folded_scales_change_nothing(family):
+    model, config = tiny(family)
+    weights = memory_weights(model, config)
+    generator, layers = torch.Generator().manual_seed(0), []
+    for index, layer in enumerate(weights.layers):
+        dense = dense_layer(layer, lambda name, i, shape: (f"{name}[{i}]", None))
+        folded = dense
+        for group in scaling_groups(weights.config, weights.config.experts_of(index)):
+            n = group.pooled(torch.ones(part(dense, group.consumers[0]).weight.shape[1])).shape[0]
+            folded = group.fold(folded, torch.rand(n, generator=generator) * 3 + 0.3)
+        layers.append(replace(layer, **unrounded(folded)))
+    text = tokens(12, config["vocab_size"])
+    changed = replace(weights, layers=layers)
+    assert np.abs(ours(changed, text, [12]) - ours(weights, text, [12])).max() < TOLERANCE
+    if weights.config.experts_of(0):
+        assert not np.allclose(layers[0].router.segments[0], weights.layers[0].router.segments[0])
+
+
+def test_experts_see_the_tokens_that_go_to_them():
+    weights = mixture(n=8, used=2)
+    activations = Activations(weights.config, weights.embedding, TEXT, 10_000)
+    dense = dense_layer(weights.layers[0], lambda name, i, shape: (name, None))
+    observed = activations.advance(dense, 0, grams=True)
+    rows = {
+        name: sum(len(s.inputs[name]) for s in (*observed.samples, *observed.held_out)) for name in linears_of(dense)
+    }
+    assert rows["router"] == rows["shared_up"] == 8 * 48
+    assert sum(rows[f"up.{i}"] for i in range(8)) == 2 * 8 * 48
+    assert all(rows[f"up.{i}"] == rows[f"down.{i}"] for i in range(8))
+    x = torch.cat([s.inputs["down.3"] for s in (*observed.samples, *observed.held_out)])
+    torch.testing.assert_close(observed.magnitude["down.3"], x.abs().mean(0))
+    torch.testing.assert_close(observed.grams["down.3"], x.T @ x)
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "awq+gptq"])
+def test_every_method_takes_experts(method):
+    weights = mixture(n=6, used=2, layers=1, sparse=(0,), inter=64)
+    made, report = quantize_in_memory(weights, method=method, bits=3, group_size=32, sequences=TEXT)
+    (layer,) = made.layers
+    assert all(isinstance(s, np.ndarray) and s.dtype == np.float16 for s in layer.router.segments)
+    stacked = (*layer.up.segments, *layer.down.segments, *layer.shared_up.segments, *layer.shared_down.segments)
+    assert all(isinstance(segment, QTensor) for segment in stacked)
+    assert report.quantized_weights == sum(s.codes.size for s in (*stacked, *layer.qkv.segments, *layer.out.segments))
+    assert set(report.kept) == {"layers.0.router[0]", "layers.0.router[1]"}
+    for result in report.groups:
+        assert result.loss <= result.loss_rtn, result
+    if "awq" in method:
+        names = [result.group for result in report.groups]
+        assert names.count("up -> down") == 6 and "norm2 -> router, shared_up, up" in names
+        assert "shared_up -> shared_down" in names
+    assert "up" in str(report)
+
+
+def test_experts_without_a_token_are_rounded_and_named():
+    weights = mixture(n=24, used=1, layers=1, sparse=(0,), inter=32, shared=0)
+    plain, _ = quantize_in_memory(weights, method="rtn", bits=4, group_size=32)
+    for method in ("awq", "gptq"):
+        made, report = quantize_in_memory(weights, method=method, bits=4, group_size=32, sequences=[TEXT[0][:10]])
+        (note,) = [note for note in report.notes if "want of tokens" in note]
+        idle = [int(expert) for expert in note.rpartition("experts ")[2].split(", ")]
+        assert 14 <= len(idle) < 24
+        for expert in range(24):
+            found, nearest = (w.layers[0].down.segments[expert].codes for w in (made, plain))
+            if expert in idle:
+                np.testing.assert_array_equal(found, nearest)
+        assert any(
+            (made.layers[0].down.segments[e].codes != plain.layers[0].down.segments[e].codes).any() for e in range(24)
+        )
+
+
+@pytest.mark.parametrize(("family", "method"), [("mixtral", "gptq"), ("qwen2_moe", "awq"), ("qwen3_moe", "rtn")])
+def test_a_checkpoint_is_quantized_and_runs(family, method, tmp_path):
+    model, config = tiny(family, **SIZES_OF[family])
+    model.save_pretrained(tmp_path / "plain")
+    options = {"method": method, "group_size": 32, "n_sequences": 4, "length": 32, "progress": False}
+    report = quantize(tmp_path / "plain", tmp_path / "q", **options)
+    found = checkpoint.open(tmp_path / "q")
+    assert found.n_quantized == report.quantized_weights
+    routers = [module for module in report.kept if module.endswith("gate")]
+    assert routers and set(routers) <= set(found.hf_config["quantization_config"]["modules_to_not_convert"])
+    exact, text = checkpoint.open(tmp_path / "plain"), tokens(20, config["vocab_size"]).astype(np.int32)
+    want = build(exact).step(Rows.of(text, 0, wanted="all"))
+    assert nmse(ours(found, text, [20]), want) < 0.2  # where an expert changes, so does much
+    lowered = build(found)
+    y = [lowered.step(Rows.of(text[:15], 0, wanted="all")), lowered.step(Rows.of(text[15:], 15, wanted="all"))]
+    assert nmse(np.concatenate(y), ours(found, text, [20])) < 1e-5
