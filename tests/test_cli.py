@@ -143,7 +143,7 @@ def test_version(capsys):
         ("generate hi --logprobs 2", "--logprobs shows nothing without --json"),
         ("generate hi --system x", "--system needs --chat"),
         ("quantize a", "the following arguments are required: -o/--output"),
-        ("quantize a -o b --method gptq", "invalid choice: 'gptq'"),
+        ("quantize a -o b --method gguf", "invalid choice: 'gguf'"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(line, message, fake, stdin, capsys):
@@ -420,7 +420,15 @@ def test_quantize_is_thin(monkeypatch, capsys):
     options += " --revision v1 --offline --ignore-config a --ignore-config b"
     options += " --n-sequences 3 --length 9 --seed 7 --restart --threads 2"
     assert run("quantize", "src", "-o", "dst", *options.split()) == 0
-    default = {"method": "awq", "bits": 4, "group_size": 128, "calibration": None, "overwrite": False}
+    default = {
+        "method": "awq",
+        "bits": 4,
+        "group_size": 128,
+        "symmetric": False,
+        "act_order": False,
+        "calibration": None,
+        "overwrite": False,
+    }
     default |= {"revision": None, "offline": False, "ignore_config": (), "restart": False, "threads": None}
     default |= {"n_sequences": 128, "length": None, "seed": 0}
     given = {"method": "rtn", "bits": 3, "group_size": 64, "calibration": "t", "overwrite": True}
