@@ -2,14 +2,16 @@
 
     python benchmarks/linear.py [--k 4096] [--n 11008] [--group-size 128] [--rows 1 4 32 512] [--isa avx2 ...]
                                 [--bits 2 3 4 8] [--activations 16 8] [--megabytes 1]
+    python benchmarks/linear.py --turns 4:128 3:128 2:64 [--isa avx512vnni ...]
 
 The matrix lies in memory many times over and the copies are used in turn, so that no cache holds it (with --megabytes 1
 and a small --n, one copy that the cache holds). Reading and multiplying alternate in slices of the same buffer, and the
 ratio is the median over slices: the bandwidth of a shared machine changes from minute to minute. GB/s counts packed
 bytes once per pass, whatever the number of rows; GMAC/s counts multiplications of one code and one activation. "of
 peak" is the share of what AVX-512 VNNI, measured beside it, can multiply in bytes (16-bit activations: two products);
-"limit" the time over the larger of one row's time and that of the products at 0.75 of the peak. The last line is one
-JSON object.
+"limit" the time over the larger of one row's time and that of the products at 0.75 of the peak. --turns multiplies one
+row with weights of several widths, bits:group, in turns, and sets the speed of each against the first's. Times are the
+thread's, not the clock's: what other programs take of the core does not count. The last line is one JSON object.
 """
 
 import argparse
@@ -36,10 +38,10 @@ def machine() -> str:
 
 
 def seconds(run, *arguments) -> float:
-    """Wall time of run(*arguments)."""
-    begin = time.perf_counter()
+    """The time of this thread that run(*arguments) takes."""
+    begin = time.thread_time()
     run(*arguments)
-    return time.perf_counter() - begin
+    return time.thread_time() - begin
 
 
 def dot_peak(cpu) -> float:
@@ -96,6 +98,65 @@ def random_weight(n: int, k: int, group_size: int, bits: int) -> QTensor:
     return QTensor(codes, scales, rng.integers(0, 2**bits, groups, dtype=np.uint8), bits, group_size)
 
 
+class Turn:
+    """Copies of a weight of `bits` in groups of `group_size`, one row to multiply them with, and what that took."""
+
+    def __init__(self, cpu, isa: str, n: int, k: int, bits: int, group_size: int, megabytes: int):
+        self.cpu, self.isa, self.name = cpu, isa, f"{bits}:{group_size}"
+        (segment,) = PackedLinear.pack(random_weight(n, k, group_size, bits), isa).segments
+        self.shape, self.size = segment.shape, len(segment.data)
+        self.copies = max(4, (megabytes << 20) // self.size)
+        self.buffer = aligned(self.copies * self.size)
+        self.buffer.reshape(self.copies, -1)[:] = segment.data
+        x, self.y = np.random.default_rng(2).standard_normal(k, np.float32), np.empty(n, np.float32)
+        self.prepared = aligned(cpu.activation_bytes(isa, self.shape))
+        cpu.prepare(isa, self.shape, x.ctypes.data, self.prepared.ctypes.data, 1)
+        self.times: list[float] = []
+        self.reads: list[float] = []
+
+    def multiply(self, copy: int) -> None:
+        """All tiles of one copy."""
+        at, tiles = (
+            self.buffer.ctypes.data + copy % self.copies * self.size,
+            -(-self.shape.n // self.cpu.tile(self.isa)),
+        )
+        address = self.y.ctypes.data
+        self.cpu.linear(self.isa, self.shape, at, self.prepared.ctypes.data, 1, 0, tiles, address, self.shape.n)
+
+    def take(self, index: int) -> None:
+        """Two multiplications and a reading, each of another copy."""
+        self.times += [seconds(self.multiply, 3 * index + i) for i in range(2)]
+        address = self.buffer.ctypes.data + (3 * index + 2) % self.copies * self.size
+        self.reads.append(seconds(self.cpu.read_probe, address, self.size))
+
+
+def in_turns(cpu, isa: str, args: argparse.Namespace) -> list[dict]:
+    """What `--turns` asks for, of one level."""
+    formats = [map(int, text.split(":")) for text in args.turns]
+    turns = [Turn(cpu, isa, args.n, args.k, bits, group, args.megabytes // 2) for bits, group in formats]
+    begin, index = time.perf_counter(), 0
+    while index < 5 or time.perf_counter() - begin < args.seconds * len(turns):
+        for turn in turns:
+            turn.take(index)
+        index += 1
+    first, found = statistics.median(turns[0].times), []
+    for turn in turns:
+        spent = statistics.median(turn.times)
+        figures = {
+            "bits_per_weight": round(turn.size * 8 / (args.n * args.k), 4),
+            "gb_per_s": round(turn.size / spent / 1e9, 2),
+            "ratio_to_read": round(statistics.median(turn.reads) / spent, 3),
+            "speed": round(first / spent, 3),
+        }
+        found.append({"isa": isa, "weight": turn.name, **figures, "samples": len(turn.times)})
+        print(
+            f"{isa:>11} {turn.name:>6}: {figures['bits_per_weight']:.4f} bits a weight, "
+            f"{figures['gb_per_s']:6.2f} GB/s, {figures['ratio_to_read']:.3f} of reading, {figures['speed']:.3f} of the first's speed",
+            flush=True,
+        )
+    return found
+
+
 def main() -> None:
     """Measures what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -104,6 +165,9 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 512])
     parser.add_argument("--bits", type=int, nargs="+", choices=(2, 3, 4, 8), default=[4])
+    parser.add_argument(
+        "--turns", nargs="+", metavar="BITS:GROUP", help="widths to compare, one row, 16-bit activations"
+    )
     parser.add_argument("--activations", type=int, nargs="+", choices=(16, 8), default=[16])
     parser.add_argument("--isa", nargs="+", default=supported_isas())
     parser.add_argument("--megabytes", type=int, default=768, help="all copies of the matrix together")
@@ -111,7 +175,9 @@ def main() -> None:
     args = parser.parse_args()
 
     cpu, results = extension(), []
-    for bits in args.bits:
+    for isa in args.isa if args.turns else ():
+        results += in_turns(cpu, isa, args)
+    for bits in () if args.turns else args.bits:
         weight = random_weight(args.n, args.k, args.group_size, bits)
         for isa, activation_bits in itertools.product(args.isa, args.activations):
             begin = time.perf_counter()

@@ -431,7 +431,15 @@ def test_quantize_is_thin(monkeypatch, capsys):
     }
     default |= {"revision": None, "offline": False, "ignore_config": (), "restart": False, "threads": None}
     default |= {"n_sequences": 128, "length": None, "seed": 0}
-    given = {"method": "rtn", "bits": 3, "group_size": 64, "calibration": "t", "overwrite": True}
+    given = {
+        "method": "rtn",
+        "bits": 3,
+        "group_size": 64,
+        "symmetric": False,
+        "act_order": False,
+        "calibration": "t",
+        "overwrite": True,
+    }
     given |= {"revision": "v1", "offline": True, "ignore_config": ("a", "b"), "restart": True, "threads": 2}
     given |= {"n_sequences": 3, "length": 9, "seed": 7}
     assert calls == [(("src", "dst"), default), (("src", "dst"), given)]

@@ -1,4 +1,4 @@
-"""Mixtures of experts in the quantizer: one scale for all that read a norm, each expert by its own tokens, on to a file."""
+"""Experts in the quantizer: one scale for all that read a norm, each expert by its own tokens, on to a file."""
 
 from dataclasses import replace
 

@@ -105,8 +105,8 @@ class Experiment:
         print(f"  model        {self.name} ({self.source.config.dtype})")
         if self.windows:
             n, size = len(self.windows), len(self.windows[0])
-            print(f"  text         {a.text}: {n} windows of {size} tokens, {n * (size - 1):,} predicted")
-        print(f"  calibration  {a.calibration}: {len(self.sequences)} sequences, {tokens:,} tokens")
+            print(f"  text         {a.text.name}: {n} windows of {size} tokens, {n * (size - 1):,} predicted")
+        print(f"  calibration  {a.calibration.name}: {len(self.sequences)} sequences, {tokens:,} tokens")
         print(f"  quantizer    {quantizer or (SYMMETRIC if a.symmetric else ASYMMETRIC)}")
         print("  run          output head as stored, 16-bit activations, fp32 KV cache\n")
 

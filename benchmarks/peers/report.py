@@ -120,7 +120,7 @@ def heading(shape: str) -> str:
         (
             f"# Beside other engines: {shape}",
             "",
-            f"{datetime.now(timezone.utc):%Y-%m-%d}, {_machine()}.",
+            f"{datetime.now(timezone.utc):%Y-%m-%d}, {machine()}.",
             "",
             f"    {command()}",
             "",
@@ -142,10 +142,10 @@ def command() -> str:
 def facts(shape: str) -> dict[str, Any]:
     """What every JSON object says of its origin."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"benchmark": "peers", "shape": shape, "machine": _machine(), "date": now, "command": command()}
+    return {"benchmark": "peers", "shape": shape, "machine": machine(), "date": now, "command": command()}
 
 
-def _machine() -> str:
+def machine() -> str:
     """The processor and memory, as far as the system tells."""
     info = _read("/proc/cpuinfo")
     name = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), "")

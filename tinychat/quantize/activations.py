@@ -18,6 +18,7 @@ from tinychat.errors import CheckpointError
 from tinychat.quantize.dense import Dense, DenseOps, linears_of
 from tinychat.quantize.grid import as_float
 
+SAMPLED_NUMBERS = 2**23  # of a block's input: what narrow models are sampled to
 CHUNK_TOKENS = 4096  # run at once: bounds the memory of intermediate activations
 
 
@@ -65,9 +66,13 @@ class Activations:
         sample_tokens: int,
         seed: int = 0,
     ):
-        """About `sample_tokens` tokens, in whole sequences drawn with `seed`, are sampled, half of them held out."""
+        """About `sample_tokens` tokens (more of a narrow model), in whole sequences drawn with `seed`, are sampled.
+
+        Half of them are held out.
+        """
         self.unseen: list[str] = []  # linears of experts that no token went to in the last block, or no sampled one
         self._config = config
+        sample_tokens = max(sample_tokens, SAMPLED_NUMBERS // config.hidden_size)
         use = _drawn(sequences, sample_tokens, seed)
         self._chunks: list[tuple[slice, Context, Use]] = []
         ids: list[int] = []

@@ -12,7 +12,8 @@ plain rounding. Everything is fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -70,31 +71,48 @@ def _search(
     identity = {name: linear.rounded(grid) for name, linear in consumers.items()}
     rtn, allowed = loss(identity), judged(identity)
 
-    best, alpha, scales = rtn, 0.0, None
     magnitude = group.pooled(observed.magnitude[group.consumers[0]])  # all read the same
-    for step in range(1, STEPS + 1):
-        tried = group.settled(layer, candidate(magnitude, step / STEPS))
-        found = loss(_rounded(grid, consumers, group.spread(tried)))
-        if found < best:  # false for NaN
-            best, alpha, scales = found, step / STEPS, tried
-    columns = None if scales is None else group.spread(scales)
-    if columns is not None:
-        there = judged(_rounded(grid, consumers, columns))
-        if there < allowed:
-            allowed = there
-        else:
-            best, alpha, scales, columns = rtn, 0.0, None, None
+    taken = {name: [sample.inputs[name] for sample in observed.samples if name in sample.inputs] for name in consumers}
+    inputs = {name: torch.cat(parts) for name, parts in taken.items() if parts}
 
-    limits = _limits(grid, consumers, columns, observed)
-    clipped = _rounded(grid, consumers, columns, limits)
-    found = loss(clipped)
-    is_clipped = found < best and judged(clipped) < allowed
+    def scaled(step: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The scales of a step, of the producer's channels and of the consumers'."""
+        if not step:
+            return None, None
+        scales = group.settled(layer, candidate(magnitude, step / STEPS))
+        return scales, group.spread(scales)
+
+    def at(step: int) -> float:
+        columns = scaled(step)[1]
+        return loss(_rounded(grid, consumers, columns, _limits(clip.glance, grid, consumers, columns, inputs)))
+
+    best, alpha, scales, limits = rtn, 0.0, None, None
+    for step in dict.fromkeys((_least(at), 0)):  # clipping alone where scales do not hold what they promised
+        tried, columns = scaled(step)
+        for limits_tried in (_limits(clip.search, grid, consumers, columns, inputs), None):
+            rounded = _rounded(grid, consumers, columns, limits_tried)
+            found, there = loss(rounded), judged(rounded)
+            if found < best and there < allowed:  # false for NaN
+                best, allowed, alpha, scales, limits = found, there, step / STEPS, tried, limits_tried
+        if best < rtn:
+            break
     if scales is not None:
         folded = group.fold(folded, scales)
-    if is_clipped:
-        best = found
+    if limits is not None:
         folded = changed(folded, **{name: replace(part(folded, name), limits=limits[name]) for name in limits})
-    return folded, GroupResult(index, group.name, alpha, rtn, best, is_clipped)
+    return folded, GroupResult(index, group.name, alpha, rtn, best, limits is not None)
+
+
+def _least(loss: Callable[[int], float]) -> int:
+    """The step of least loss: among every second of them, and then the neighbours of the best."""
+    found: dict[int, float] = {}
+
+    def best_of(steps: Iterable[int]) -> int:
+        found.update({step: loss(step) for step in steps})
+        return min(found, key=lambda step: found[step] if math.isfinite(found[step]) else math.inf)
+
+    best = best_of(range(0, STEPS + 1, 2))
+    return best_of(step for step in (best - 1, best + 1) if 0 < step < STEPS)
 
 
 def candidate(magnitude: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -124,17 +142,18 @@ def _rounded(
 
 
 def _limits(
-    grid: Grid, consumers: Consumers, columns: torch.Tensor | None, observed: Observed
+    search: Callable[..., torch.Tensor],
+    grid: Grid,
+    consumers: Consumers,
+    columns: torch.Tensor | None,
+    inputs: dict[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Of the scaled consumers, by `clip`; not of routers, nor of experts that no sampled token went to."""
+    """Of the scaled consumers, by one of the searches of `clip`; not of routers, nor of experts that saw no sample."""
     found = {}
-    for name, linear in consumers.items():
-        inputs = [sample.inputs[name] for sample in observed.samples if name in sample.inputs]
-        if not inputs or not linear.quantized:
-            continue
-        x = torch.cat(inputs)
-        scaled = _scaled(linear, columns)
-        found[name] = clip.search(grid, scaled.weight, x if columns is None else x / columns, linear.modules[0])
+    for name, x in inputs.items():
+        if consumers[name].quantized:
+            scaled = _scaled(consumers[name], columns)
+            found[name] = search(grid, scaled.weight, x if columns is None else x / columns, scaled.modules[0])
     return found
 
 
