@@ -151,7 +151,8 @@ def in_turns(cpu, isa: str, args: argparse.Namespace) -> list[dict]:
         found.append({"isa": isa, "weight": turn.name, **figures, "samples": len(turn.times)})
         print(
             f"{isa:>11} {turn.name:>6}: {figures['bits_per_weight']:.4f} bits a weight, "
-            f"{figures['gb_per_s']:6.2f} GB/s, {figures['ratio_to_read']:.3f} of reading, {figures['speed']:.3f} of the first's speed",
+            f"{figures['gb_per_s']:6.2f} GB/s, {figures['ratio_to_read']:.3f} of reading, "
+            f"{figures['speed']:.3f} of the first's speed",
             flush=True,
         )
     return found

@@ -11,6 +11,7 @@ import tiny_checkpoints as tiny
 import tokenizer_files
 from safetensors.numpy import load_file
 
+import tinychat
 from tinychat import checkpoint
 from tinychat import quantize as package
 from tinychat.backends import reference
@@ -113,6 +114,13 @@ def test_the_same_seed_gives_the_same_bytes(source, tmp_path):
     quantize(source, tmp_path / "c", group_size=32, seed=4, **SMALL)
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b != c
+
+
+def test_the_package_is_called_as_its_function_is(source, tmp_path):
+    report = tinychat.quantize(source, tmp_path / "out", method="rtn", bits=3, group_size=32, progress=False)
+    assert report.bits == 3 and tinychat.load(tmp_path / "out", device="reference").config.n_layers == 2
+    with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
+        _ = tinychat.quantise
 
 
 def test_report(source, tmp_path):

@@ -45,11 +45,13 @@ _HOMES = {
 
 __all__ = [
     *("Engine", "Evaluation", "Piece", "Result", "SamplingParams", "TinychatError"),
-    *("evaluate", "generate", "load", "stream"),
+    *("evaluate", "generate", "load", "quantize", "stream"),
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "quantize":  # a package, and callable: see there
+        return importlib.import_module("tinychat.quantize")
     if name not in _HOMES:
         raise AttributeError(f"module 'tinychat' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"tinychat.{_HOMES[name]}"), name)

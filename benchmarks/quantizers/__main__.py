@@ -273,7 +273,8 @@ def main() -> None:
             f"{tokens:,} tokens predicted; calibrated on {made.calibrated}.",
             "Log-likelihood of a token in nats against the unquantized model, with its paired 95 % interval.",
             "",
-            "| quantizer | run by | bits of a weight | MB in all | s | CPU s | perplexity | log-likelihood | KL | top-1 |",
+            "| quantizer | run by | bits of a weight | MB in all | s | CPU s | perplexity | log-likelihood | KL "
+            "| top-1 |",
             "|---|---|---|---|---|---|---|---|---|---|",
             *(row.cells() for row in rows),
             "",

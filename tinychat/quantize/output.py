@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,10 @@ class Output:
     layout            how they hold it
     """
 
-    def __init__(self, source: Checkpoint, bits: int, group_size: int):
+    def __init__(self, source: Checkpoint, bits: int, group_size: int, symmetric: bool = False):
         self.source = source
-        self.layout, self.why = _fitting(source.config, source.names, bits, group_size)
+        writing = partial(layouts.for_writing, bits, symmetric=symmetric)
+        self.layout, self.why = _fitting(source.config, source.names, group_size, writing)
         self.group_size = self.layout.group_size
 
     def plan(self, index: int, linear: str, i: int, shape: tuple[int, int]) -> tuple[str, str | None]:
@@ -153,15 +155,17 @@ def _bytes(layout: WritableLayout, shape: tuple[int, int]) -> int:
     return sum(math.prod(part.shape) * DTYPES[part.dtypes[0]].itemsize for part in parts if not part.optional)
 
 
-def _fitting(config: ModelConfig, names: TensorNames, bits: int, group_size: int) -> tuple[WritableLayout, str | None]:
-    """The layout and group size that make the smallest checkpoint; and why, if it is not the one asked for.
+def _fitting(
+    config: ModelConfig, names: TensorNames, group_size: int, writing: Callable[[int], WritableLayout]
+) -> tuple[WritableLayout, str | None]:
+    """The group size that makes the smallest checkpoint, in its layout; and why, if it is not the one asked for.
 
     A layout has one group size for all: where it does not divide the inputs of a linear, that linear stays in 16
     bits, or all get smaller groups, a power of two that does.
     """
     linears = _linears(config, names)
     smaller = [1 << i for i in range(30) if LEAST_GROUP <= 1 << i < group_size]
-    candidates = [layouts.for_writing(bits, size) for size in (group_size, *reversed(smaller))]  # the largest of equals
+    candidates = [writing(size) for size in (group_size, *reversed(smaller))]  # the largest of equals
     totals = [sum(_bytes(candidate, shape) for _, shape in linears) for candidate in candidates]
     chosen = candidates[totals.index(min(totals))]
     if chosen.group_size == group_size:

@@ -84,7 +84,7 @@ def quantize(
     opened = checkpoint.open(checkpoint.locate(source, revision=revision, offline=offline), ignore_config=ignore_config)
     if opened.quantization is not None:
         raise UsageError(f"{opened.path} is quantized already; quantize the original checkpoint instead")
-    made = Output(opened, bits, group_size)
+    made = Output(opened, bits, group_size, symmetric)
     length = min(length or (SAMPLED if calibration is None else FROM_FILE), opened.config.max_positions)
     options = {"method": method, "bits": bits, "group size": group_size, "seed": seed}
     options |= {"symmetric": symmetric, "act-order": act_order}
