@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from test_architectures import TOLERANCE, ours, theirs, tokens
+from test_architectures import TOLERANCE, every_backend, ours, theirs, tokens
 from test_lowered_decoder import ISAS, build, f32, ids, joined, nmse, quantized, reference
-from tiny_models import tiny
+from tiny_models import memory_weights, tiny
 from transformers import AutoModelForCausalLM
 
 from tinychat import checkpoint
@@ -120,6 +120,27 @@ def test_only_the_experts_of_a_row_are_read():
                 unread[backend].append(expert)
     assert len(unread[build]) == 12 - 3
     assert unread[build] == unread[reference]
+
+
+@every_backend
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_go_where_transformers_sends_them(family, backend):
+    """Told by the rows that an expert of NaN spoils."""
+    everywhere = {} if family == "mixtral" else {"mlp_only_layers": []}
+    model, config = tiny(family, num_hidden_layers=1, **everywhere)
+    chosen = []
+    (router,) = (module for module in model.modules() if type(module).__name__.endswith("TopKRouter"))
+    router.register_forward_hook(lambda _, __, out: chosen.append(out[2].numpy()))
+    text = tokens(60, config["vocab_size"])
+    theirs(model, text)
+    weights = memory_weights(model, config)
+    (layer,), n = weights.layers, weights.config.experts.n_experts
+    for expert in range(n):
+        broken = [part.segments[0].copy() for part in layer.down.parts(n)]
+        broken[expert][:] = np.nan
+        changed = replace(weights, layers=[replace(layer, down=Linear(tuple(broken)))])
+        spoiled = np.isnan(ours(changed, text, [41, 1, 18], backend)).any(1)
+        np.testing.assert_array_equal(spoiled, (chosen[0] == expert).any(1))
 
 
 def test_a_router_that_is_not_a_number_is_no_crash():

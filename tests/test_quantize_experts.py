@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from test_architectures import TOLERANCE, ours, tokens
 from test_experts import FAMILIES, SIZES_OF, mixture
 from test_lowered_decoder import build, ids, nmse
 from tiny_models import memory_weights, tiny
 
+import tinychat
 from tinychat import checkpoint
 from tinychat.cache import Rows
 from tinychat.qtensor import QTensor
@@ -106,6 +108,28 @@ def test_experts_without_a_token_are_rounded_and_named():
         )
 
 
+WORDS, PLAIN = {"qweight", "qzeros", "scales"}, {"weight"}
+PUBLISHED = {  # modules of the files that the community and Qwen publish in AWQ's layout, and their tensors
+    "mixtral": {
+        **{f"block_sparse_moe.experts.{i}.w{j}": WORDS for i in range(5) for j in (1, 2, 3)},
+        "block_sparse_moe.gate": PLAIN,
+    },
+    "qwen2_moe": {
+        "mlp.experts.6.gate_proj": WORDS,
+        "mlp.experts.0.up_proj": WORDS,
+        "mlp.experts.3.down_proj": WORDS,
+        "mlp.shared_expert.gate_proj": WORDS,
+        "mlp.shared_expert.down_proj": WORDS,
+        "mlp.shared_expert_gate": PLAIN,
+        "mlp.gate": PLAIN,
+    },
+    "qwen3_moe": {
+        **{f"mlp.experts.{i}.{part}_proj": WORDS for i in range(9) for part in ("gate", "up", "down")},
+        "mlp.gate": PLAIN,
+    },
+}
+
+
 @pytest.mark.parametrize(("family", "method"), [("mixtral", "gptq"), ("qwen2_moe", "awq"), ("qwen3_moe", "rtn")])
 def test_a_checkpoint_is_quantized_and_runs(family, method, tmp_path):
     model, config = tiny(family, **SIZES_OF[family])
@@ -114,6 +138,11 @@ def test_a_checkpoint_is_quantized_and_runs(family, method, tmp_path):
     report = quantize(tmp_path / "plain", tmp_path / "q", **options)
     found = checkpoint.open(tmp_path / "q")
     assert found.n_quantized == report.quantized_weights
+    tensors = load_file(tmp_path / "q/model.safetensors")
+    for module, endings in PUBLISHED[family].items():
+        module = f"model.layers.0.{module}"
+        assert {name.removeprefix(f"{module}.") for name in tensors if name.startswith(f"{module}.")} == endings
+    assert not any(name.endswith(".weight") and ".experts." in name for name in tensors)
     routers = [module for module in report.kept if module.endswith("gate")]
     assert routers and set(routers) <= set(found.hf_config["quantization_config"]["modules_to_not_convert"])
     exact, text = checkpoint.open(tmp_path / "plain"), tokens(20, config["vocab_size"]).astype(np.int32)
@@ -122,3 +151,6 @@ def test_a_checkpoint_is_quantized_and_runs(family, method, tmp_path):
     lowered = build(found)
     y = [lowered.step(Rows.of(text[:15], 0, wanted="all")), lowered.step(Rows.of(text[15:], 15, wanted="all"))]
     assert nmse(np.concatenate(y), ours(found, text, [20])) < 1e-5
+    with tinychat.load(tmp_path / "q", device="cpu") as llm:
+        answer = tinychat.generate(llm, text.tolist(), max_tokens=8, temperature=0, ignore_eos=True)
+    assert len(answer.tokens) == 8 and answer.tokens[0] == int(y[1][-1].argmax())
