@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
-from tinychat import backends, checkpoint, engine, memory, tokenizer
-from tinychat.checkpoint.inventory import Inventory, segments
-from tinychat.checkpoint.shards import Shards
+from tinychat import backends, checkpoint, engine, memory
+from tinychat.checkpoint.inventory import segments
 from tinychat.errors import TemplateError, TokenizerError
 from tinychat.weights import linears
 
@@ -37,7 +35,7 @@ def gather(
     c = source.config
     size = engine.context_size(c, ctx_size)
     module, why = backends.choose(device)
-    shards = Shards(path)
+    shards = source.shards
     sizes = c, source.file_bytes, source.n_quantized, module.FOOTPRINT, size
     return {
         "model": model,
@@ -46,8 +44,8 @@ def gather(
         "n_parameters": source.n_parameters,
         **{name: getattr(c, name) for name in ("n_layers", "hidden_size", "n_heads", "n_kv_heads", "head_dim")},
         **{name: getattr(c, name) for name in ("intermediate_size", "vocab_size", "max_positions", "tied_head")},
-        "weights": _weights(source, shards),
-        "file_bytes": source.file_bytes,
+        "weights": _weights(source),
+        "file_bytes": shards.nbytes,
         "n_files": len(shards.files),
         "ctx_size": size,
         "kv_dtype": kv_dtype,
@@ -60,17 +58,17 @@ def gather(
             ),
             "available": memory.available(),
         },
-        **_text(path),
+        **_text(source),
         "backend": module.__name__.rpartition(".")[2],
         "backend_description": module.describe(),
         "backend_reason": why,
     }
 
 
-def _weights(source: checkpoint.Checkpoint, shards: Shards) -> dict[str, Any]:
+def _weights(source: checkpoint.Checkpoint) -> dict[str, Any]:
     """How many weights are quantized and how, how many are plain in which dtype, which linears the quantizer left."""
-    c, names, quantization = source.config, source.names, source.quantization
-    modules = Inventory(c, names, quantization, shards).quantized
+    c, names, quantization, shards = source.config, source.names, source.quantization, source.shards
+    modules = source.quantized
     left = []
     plain = Counter({_DTYPES[shards.info(f"{names.embed}.weight").dtype]: c.vocab_size * c.hidden_size})
     places = [(linear, layer) for layer in range(c.n_layers) for linear in linears(c, layer)]
@@ -86,10 +84,10 @@ def _weights(source: checkpoint.Checkpoint, shards: Shards) -> dict[str, Any]:
     return facts
 
 
-def _text(path: Path) -> dict[str, Any]:
+def _text(source: checkpoint.Checkpoint) -> dict[str, Any]:
     """Whether there is a tokenizer and a chat template; what is wrong with them where they cannot be read."""
     try:
-        found = tokenizer.load(path)
+        found = source.tokenizer()
     except (TokenizerError, TemplateError) as error:
         return {"tokenizer": False, "chat_template": False, "tokenizer_error": str(error)}
     return {"tokenizer": found is not None, "chat_template": found is not None and found.chat_template is not None}

@@ -6,14 +6,11 @@ norms and biases, and the keys and values of the positions that the token sees.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from tinychat import checkpoint
 from tinychat.bench.random_weights import RandomWeights
 from tinychat.checkpoint.inventory import segments
-from tinychat.checkpoint.safetensors_file import DTYPES
-from tinychat.checkpoint.shards import Shards
 from tinychat.config import ModelConfig
 from tinychat.engine import KV_ITEMSIZE
 from tinychat.qtensor import HEAD_GROUP
@@ -79,16 +76,14 @@ def _of_random(source: RandomWeights) -> tuple[float, float, float, float, float
 
 def _of_files(source: checkpoint.Checkpoint) -> tuple[float, float, float, float, float]:
     """Bytes of the body, of what is quantized in it, of the head, of the embedding table and of the experts."""
-    shards, names = Shards(source.path), source.names
-    sizes = {}
-    for name in shards.names:
-        info = shards.info(name)
-        sizes[name] = math.prod(info.shape) * DTYPES[info.dtype].itemsize
+    shards, names = source.shards, source.names
+    infos = {name: shards.info(name) for name in shards.names}
+    sizes = {name: info.end - info.begin for name, info in infos.items()}
     table = sizes.pop(f"{names.embed}.weight")
     head = sum(sizes.pop(name) for name in list(sizes) if name.startswith(f"{names.head}."))
     body = {name: size for name, size in sizes.items() if not name.endswith(names.ignored)}
-    endings = source.quantization.endings if source.quantization else ()
-    quantized = sum(size for name, size in body.items() if name.rpartition(".")[2] in endings)
+    parts = (name for name in body if not name.endswith(".bias"))
+    quantized = sum(body[name] for name in parts if name.rpartition(".")[0] in source.quantized)
     sparse = source.config.experts.layers if source.config.experts else ()
     places = [(linear, layer) for layer in sparse for linear in ("up", "down")]
     modules = {part.module for place in places for part in segments(source.config, names, *place)}

@@ -82,6 +82,8 @@ def quantize(
     chosen = find(method, act_order)
     Grid(bits, group_size, symmetric)  # checks them
     opened = checkpoint.open(checkpoint.locate(source, revision=revision, offline=offline), ignore_config=ignore_config)
+    if opened.path.is_file():
+        raise UsageError(f"{opened.path} is a GGUF file; quantize the original checkpoint, a directory, instead")
     if opened.quantization is not None:
         raise UsageError(f"{opened.path} is quantized already; quantize the original checkpoint instead")
     made = Output(opened, bits, group_size, symmetric)
