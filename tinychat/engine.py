@@ -50,7 +50,7 @@ def load(
     ignore_config: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Engine:
-    """The engine of `model`: a directory, a hub id, or "pebble", the model that ships with tinychat.
+    """The engine of `model`: a directory, a GGUF file, a hub id, or "pebble", the model that ships with tinychat.
 
     device         "auto", or a backend's name
     ctx_size       positions of the KV cache; by default the model's own maximum, at most 4096

@@ -6,11 +6,13 @@ norms and biases, and the keys and values of the positions that the token sees.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tinychat import checkpoint
 from tinychat.bench.random_weights import RandomWeights
 from tinychat.checkpoint.inventory import segments
+from tinychat.checkpoint.safetensors_file import DTYPES
 from tinychat.config import ModelConfig
 from tinychat.engine import KV_ITEMSIZE
 from tinychat.qtensor import HEAD_GROUP
@@ -79,7 +81,9 @@ def _of_files(source: checkpoint.Checkpoint) -> tuple[float, float, float, float
     shards, names = source.shards, source.names
     infos = {name: shards.info(name) for name in shards.names}
     sizes = {name: info.end - info.begin for name, info in infos.items()}
-    table = sizes.pop(f"{names.embed}.weight")
+    sizes.pop(f"{names.embed}.weight")
+    embed = infos[f"{names.embed}.weight"]
+    table = math.prod(embed.shape) * DTYPES[embed.dtype].itemsize  # as it is held: in GGUF it may be stored otherwise
     head = sum(sizes.pop(name) for name in list(sizes) if name.startswith(f"{names.head}."))
     body = {name: size for name, size in sizes.items() if not name.endswith(names.ignored)}
     parts = (name for name in body if not name.endswith(".bias"))

@@ -34,7 +34,7 @@ from tinychat.qtensor import QTensor, bfloat16
 
 MAX_KEYS = 1 << 16
 _VERSIONS = (2, 3)
-_ROWS = 4096
+_TOGETHER = 1 << 17  # weights unpacked at a time: what stays in the cache
 _ALIGNMENT = 32  # of tensors, where general.alignment does not say otherwise
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # types of values, for struct
 _STRING, _ARRAY = 8, 9
@@ -99,6 +99,7 @@ class Quantized(Kind):
     unpack: Callable[[np.ndarray], QTensor]
     bits: int
     group_size: int
+    scales: type = np.float16
 
 
 _KINDS: dict[int, Kind] = {
@@ -107,7 +108,7 @@ _KINDS: dict[int, Kind] = {
     30: Plain("BF16", 1, 2, bfloat16),
     2: Quantized("Q4_0", 32, 18, _q4_0, 4, 32),
     8: Quantized("Q8_0", 32, 34, _q8_0, 8, 32),
-    14: Quantized("Q6_K", 256, 210, _q6_k, 6, 16),
+    14: Quantized("Q6_K", 256, 210, _q6_k, 6, 16, np.float32),
 }
 _REFUSED = {3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 15: "Q8_K"}
 _REFUSED |= {16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S"}
@@ -150,30 +151,40 @@ class GgufFile:
 
     def quantized(self, name: str) -> QTensor:
         """Tensor `name`, which is quantized."""
-        parts = list(self._parts(name))
-        codes, scales, zeros = (np.concatenate([getattr(q, of) for q in parts]) for of in ("codes", "scales", "zeros"))
-        return QTensor(codes, scales, zeros, parts[0].bits, parts[0].group_size)
+        kind, (n, k) = self._blocks(name)
+        groups = n, k // kind.group_size
+        codes, zeros = np.empty((n, k), np.uint8), np.empty(groups, np.uint8)
+        scales: np.ndarray = np.empty(groups, kind.scales)
+        for rows, q in self._parts(name):
+            codes[rows], scales[rows], zeros[rows] = q.codes, q.scales, q.zeros
+        return QTensor(codes, scales, zeros, kind.bits, kind.group_size)
 
     def table(self, name: str) -> np.ndarray:
         """Tensor `name` as floats: mapped, or where it is quantized rounded to fp16; read-only."""
         tensor = self.tensors[name]
         if isinstance(tensor.kind, Plain):
             return self._stored(tensor).view(tensor.kind.dtype).reshape(tensor.shape)
-        made = np.concatenate([q.dequantize(np.float16) for q in self._parts(name)])
+        made = np.empty(tensor.shape, np.float16)
+        for rows, q in self._parts(name):
+            made[rows] = q.dequantize(np.float16)
         made.flags.writeable = False
         return made
 
-    def _parts(self, name: str) -> Iterator[QTensor]:
-        """Some rows after the others: unpacking takes several times the room of what comes of it."""
-        tensor = self.tensors[name]
-        kind, (n, k) = tensor.kind, tensor.shape
+    def _blocks(self, name: str) -> tuple[Quantized, tuple[int, int]]:
+        kind, (n, k) = self.tensors[name].kind, self.tensors[name].shape
         assert isinstance(kind, Quantized)
-        blocks = self._stored(tensor).reshape(n, k // kind.block, kind.nbytes)
-        for first in range(0, n, _ROWS):
-            q = kind.unpack(blocks[first : first + _ROWS])
+        return kind, (n, k)
+
+    def _parts(self, name: str) -> Iterator[tuple[slice, QTensor]]:
+        """Some rows after the others: unpacking takes several times the room of what comes of it."""
+        kind, (n, k) = self._blocks(name)
+        blocks = self._stored(self.tensors[name]).reshape(n, k // kind.block, kind.nbytes)
+        step = max(1, _TOGETHER // k)
+        for rows in (slice(first, first + step) for first in range(0, n, step)):
+            q = kind.unpack(blocks[rows])
             if not np.isfinite(q.scales).all():
                 raise self.error(f"has scales in {quote(name)} that are not finite; the file is damaged")
-            yield q
+            yield rows, q
 
     def _stored(self, tensor: Tensor) -> np.ndarray:
         """Its bytes."""

@@ -52,7 +52,8 @@ def locate(model: str | Path, *, revision: str | None = None, offline: bool = Fa
                 f"{quote(name)} is a file; give the directory that holds config.json and the weights, or a {GGUF} file"
             )
         if revision is not None:
-            raise CheckpointError(f"{quote(name)} is a local path, which has no revision '{quote(revision)}'")
+            kind = "directory" if path.is_dir() else "file"
+            raise CheckpointError(f"{quote(name)} is a local {kind}, which has no revision '{quote(revision)}'")
         return path
     if isinstance(model, Path) or _PATH_LIKE.match(name):
         raise CheckpointError(
