@@ -81,6 +81,7 @@ void soften(float* scores, int64_t n, const QueryGroup& group, int64_t head, con
     for (int64_t j = 0; j < n; j += kLanes) {
         Vector score = load(scores + j) * all(group.scale);
         if (cache.type == CacheType::q8) score = score * load(cache.key_scales + begin + j, part(n - j));
+        if (group.cap != 0) score = capped(score, group.cap);
         if (slope != 0) score = fma(all(slope), counted() + all(static_cast<float>(begin + j - position)), score);
         save(scores + j, score);
         ahead.ask(2);

@@ -107,13 +107,15 @@ void widen_values(const Entry* values, const float* scales, int64_t n, int64_t d
 
 // Scores of a query with a tile's entries, of which it sees some, become weights e^(score - maximum); those it does not see
 // get 0, to the end of the last register. The maximum before is left in *factor: see rescale().
-void soften_tile(float* s, int64_t n, Seen seen, float slope, int64_t distance, float* maximum, float* sum, float* factor) {
+void soften_tile(float* s, int64_t n, Seen seen, float cap, float slope, int64_t distance, float* maximum, float* sum,
+                 float* factor) {
     constexpr int64_t kRegisters = kTileEntries / kLanes;
     const int64_t registers = (n + kLanes - 1) / kLanes;
     const bool all_seen = seen.begin <= 0 && seen.end >= registers * kLanes;
     Vector largest = all(*maximum), scores[kRegisters];
     for (int64_t r = 0; r < registers; ++r) {
         scores[r] = load(s + r * kLanes);
+        if (cap != 0) scores[r] = capped(scores[r], cap);
         if (slope != 0) scores[r] = fma(all(slope), counted() + all(static_cast<float>(distance + r * kLanes)), scores[r]);
         if (!all_seen) scores[r] = within(scores[r], seen.begin - r * kLanes, seen.end - r * kLanes, kNothing);
         largest = larger(largest, scores[r]);
@@ -198,7 +200,7 @@ void tiles(const CacheView& cache, const QueryGroup& group, const QueryRows& row
         in_blocks([&](auto M, int64_t m, int64_t seen) {
             for (int64_t i = m; i < m + decltype(M)::value; ++i) {
                 const Seen own = seen_by(rows, i / heads, tile, tile + seen);
-                soften_tile(s + i * kTileEntries, seen, {own.begin - tile, own.end - tile},
+                soften_tile(s + i * kTileEntries, seen, {own.begin - tile, own.end - tile}, group.cap,
                             group.slopes ? group.slopes[i % heads] : 0, tile - rows.position - i / heads,
                             partial.maximum + i, tile_sums + i, factors + i);
             }

@@ -94,7 +94,7 @@ void step(Decoder& decoder, const std::optional<py::array>& tokens, const std::o
           const py::array& sin, const py::array& keys, const py::array& values,
           const std::optional<py::array>& key_scales, const std::optional<py::array>& value_scales, const py::array& logits) {
     const DecoderShape& shape = decoder.shape();
-    const int64_t n = positions.size(), n_wanted = wanted.size(), half = shape.rope_dim / 2;
+    const int64_t n = positions.size(), n_wanted = wanted.size(), half = shape.rope_dim / 2, n_ropes = shape.n_ropes();
     if (keys.ndim() != 5) throw std::invalid_argument("the cache has " + std::to_string(keys.ndim()) + " axes, not 5");
     const int64_t n_slots = keys.shape(1), capacity = keys.shape(3);
     const int64_t n_layers = static_cast<int64_t>(shape.windows.size());
@@ -115,8 +115,8 @@ void step(Decoder& decoder, const std::optional<py::array>& tokens, const std::o
                     embeddings ? numbers<float>(*embeddings, {n, shape.hidden_size}, "embeddings") : nullptr,
                     numbers<int32_t>(positions, {n}, "positions"),
                     numbers<int32_t>(slots, {n}, "slots"),
-                    numbers<float>(cos, {n, half}, "cos"),
-                    numbers<float>(sin, {n, half}, "sin"),
+                    numbers<float>(cos, {n_ropes, n, half}, "cos"),
+                    numbers<float>(sin, {n_ropes, n, half}, "sin"),
                     n_wanted,
                     numbers<int32_t>(wanted, {n_wanted}, "wanted"),
                     type,
@@ -135,7 +135,12 @@ void step(Decoder& decoder, const std::optional<py::array>& tokens, const std::o
 void bind_decoder(py::module_& m) {
     using release = py::call_guard<py::gil_scoped_release>;
     py::enum_<NormType>(m, "NormType").value("rms", NormType::rms).value("layer", NormType::layer);
-    py::enum_<Activation>(m, "Activation").value("silu", Activation::silu).value("gelu", Activation::gelu);
+    py::enum_<Activation>(m, "Activation").value("silu", Activation::silu).value("gelu", Activation::gelu).value(
+        "gelu_tanh", Activation::gelu_tanh).value("relu", Activation::relu);
+    py::enum_<BlockType>(m, "BlockType")
+        .value("sequential", BlockType::sequential)
+        .value("parallel", BlockType::parallel)
+        .value("post_norm", BlockType::post_norm);
     py::enum_<CacheType>(m, "CacheType").value("f16", CacheType::f16).value("f32", CacheType::f32).value(
         "q8", CacheType::q8);
 
@@ -145,39 +150,67 @@ void bind_decoder(py::module_& m) {
              }),
              py::arg("n_experts"), py::arg("n_used"), py::arg("intermediate_size"), py::arg("shared_size"),
              py::arg("normalized"));
+    py::class_<DecoderShape>(m, "DecoderShape", "Whoever makes one sets every field.")
+        .def(py::init<>())
+        .def_readwrite("vocab_size", &DecoderShape::vocab_size)
+        .def_readwrite("hidden_size", &DecoderShape::hidden_size)
+        .def_readwrite("n_heads", &DecoderShape::n_heads)
+        .def_readwrite("n_kv_heads", &DecoderShape::n_kv_heads)
+        .def_readwrite("head_dim", &DecoderShape::head_dim)
+        .def_readwrite("intermediate_size", &DecoderShape::intermediate_size)
+        .def_readwrite("rope_dim", &DecoderShape::rope_dim)
+        .def_readwrite("rope_interleaved", &DecoderShape::rope_interleaved)
+        .def_readwrite("norm_eps", &DecoderShape::norm_eps)
+        .def_readwrite("norm_type", &DecoderShape::norm_type)
+        .def_readwrite("activation", &DecoderShape::activation)
+        .def_readwrite("gated", &DecoderShape::gated)
+        .def_readwrite("block", &DecoderShape::block)
+        .def_readwrite("whole_qk_norm", &DecoderShape::whole_qk_norm)
+        .def_readwrite("clip_qkv", &DecoderShape::clip_qkv)
+        .def_readwrite("attention_scale", &DecoderShape::attention_scale)
+        .def_readwrite("attention_cap", &DecoderShape::attention_cap)
+        .def_readwrite("residual_scale", &DecoderShape::residual_scale)
+        .def_readwrite("embed_size", &DecoderShape::embed_size)
+        .def_readwrite("embed_scale", &DecoderShape::embed_scale)
+        .def_readwrite("logit_cap", &DecoderShape::logit_cap)
+        .def_readwrite("windows", &DecoderShape::windows)
+        .def_readwrite("ropes", &DecoderShape::ropes)
+        .def_readwrite("slopes", &DecoderShape::slopes)
+        .def_readwrite("experts", &DecoderShape::experts);
+
     py::class_<Decoder>(m, "Decoder", "A packed model and its step; see csrc/decoder.h. Not checked: the addresses.")
-        .def(py::init([](const std::string& isa, int n_threads, int64_t vocab_size, int64_t hidden_size, int64_t n_heads,
-                         int64_t n_kv_heads, int64_t head_dim, int64_t intermediate_size, int64_t rope_dim, float norm_eps,
-                         NormType norm_type, Activation activation, bool gated, bool parallel,
-                         std::vector<int64_t> windows, std::vector<float> slopes, const ExpertsShape& experts) {
-                 const DecoderShape shape{vocab_size,        hidden_size, n_heads,   n_kv_heads, head_dim,
-                                          intermediate_size, rope_dim,    norm_eps,  norm_type,  activation,
-                                          gated,             parallel,    std::move(windows), std::move(slopes),
-                                          experts};
+        .def(py::init([](const std::string& isa, int n_threads, const DecoderShape& shape) {
                  return std::make_unique<Decoder>(shape, kernels(isa.c_str()), n_threads);
              }),
-             py::kw_only(), py::arg("isa"), py::arg("n_threads"), py::arg("vocab_size"), py::arg("hidden_size"),
-             py::arg("n_heads"), py::arg("n_kv_heads"), py::arg("head_dim"), py::arg("intermediate_size"),
-             py::arg("rope_dim"), py::arg("norm_eps"), py::arg("norm_type"), py::arg("activation"), py::arg("gated"),
-             py::arg("parallel"), py::arg("windows"), py::arg("slopes"), py::arg("experts") = ExpertsShape{})
+             py::kw_only(), py::arg("isa"), py::arg("n_threads"), py::arg("shape"))
         .def(
             "set_embed", [](Decoder& decoder, WeightType type, Address table) { decoder.set_embed(type, pointer(table)); },
             release())
         .def(
+            "set_ends",
+            [](Decoder& decoder, WeightType type, Address positions, int64_t n_positions, const NormArgs& norm,
+               const LinearArgs& project_in, const LinearArgs& project_out) {
+                decoder.set_ends({type, pointer(positions), n_positions, norm_data(norm), linear_data(project_in),
+                                  linear_data(project_out)});
+            },
+            py::kw_only(), py::arg("positions_type"), py::arg("positions"), py::arg("n_positions"), py::arg("norm"),
+            py::arg("project_in"), py::arg("project_out"), release())
+        .def(
             "add_layer",
-            [](Decoder& decoder, const NormArgs& norm1, const NormArgs& norm2, Address q_norm, Address k_norm, const LinearArgs& qkv,
-               const LinearArgs& out, const LinearArgs& up, const LinearArgs& down, Address act_scale, bool experts,
+            [](Decoder& decoder, const NormArgs& norm1, const NormArgs& norm2, const NormArgs& out_norm,
+               const NormArgs& down_norm, Address q_norm, Address k_norm, const LinearArgs& qkv, const LinearArgs& out,
+               const LinearArgs& up, const LinearArgs& down, Address act_scale, bool experts,
                const std::optional<LinearArgs>& shared_down) {
-                LayerData data{norm_data(norm1), norm_data(norm2), pointer<const float>(q_norm), pointer<const float>(k_norm),
-                               linear_data(qkv), linear_data(out), linear_data(up), linear_data(down),
-                               pointer<const float>(act_scale)};
+                LayerData data{norm_data(norm1), norm_data(norm2), norm_data(out_norm), norm_data(down_norm),
+                               pointer<const float>(q_norm), pointer<const float>(k_norm), linear_data(qkv),
+                               linear_data(out), linear_data(up), linear_data(down), pointer<const float>(act_scale)};
                 data.experts = experts;
                 if (shared_down) data.shared_down = linear_data(*shared_down);
                 decoder.add_layer(data);
             },
-            py::kw_only(), py::arg("norm1"), py::arg("norm2"), py::arg("q_norm"), py::arg("k_norm"), py::arg("qkv"),
-            py::arg("out"), py::arg("up"), py::arg("down"), py::arg("act_scale") = 0, py::arg("experts") = false,
-            py::arg("shared_down") = std::nullopt, release())
+            py::kw_only(), py::arg("norm1"), py::arg("norm2"), py::arg("out_norm"), py::arg("down_norm"),
+            py::arg("q_norm"), py::arg("k_norm"), py::arg("qkv"), py::arg("out"), py::arg("up"), py::arg("down"),
+            py::arg("act_scale") = 0, py::arg("experts") = false, py::arg("shared_down") = std::nullopt, release())
         .def(
             "finish",
             [](Decoder& decoder, const NormArgs& norm, const LinearArgs& head) {
@@ -200,8 +233,11 @@ void bind_decoder(py::module_& m) {
     m.def("rms_norm", [](const char* isa, Address x, Address weight, float eps, int64_t n, Address y) {
         kernels(isa).block.rms_norm(pointer<const float>(x), pointer<const float>(weight), eps, n, pointer<float>(y));
     });
-    m.def("add", [](const char* isa, Address x, Address y, int64_t n) {
-        kernels(isa).block.add(pointer<float>(x), pointer<const float>(y), n);
+    m.def("soft_cap", [](const char* isa, Address x, float cap, int64_t n) {
+        kernels(isa).block.soft_cap(pointer<float>(x), cap, n);
+    });
+    m.def("add", [](const char* isa, Address x, Address y, float factor, int64_t n) {
+        kernels(isa).block.add(pointer<float>(x), pointer<const float>(y), factor, n);
     });
     m.def("moments", [](const char* isa, NormType type, Address x, int64_t n) {
         const Moments moments = kernels(isa).block.moments(type, pointer<const float>(x), n);
@@ -230,18 +266,18 @@ void bind_decoder(py::module_& m) {
     });
     m.def(
         "attend",
-        [](const char* isa, const CacheView& cache, int64_t dim, int64_t heads, float scale, Address slopes, Address q,
+        [](const char* isa, const CacheView& cache, int64_t dim, int64_t heads, float scale, Address slopes, float cap, Address q,
            int64_t q_stride, int64_t rows, int64_t position, int64_t window, int64_t begin, int64_t end, Address out,
            int64_t out_stride, Address maximum, Address sum) {
             const AttentionKernels& attention = kernels(isa).attention;
-            const QueryGroup group{dim, heads, scale, pointer<const float>(slopes)};
+            const QueryGroup group{dim, heads, scale, pointer<const float>(slopes), cap};
             const Buffer scratch(attention.scratch(group, rows, end - begin) * static_cast<int64_t>(sizeof(float)));
             attention.attend(cache, group, {pointer<const float>(q), q_stride, rows, position, window}, begin, end,
                              scratch.floats(),
                              {pointer<float>(out), out_stride, pointer<float>(maximum), pointer<float>(sum)});
         },
         py::arg("isa"), py::arg("cache"), py::kw_only(), py::arg("dim"), py::arg("heads"), py::arg("scale"),
-        py::arg("slopes") = 0, py::arg("q"), py::arg("q_stride"), py::arg("rows"), py::arg("position"),
+        py::arg("slopes") = 0, py::arg("cap") = 0.0f, py::arg("q"), py::arg("q_stride"), py::arg("rows"), py::arg("position"),
         py::arg("window") = 0, py::arg("begin"), py::arg("end"), py::arg("out"), py::arg("out_stride"),
         py::arg("maximum"), py::arg("sum"));
 }

@@ -1,16 +1,19 @@
 // The graph of a decoder, lowered once: one call runs a whole step on one team of threads.
 //
-//   x = embed[token]
+//   x = embed[token]                                     perhaps projected, with a position added, normed
 //   for each layer:
-//       q, k, v = qkv(norm1(x))                          RMSNorm over each head of q and k where the model has it
-//       rotate q and k, unless positions are ALiBi's; append k and v to the slot's cache
-//       for each row and head: mixed = softmax(q . keys / sqrt(head_dim) - slope * distance) values, over what it sees
+//       q, k, v = qkv(norm1(x))                          perhaps clipped; RMSNorm over q and k where the model has it
+//       rotate q and k where the layer has rotary positions; append k and v to the slot's cache
+//       for each row and head: mixed = softmax(scale q . keys - slope * distance) values, over what it sees
 //       y = out(mixed)
 //       x += y                                           parallel blocks: not yet, the MLP reads the same x
 //       gate, up = up(norm2(x))
 //       z = down(act(gate) * up)                         plain MLPs: down(act(up)); AWQ may divide what down reads
 //       x += z                                           parallel blocks: x += y + z
 //   logits = head(norm(x))                               for the wanted rows only
+//
+// A norm that a model does not have is left out; y and z may have norms of their own, and in post-norm blocks norms 1 and
+// 2 are of x after y and z are added.
 //
 // All T rows go through a phase together, so each weight is read once per step. A phase divides what it computes among
 // the threads (rows, pieces of rows, tiles of output rows, or heads of rows) and each result is computed whole by one
@@ -50,6 +53,15 @@ void widen(WeightType type, const void* table, int64_t from, int64_t n, float* o
     for (int64_t i = 0; i < n; ++i) out[i] = convert(values[i]);
 }
 
+// x += n of the values of a table, from index `from`.
+void add_values(WeightType type, const void* table, int64_t from, int64_t n, float* x) {
+    for (int64_t i = 0; i < n; ++i) {
+        float value;
+        widen(type, table, from + i, 1, &value);
+        x[i] += value;
+    }
+}
+
 }  // namespace
 
 // ---- loading ---------------------------------------------------------------------------------------------------------
@@ -61,6 +73,8 @@ Decoder::Decoder(const DecoderShape& shape, const Kernels& kernels, int n_thread
         if (size < 1) refuse("a size of the decoder is not positive");
     }
     if (s.n_heads % s.n_kv_heads) refuse("n_heads is not a multiple of n_kv_heads");
+    if (s.embed_size < 1) refuse("a size of the decoder is not positive");
+    if (s.ropes.size() != s.windows.size()) refuse("other layers have rotary positions than there are");
     if (s.rope_dim < 0 || s.rope_dim % 2 || s.rope_dim > s.head_dim) refuse("rope_dim is odd or above head_dim");
     if (!s.slopes.empty() && static_cast<int64_t>(s.slopes.size()) != s.n_heads) refuse("slopes for other than n_heads");
     if (n_threads < 1) refuse("fewer than one thread");
@@ -103,6 +117,7 @@ Buffer Decoder::keep(const float* values, int64_t n) {
 
 Decoder::Norm Decoder::keep(const NormData& data) {
     Norm norm;
+    if (!data.weight) return norm;
     norm.weight = keep(data.weight, shape_.hidden_size);
     if (data.bias) norm.bias = keep(data.bias, shape_.hidden_size);
     return norm;
@@ -113,9 +128,12 @@ void Decoder::add_layer(const LayerData& data) {
     if (!data.q_norm != !data.k_norm) refuse("a norm for one of q and k only");
     Layer layer;
     layer.norm1 = keep(data.norm1);
-    if (data.norm2.weight || !shape_.parallel) layer.norm2 = keep(data.norm2);
-    if (data.q_norm) layer.q_norm = keep(data.q_norm, shape_.head_dim);
-    if (data.k_norm) layer.k_norm = keep(data.k_norm, shape_.head_dim);
+    layer.norm2 = keep(data.norm2);
+    layer.out_norm = keep(data.out_norm);
+    layer.down_norm = keep(data.down_norm);
+    const bool whole = shape_.whole_qk_norm;
+    if (data.q_norm) layer.q_norm = keep(data.q_norm, whole ? shape_.q_size() : shape_.head_dim);
+    if (data.k_norm) layer.k_norm = keep(data.k_norm, whole ? shape_.kv_size() : shape_.head_dim);
     layer.qkv = pack(data.qkv, shape_.qkv_size(), shape_.hidden_size);
     layer.out = pack(data.out, shape_.hidden_size, shape_.q_size());
     if (data.experts) {
@@ -135,8 +153,20 @@ void Decoder::add_layer(const LayerData& data) {
 void Decoder::finish(const NormData& norm, const LinearData& head) {
     if (layers_.size() != shape_.windows.size()) refuse("a layer is missing");
     norm_ = keep(norm);
-    head_ = pack(head, shape_.vocab_size, shape_.hidden_size);
+    if (shape_.embed_size != shape_.hidden_size && project_in_.nbytes() == 0) refuse("the projections are missing");
+    head_ = pack(head, shape_.vocab_size, shape_.embed_size);
     finished_ = true;
+}
+
+void Decoder::set_ends(const EndsData& ends) {
+    if (ends.positions && ends.positions_type == WeightType::quantized) refuse("learned positions are quantized");
+    positions_type_ = ends.positions_type;
+    positions_ = ends.positions;
+    n_positions_ = ends.n_positions;
+    embed_norm_ = keep(ends.norm);
+    if (shape_.embed_size == shape_.hidden_size) return;
+    project_in_ = pack(ends.project_in, shape_.hidden_size, shape_.embed_size);
+    project_out_ = pack(ends.project_out, shape_.embed_size, shape_.hidden_size);
 }
 
 void Decoder::set_embed(WeightType type, const void* table) {
@@ -184,6 +214,7 @@ void Decoder::check(const Step& step) const {
         refuse("token ids must lie in 0.." + std::to_string(shape_.vocab_size - 1));
     }
     if (!inside(step.positions, step.rows, step.capacity)) refuse("a position is beyond the cache");
+    if (positions_ && !inside(step.positions, step.rows, n_positions_)) refuse("a position that was never learned");
     if (!inside(step.slots, step.rows, step.n_slots)) refuse("a slot is not in the cache");
     if (!inside(step.wanted, step.n_wanted, step.rows)) refuse("wanted rows must be rows of the step");
 }
@@ -194,6 +225,7 @@ void Decoder::reserve(int64_t rows) {
     floats(y_, rows * shape_.hidden_size);
     floats(z_, rows * shape_.hidden_size);
     moments_.reserve(rows * static_cast<int64_t>(sizeof(Moments)));
+    if (shape_.embed_size != shape_.hidden_size) floats(narrow_, rows * shape_.embed_size);
     floats(qkv_, rows * shape_.qkv_size());
     floats(mixed_, rows * shape_.q_size());
     floats(gate_up_, rows * shape_.up_size());
@@ -205,26 +237,25 @@ void Decoder::reserve(int64_t rows) {
 
 void Decoder::forward(const Step& step) {
     const int64_t T = step.rows, hidden = shape_.hidden_size;
-    float* x = x_.floats();  // [T, hidden_size]
+    const bool parallel = shape_.block == BlockType::parallel, post = shape_.block == BlockType::post_norm;
+    const Norm none;
     float* y = y_.floats();  // [T, hidden_size]
     float* z = z_.floats();  // [T, hidden_size]
-    const auto add = [&](const float* to_add) {
-        each(T, [&](int64_t t, int) { kernels_.block.add(x + t * hidden, to_add + t * hidden, hidden); });
-    };
 
-    each(T, [&](int64_t t, int) { embed(step, t); });
+    enter(step);
 
     for (size_t l = 0; l < layers_.size(); ++l) {
         const Layer& layer = layers_[l];
+        const Norm& norm2 = parallel && !layer.norm2.weight ? layer.norm1 : layer.norm2;
 
-        prepare_normed(layer.norm1, layer.qkv, T);
+        prepare_normed(post ? none : layer.norm1, layer.qkv, T);
         apply(layer.qkv, T, qkv_.floats(), shape_.qkv_size());
         attend(step, l);
-        prepare_mixed(layer.out, T);
+        prepare_rows(layer.out, T, mixed_.floats(), shape_.q_size());
         apply(layer.out, T, y, hidden);
-        if (!shape_.parallel) add(y);
+        if (!parallel) add(step, layer.out_norm, y, post ? layer.norm1 : none);
 
-        prepare_normed(layer.norm2.weight ? layer.norm2 : layer.norm1, layer.up, T);
+        prepare_normed(post ? none : norm2, layer.up, T);
         if (layer.expert_up.empty()) {
             apply(layer.up, T, gate_up_.floats(), shape_.up_size());
             prepare_activated(layer, T);
@@ -232,21 +263,81 @@ void Decoder::forward(const Step& step) {
         } else {
             mix(layer, T);
         }
-        if (shape_.parallel) add(y);
-        add(z);
+        if (parallel) add(step, layer.out_norm, y, none);
+        add(step, layer.down_norm, z, post ? layer.norm2 : none);
     }
 
     if (!step.n_wanted) return;
-    prepare_normed(norm_, head_, step.n_wanted, step.wanted);
+    if (shape_.embed_size == hidden) {
+        prepare_normed(norm_, head_, step.n_wanted, step.wanted);
+    } else {
+        prepare_normed(norm_, project_out_, step.n_wanted, step.wanted);
+        apply(project_out_, step.n_wanted, narrow_.floats(), shape_.embed_size);
+        prepare_rows(head_, step.n_wanted, narrow_.floats(), shape_.embed_size);
+    }
     apply(head_, step.n_wanted, step.logits, shape_.vocab_size);
+    if (shape_.logit_cap != 0) {
+        const int64_t pieces = (shape_.vocab_size + kPiece - 1) / kPiece;
+        each(step.n_wanted * pieces, [&](int64_t item, int) {
+            const int64_t begin = item % pieces * kPiece;
+            kernels_.block.soft_cap(step.logits + item / pieces * shape_.vocab_size + begin, shape_.logit_cap,
+                                    std::min(kPiece, shape_.vocab_size - begin));
+        });
+    }
 }
 
-// The norm of each row of x, or of the `rows` wanted ones.
+// x = what the first block reads.
+void Decoder::enter(const Step& step) {
+    const int64_t hidden = shape_.hidden_size, width = shape_.embed_size;
+    float* x = x_.floats();
+    const auto settle = [&](int64_t t) {
+        float* row = x + t * hidden;
+        if (positions_) add_values(positions_type_, positions_, step.positions[t] * hidden, hidden, row);
+        if (embed_norm_.weight) normalize(embed_norm_, row);
+    };
+    if (!step.tokens || width == hidden) {
+        each(step.rows, [&](int64_t t, int) {
+            if (step.tokens) {
+                embed(step, t, x + t * hidden);
+            } else {
+                std::memcpy(x + t * hidden, step.embeddings + t * hidden, static_cast<size_t>(hidden) * sizeof(float));
+            }
+            settle(t);
+        });
+        return;
+    }
+    each(step.rows, [&](int64_t t, int) { embed(step, t, narrow_.floats() + t * width); });
+    prepare_rows(project_in_, step.rows, narrow_.floats(), width);
+    apply(project_in_, step.rows, x, hidden);
+    if (positions_ || embed_norm_.weight) each(step.rows, [&](int64_t t, int) { settle(t); });
+}
+
+// x += y, of which there may be a norm, as there may be of the sum.
+void Decoder::add(const Step& step, const Norm& added, float* y, const Norm& sum) {
+    const int64_t hidden = shape_.hidden_size;
+    each(step.rows, [&](int64_t t, int) {
+        float *to = x_.floats() + t * hidden, *row = y + t * hidden;
+        if (added.weight) normalize(added, row);
+        kernels_.block.add(to, row, shape_.residual_scale, hidden);
+        if (sum.weight) normalize(sum, to);
+    });
+}
+
+// A row of hidden_size values, in place.
+void Decoder::normalize(const Norm& norm, float* row) const {
+    const int64_t hidden = shape_.hidden_size;
+    const Moments moments = kernels_.block.moments(shape_.norm_type, row, hidden);
+    const float factor = 1 / std::sqrt(moments.variance + shape_.norm_eps);
+    kernels_.block.normalize(row, moments.mean, factor, norm.weight.floats(), norm.bias.floats(), hidden, row);
+}
+
+// The norm of each row of x, or of the `rows` wanted ones; x itself where there is no norm.
 void Decoder::prepare_normed(const Norm& norm, const PackedLinear& linear, int64_t rows, const int32_t* wanted) {
     const int64_t hidden = shape_.hidden_size;
     const float *weight = norm.weight.floats(), *bias = norm.bias.floats();
     auto* moments = reinterpret_cast<Moments*>(moments_.data());
     const auto row = [&](int64_t r) { return x_.floats() + (wanted ? wanted[r] : r) * hidden; };
+    if (!weight) return prepare(linear, rows, hidden, [&](int64_t r, Range part, float*) { return row(r) + part.begin; });
     each(rows, [&](int64_t r, int) { moments[r] = kernels_.block.moments(shape_.norm_type, row(r), hidden); });
     prepare(linear, rows, hidden, [&](int64_t r, Range part, float* piece) {
         const float factor = 1 / std::sqrt(moments[r].variance + shape_.norm_eps);
@@ -256,9 +347,9 @@ void Decoder::prepare_normed(const Norm& norm, const PackedLinear& linear, int64
     });
 }
 
-void Decoder::prepare_mixed(const PackedLinear& linear, int64_t rows) {
-    const int64_t size = shape_.q_size();
-    prepare(linear, rows, size, [&](int64_t t, Range part, float*) { return mixed_.floats() + t * size + part.begin; });
+// Rows x [rows, size] as they are.
+void Decoder::prepare_rows(const PackedLinear& linear, int64_t rows, const float* x, int64_t size) {
+    prepare(linear, rows, size, [&](int64_t t, Range part, float*) { return x + t * size + part.begin; });
 }
 
 // act(gate) * up, or act(up), of each row, over act_scale where there is one: of a plain MLP it stands where up would.
@@ -274,14 +365,6 @@ void Decoder::prepare_activated(const Layer& layer, int64_t rows) {
             for (int64_t i = 0; i < n; ++i) piece[i] *= scale[i];
         }
         return piece;
-    });
-}
-
-// One phase: work(row, thread) for each row.
-template <class Work>
-void Decoder::each(int64_t rows, const Work& work) {
-    team().run(rows, [&](Range part, int thread) {
-        for (int64_t t = part.begin; t < part.end; ++t) work(t, thread);
     });
 }
 
@@ -317,16 +400,16 @@ int64_t Decoder::piece(const PackedLinear& linear) const {
     return (kPiece + step - 1) / step * step;
 }
 
-// x[row] = the embedding of its token, or the one that came with the step.
-void Decoder::embed(const Step& step, int64_t row) {
-    const int64_t hidden = shape_.hidden_size;
-    float* x = x_.floats() + row * hidden;
-    if (step.tokens && table_) {
-        widen(table_type_, table_, step.tokens[row] * hidden, hidden, x);
-    } else if (step.tokens) {
-        head_.unpack_row(kernels_.linear, step.tokens[row], x);
+// x = the embedding of a row's token.
+void Decoder::embed(const Step& step, int64_t row, float* x) const {
+    const int64_t width = shape_.embed_size;
+    if (table_) {
+        widen(table_type_, table_, step.tokens[row] * width, width, x);
     } else {
-        std::memcpy(x, step.embeddings + row * hidden, static_cast<size_t>(hidden) * sizeof(float));
+        head_.unpack_row(kernels_.linear, step.tokens[row], x);
+    }
+    if (shape_.embed_scale != 1) {
+        for (int64_t i = 0; i < width; ++i) x[i] *= shape_.embed_scale;
     }
 }
 

@@ -1,5 +1,6 @@
 // The lowered decoder: a model's weights in packed form, and the whole step as one call. The graph is in decoder.cpp.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -14,16 +15,29 @@
 
 namespace tinychat {
 
+// What the norms 1 and 2 of a block are of: what attention and MLP read, one after the other or the same x; or the sums.
+enum class BlockType : int32_t { sequential = 0, parallel = 1, post_norm = 2 };
+
 // The numbers of a ModelConfig.
 struct DecoderShape {
     int64_t vocab_size, hidden_size, n_heads, n_kv_heads, head_dim, intermediate_size;
     int64_t rope_dim;              // rotated dimensions of each head
+    bool rope_interleaved;         // dimension 2j pairs with 2j + 1, else j with j + rope_dim / 2
     float norm_eps;
     NormType norm_type;
     Activation activation;
     bool gated;                    // the MLP is down(act(gate) * up), else down(act(up))
-    bool parallel;                 // attention and MLP read the same x, and both are added to it
+    BlockType block;
+    bool whole_qk_norm;            // norms of q and k are over all heads together, else over each
+    float clip_qkv;                // q, k and v are held within +-clip_qkv; 0: they are not
+    float attention_scale;         // of q . k
+    float attention_cap;           // scores become cap * tanh(score / cap); 0: they do not
+    float residual_scale;          // of what attention and MLP add
+    int64_t embed_size;            // columns of embedding and head
+    float embed_scale;             // of a token's embedding
+    float logit_cap;               // as attention_cap
     std::vector<int64_t> windows;  // [n_layers]: positions that a token sees, itself included; 0: all
+    std::vector<int64_t> ropes;    // [n_layers]: which of a step's tables of angles turn q and k; -1: none
     std::vector<float> slopes;     // [n_heads] of ALiBi, or nothing
     ExpertsShape experts;          // in place of the MLP of some layers
 
@@ -31,6 +45,7 @@ struct DecoderShape {
     int64_t q_size() const { return n_heads * head_dim; }
     int64_t kv_size() const { return n_kv_heads * head_dim; }
     int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
+    int64_t n_ropes() const { return ropes.empty() ? 0 : *std::max_element(ropes.begin(), ropes.end()) + 1; }
     int64_t up_size() const { return (gated ? 2 : 1) * intermediate_size; }
 };
 
@@ -39,17 +54,29 @@ struct NormData {
     const float* bias;    // [hidden_size], or null
 };
 
+// A norm whose weight is null is not applied; where norm2 is none of a parallel block, norm1 serves.
 struct LayerData {
-    NormData norm1;
-    NormData norm2;       // weight null, in parallel blocks only: norm1 serves
-    const float* q_norm;  // [head_dim], or null
-    const float* k_norm;  // [head_dim], or null
+    NormData norm1, norm2;
+    NormData out_norm;    // of what attention adds
+    NormData down_norm;   // of what the MLP adds
+    const float* q_norm;  // [head_dim], or of all heads, or null
+    const float* k_norm;  // likewise
     LinearData qkv, out, up, down;
     const float* act_scale;  // [intermediate_size], or null: what `down` reads is divided by it
     // Of a layer with experts `up` is router | the shared expert's up | up of each expert, all of which read the same rows,
     // and `down` is that of each expert.
     bool experts = false;
     LinearData shared_down{};
+};
+
+// What stands before the first block and after the last, beside embedding, final norm and head.
+struct EndsData {
+    WeightType positions_type;
+    const void* positions;  // [n_positions, hidden_size] of a type other than quantized, or null; read in place
+    int64_t n_positions;
+    NormData norm;          // of the embedding with its position, or null
+    LinearData project_in;  // [hidden_size, embed_size], where those differ
+    LinearData project_out;
 };
 
 // One step of T rows (tinychat/cache.py states the contract).
@@ -59,8 +86,8 @@ struct Step {
     const float* embeddings;  // [T, hidden_size] where tokens is null
     const int32_t* positions;  // [T]
     const int32_t* slots;      // [T]
-    const float* cos;          // [T, rope_dim / 2]
-    const float* sin;          // [T, rope_dim / 2]
+    const float* cos;          // [n_ropes, T, rope_dim / 2]
+    const float* sin;          // [n_ropes, T, rope_dim / 2]
     int64_t n_wanted;          // R
     const int32_t* wanted;     // [R]
     CacheType cache_type;
@@ -80,8 +107,9 @@ class Decoder {
     // Weights come in once, layers in order; these calls pack what they are given. Throw std::invalid_argument where
     // sizes do not fit the shape.
     void add_layer(const LayerData& layer);
+    void set_ends(const EndsData& ends);
     void finish(const NormData& norm, const LinearData& head);
-    // The embedding, where the head's rows do not serve (tied): [vocab_size, hidden_size] of a type other than quantized.
+    // The embedding, where the head's rows do not serve (tied): [vocab_size, embed_size] of a type other than quantized.
     // Not packed and not copied: rows are read there as long as the decoder lives.
     void set_embed(WeightType type, const void* table);
 
@@ -107,8 +135,8 @@ class Decoder {
         Buffer bias;    // [hidden_size], or nothing
     };
     struct Layer {
-        Norm norm1, norm2;      // norm2 may be nothing: see LayerData
-        Buffer q_norm, k_norm;  // [head_dim], or nothing
+        Norm norm1, norm2, out_norm, down_norm;  // see LayerData
+        Buffer q_norm, k_norm;
         Buffer inverse_scale;   // [intermediate_size], 1 / act_scale, or nothing
         PackedLinear qkv, out, up, down;
         PackedLinear shared_down;
@@ -122,12 +150,20 @@ class Decoder {
     void check(const Step& step) const;
     void reserve(int64_t rows);
     void forward(const Step& step);
-    void embed(const Step& step, int64_t row);
+    void enter(const Step& step);
+    void embed(const Step& step, int64_t row, float* x) const;
+    void normalize(const Norm& norm, float* row) const;
+    void add(const Step& step, const Norm& added, float* y, const Norm& sum);
     void prepare_normed(const Norm& norm, const PackedLinear& linear, int64_t rows, const int32_t* wanted = nullptr);
-    void prepare_mixed(const PackedLinear& linear, int64_t rows);
+    void prepare_rows(const PackedLinear& linear, int64_t rows, const float* x, int64_t size);
     void prepare_activated(const Layer& layer, int64_t rows);
+    // One phase: work(row, thread) for each row.
     template <class Work>
-    void each(int64_t rows, const Work& work);
+    void each(int64_t rows, const Work& work) {
+        team().run(rows, [&](Range part, int thread) {
+            for (int64_t t = part.begin; t < part.end; ++t) work(t, thread);
+        });
+    }
     template <class Input>
     void prepare(const PackedLinear& linear, int64_t rows, int64_t k, const Input& input);
     int64_t piece(const PackedLinear& linear) const;
@@ -139,7 +175,9 @@ class Decoder {
     void merge(const Piece& piece, int64_t head, float* mixed) const;
     float* queries(int64_t row, int64_t head) const;
     void turn_queries(const Step& step, size_t layer, int64_t row, float* q) const;
-    void turn(const Step& step, const Buffer& norm, int64_t row, float* head) const;
+    void turn(const Step& step, size_t layer, const Buffer& norm, int64_t row, float* head) const;
+    void clip(float* values) const;
+    void norm_whole(const Step& step, size_t layer);
     void append(const Step& step, size_t layer, int64_t row, int64_t head) const;
     QueryGroup query_group(int64_t head) const;
     CacheView entries(const Step& step, size_t layer, int64_t row, int64_t head) const;
@@ -156,10 +194,13 @@ class Decoder {
     int64_t weight_bytes_ = 0;
 
     WeightType table_type_ = WeightType::f32;
-    const void* table_ = nullptr;  // [vocab_size, hidden_size]; null: rows of the head serve, and are held once
+    const void* table_ = nullptr;  // [vocab_size, embed_size]; null: rows of the head serve, and are held once
     std::vector<Layer> layers_;
-    Norm norm_;
-    PackedLinear head_;
+    WeightType positions_type_ = WeightType::f32;
+    const void* positions_ = nullptr;  // [n_positions_, hidden_size]
+    int64_t n_positions_ = 0;
+    Norm embed_norm_, norm_;
+    PackedLinear project_in_, project_out_, head_;
     bool finished_ = false;
 
     // Scratch, for as many rows as any step so far had.
@@ -167,6 +208,7 @@ class Decoder {
     Buffer y_;            // [T, hidden_size], what attention adds to it
     Buffer z_;            // [T, hidden_size], what the MLP adds to it
     Buffer moments_;      // [R], Moments of the rows that are normed next
+    Buffer narrow_;       // [T, embed_size], where that is not hidden_size
     Buffer qkv_;          // [T, q_size + 2 * kv_size]
     Buffer mixed_;        // [T, q_size], the values that attention mixed
     Buffer gate_up_;      // [T, up_size]

@@ -11,6 +11,18 @@
 #include "decoder.h"
 
 namespace tinychat {
+namespace {
+
+// As kernels_.attention.rotate, of dimensions that lie side by side.
+void rotate_pairs(float* head, const float* cos, const float* sin, int64_t half) {
+    for (int64_t j = 0; j < half; ++j) {
+        const float first = head[2 * j], second = head[2 * j + 1];
+        head[2 * j] = first * cos[j] - second * sin[j];
+        head[2 * j + 1] = second * cos[j] + first * sin[j];
+    }
+}
+
+}  // namespace
 
 // How attention goes over the rows of a step, and memory for it. Throws std::invalid_argument where int8 codes lack scales.
 void Decoder::plan(const Step& step) {
@@ -44,6 +56,7 @@ void Decoder::plan(const Step& step) {
 void Decoder::attend(const Step& step, size_t layer) {
     const int64_t heads = shape_.n_kv_heads;
     plan_.set_window(shape_.windows[layer]);
+    if (shape_.whole_qk_norm) norm_whole(step, layer);
     if (!plan_.rows_alone()) {
         team().run(step.rows * heads, [&](Range items, int) {
             for (int64_t item = items.begin; item < items.end; ++item) {
@@ -128,27 +141,54 @@ float* Decoder::queries(int64_t t, int64_t head) const {
 
 // Norm and rotate the queries q [group, head_dim] of row t.
 void Decoder::turn_queries(const Step& step, size_t layer, int64_t t, float* q) const {
-    for (int64_t g = 0; g < shape_.group(); ++g) turn(step, layers_[layer].q_norm, t, q + g * shape_.head_dim);
+    for (int64_t g = 0; g < shape_.group(); ++g) turn(step, layer, layers_[layer].q_norm, t, q + g * shape_.head_dim);
 }
 
-// Norm one head of row t, where the model has that, and rotate it.
-void Decoder::turn(const Step& step, const Buffer& norm, int64_t t, float* head) const {
-    const int64_t half = shape_.rope_dim / 2;
-    if (norm) kernels_.block.rms_norm(head, norm.floats(), shape_.norm_eps, shape_.head_dim, head);
-    kernels_.attention.rotate(head, step.cos + t * half, step.sin + t * half, half);
+// Clip and norm one head of row t, where the model has that, and rotate it.
+void Decoder::turn(const Step& step, size_t layer, const Buffer& norm, int64_t t, float* head) const {
+    const int64_t half = shape_.rope_dim / 2, table = shape_.ropes[layer];
+    clip(head);
+    if (norm && !shape_.whole_qk_norm) {
+        kernels_.block.rms_norm(head, norm.floats(), shape_.norm_eps, shape_.head_dim, head);
+    }
+    if (table < 0) return;
+    const int64_t at = (table * step.rows + t) * half;
+    if (shape_.rope_interleaved) {
+        rotate_pairs(head, step.cos + at, step.sin + at, half);
+    } else {
+        kernels_.attention.rotate(head, step.cos + at, step.sin + at, half);
+    }
+}
+
+// The values of one head.
+void Decoder::clip(float* values) const {
+    if (shape_.clip_qkv == 0) return;
+    for (int64_t d = 0; d < shape_.head_dim; ++d) values[d] = std::clamp(values[d], -shape_.clip_qkv, shape_.clip_qkv);
+}
+
+// One phase: norms of all queries and of all keys of each row, in place.
+void Decoder::norm_whole(const Step& step, size_t layer) {
+    const Layer& norms = layers_[layer];
+    each(step.rows, [&](int64_t t, int) {
+        float* q = qkv_.floats() + t * shape_.qkv_size();
+        float* k = q + shape_.q_size();
+        kernels_.block.rms_norm(q, norms.q_norm.floats(), shape_.norm_eps, shape_.q_size(), q);
+        kernels_.block.rms_norm(k, norms.k_norm.floats(), shape_.norm_eps, shape_.kv_size(), k);
+    });
 }
 
 // Norm and rotate a key of row t; it and its value become an entry.
 void Decoder::append(const Step& step, size_t layer, int64_t t, int64_t head) const {
     float* key = qkv_.floats() + t * shape_.qkv_size() + shape_.q_size() + head * shape_.head_dim;
-    turn(step, layers_[layer].k_norm, t, key);
+    turn(step, layer, layers_[layer].k_norm, t, key);
+    clip(key + shape_.kv_size());
     kernels_.attention.store(entries(step, layer, t, head), key, key + shape_.kv_size(), shape_.head_dim,
                              step.positions[t]);
 }
 
 QueryGroup Decoder::query_group(int64_t head) const {
     const float* slopes = shape_.slopes.empty() ? nullptr : shape_.slopes.data() + head * shape_.group();
-    return {shape_.head_dim, shape_.group(), 1.0f / std::sqrt(static_cast<float>(shape_.head_dim)), slopes};
+    return {shape_.head_dim, shape_.group(), shape_.attention_scale, slopes, shape_.attention_cap};
 }
 
 // The entries of `head` in the slot of row t.

@@ -68,8 +68,9 @@ struct LinearKernels {
 
 // Of a norm: RMSNorm divides by the root of the mean square; LayerNorm takes the mean away first.
 enum class NormType : int32_t { rms = 0, layer = 1 };
-// y = act(gate) * up: silu(x) = x / (1 + e^-x); gelu(x) = x (1 + erf(x / sqrt 2)) / 2
-enum class Activation : int32_t { silu = 0, gelu = 1 };
+// y = act(gate) * up: silu(x) = x / (1 + e^-x); gelu(x) = x (1 + erf(x / sqrt 2)) / 2; gelu_tanh puts
+// tanh(sqrt(2 / pi) (x + 0.044715 x^3)) for the erf; relu(x) = the larger of x and 0
+enum class Activation : int32_t { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
 
 struct Moments {
     float mean;      // 0 for RMSNorm
@@ -77,8 +78,8 @@ struct Moments {
 };
 
 struct BlockKernels {
-    // x += y, n values
-    void (*add)(float* x, const float* y, int64_t n);
+    // x += factor * y, n values
+    void (*add)(float* x, const float* y, float factor, int64_t n);
     Moments (*moments)(NormType, const float* x, int64_t n);
     // y = (x - mean) * factor * weight + bias, n values; bias may be null; y may be x
     void (*normalize)(const float* x, float mean, float factor, const float* weight, const float* bias, int64_t n, float* y);
@@ -86,6 +87,8 @@ struct BlockKernels {
     void (*activate)(Activation, const float* gate, const float* up, int64_t n, float* y);
     // y = x / sqrt(mean(x^2) + eps) * weight, n values; y may be x
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
+    // x = cap * tanh(x / cap), n values
+    void (*soft_cap)(float* x, float cap, int64_t n);
 };
 
 // ---- attention -------------------------------------------------------------------------------------------------------
@@ -105,6 +108,7 @@ struct QueryGroup {
     int64_t dim, heads;
     float scale;          // of q . key
     const float* slopes;  // [heads], or null: slope * (j - position) is added to the score (ALiBi, arXiv 2108.12409)
+    float cap;            // the score before that becomes cap * tanh(score / cap); 0: it does not
 };
 
 // Consecutive positions of one slot: row i, at position + i, sees itself and the window - 1 entries before it (0: all).

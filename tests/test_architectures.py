@@ -4,22 +4,28 @@ Parameters are random with logits of standard deviation near 1; the largest diff
 1e-6). A family is a file in `tinychat/architectures/`; one without models here fails.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_families
 import torch
 from tiny_models import BASES, MIXTURES, memory_weights, tiny
 
-from tinychat import architectures, decoder, rope
+import tinychat
+from tinychat import architectures, checkpoint, decoder, quantize, rope
 from tinychat.backends import cpu, reference
 from tinychat.cache import Rows
 from tinychat.config import RopeScaling
+from tinychat.quantize.dense import dense_layer
+from tinychat.quantize.groups import scaling_groups
+from tinychat.weights import LINEARS, Layer, Linear, MemoryWeights
 
 TOLERANCE = 1e-4
 BACKENDS = [module for module in (reference, cpu) if module.available() is None]
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda module: module.__name__.rpartition(".")[2])
-# name: what it changes; every family gets those of COMMON and its own
+# name: what it changes; families whose keys are Llama's get those of COMMON and their own
 COMMON = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
@@ -47,6 +53,7 @@ OWN = {
         "one head": {"n_heads": 1},
         "a head of its own": {"tie_word_embeddings": False},
         "heads of 64": {"d_model": 192, "n_heads": 3},
+        "clipped, scaled": {"attn_config": {"clip_qkv": 0.6, "softmax_scale": 0.2}},
     },
     "falcon": {
         "7B": {},
@@ -100,12 +107,12 @@ OWN = {
         "every third layer": {"decoder_sparse_step": 3, "num_hidden_layers": 4},
     },
 }
+LEVELS = cpu._cpu.supported_isas().split() if cpu in BACKENDS else []
 LIKE_LLAMA = [family for family in OWN if family not in BASES]  # in the keys of config.json
-CASES = [
-    (family, name, change)
-    for family in OWN
-    for name, change in {**(COMMON if family in LIKE_LLAMA else {}), **OWN[family]}.items()
-]
+CASES = [(family, name, change) for family in LIKE_LLAMA for name, change in COMMON.items()]
+VARIANTS = {**OWN, **tiny_families.CASES}
+EACH = [(family, name) for family, variants in VARIANTS.items() for name in variants]
+each_variant = pytest.mark.parametrize(("family", "name"), EACH, ids=[f"{f}: {n}" for f, n in EACH])
 
 
 def tokens(count: int, vocab_size: int = 97) -> np.ndarray:
@@ -123,9 +130,9 @@ def theirs(model, ids: np.ndarray, chunks: list[int] | None = None) -> np.ndarra
     return np.concatenate(logits)
 
 
-def ours(weights, ids: np.ndarray, chunks: list[int], backend=reference) -> np.ndarray:
+def ours(weights, ids: np.ndarray, chunks: list[int], backend=reference, **options) -> np.ndarray:
     """Our logits [tokens, vocab_size]."""
-    runner = backend.build(weights, ctx_size=len(ids), threads=1, kv_dtype="fp32")
+    runner = backend.build(weights, ctx_size=len(ids), threads=1, kv_dtype="fp32", **options)
     logits, start = [], 0
     for part in np.split(ids.astype(np.int32), np.cumsum(chunks)[:-1]):
         logits.append(runner.step(Rows.of(part, start, wanted="all")))
@@ -134,9 +141,10 @@ def ours(weights, ids: np.ndarray, chunks: list[int], backend=reference) -> np.n
 
 
 def test_every_family_has_models_here():
-    assert set(architectures.supported()) == set(OWN)
+    families = set(VARIANTS)
+    assert set(architectures.supported()) == families
     files = {path.stem for path in Path(architectures.__file__).parent.glob("*.py")}
-    assert files - set(OWN) == {"__init__", "config_reader", "names"}, (
+    assert files - families == {"__init__", "config_reader", "names"}, (
         "a file of a family needs NAMES and translate, and models in this test"
     )
 
@@ -144,8 +152,7 @@ def test_every_family_has_models_here():
 @every_backend
 @pytest.mark.parametrize(("family", "name", "change"), CASES, ids=[f"{f}: {n}" for f, n, _ in CASES])
 def test_logits_equal_transformers(family, name, change, backend):
-    # transformers adds Falcon's ALiBi twice where attention is "eager": once by its mask
-    model, config = tiny(family, attention="sdpa" if change.get("alibi") else "eager", **change)
+    model, config = tiny(family, **change)
     weights = memory_weights(model, config)
     ids = tokens(23, config["vocab_size"])
     want = theirs(model, ids)
@@ -153,6 +160,85 @@ def test_logits_equal_transformers(family, name, change, backend):
         assert np.abs(ours(weights, ids, chunks, backend) - want).max() < TOLERANCE, chunks
     if name != "one of everything":
         assert 0.3 < want.std() < 3
+
+
+def variant(family: str, name: str):
+    """transformers' model."""
+    change = VARIANTS[family][name]
+    # transformers adds Falcon's ALiBi twice where attention is "eager": once by its mask
+    return tiny(family, attention="sdpa" if change.get("alibi") else "eager", **change)[0]
+
+
+@each_variant
+def test_logits_of_variants_equal_transformers(family, name, tmp_path, record_property):
+    """From files as transformers writes them: prefill, chunks and single tokens, past every window, on the reference
+    and at every level of instructions."""
+    model = variant(family, name)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    weights = checkpoint.open(tmp_path)
+    ids = tokens(23)
+    want = theirs(model, ids)
+    assert 0.3 < want.std() < 3
+    every = [[23], [1, 9, 2, 11], [4, 1, 5, 6, 7], [1] * 23]
+    runs = [(backend, chunks, {}) for backend in BACKENDS for chunks in every]
+    if cpu in BACKENDS:
+        runs += [(cpu, [1, 19, 3], {"isa": isa}) for isa in LEVELS]
+    by_length = weights.config.rope.scaling is RopeScaling.LONGROPE  # keys stay as they were stored: chunks matter
+    for backend, chunks, options in runs:
+        if by_length:
+            want = theirs(model, ids, chunks)
+        difference = np.abs(ours(weights, ids, chunks, backend, **options) - want).max()
+        record_property(backend.__name__.rpartition(".")[2], float(difference))
+        assert difference < TOLERANCE, (backend.__name__, chunks, options)
+
+
+@each_variant
+def test_folding_scales_keeps_the_logits(family, name, tmp_path):
+    """Every scaling group of every family, with scales from a quarter to four, before anything is rounded."""
+    model = variant(family, name)
+    model.save_pretrained(tmp_path)
+    source = checkpoint.open(tmp_path)
+    generator, folded = torch.Generator().manual_seed(0), []
+    for index in range(source.config.n_layers):
+        layer = dense_layer(source.layer(index), lambda *_: ("", "kept"))
+        for group in scaling_groups(source.config):
+            channels = group.pooled(torch.ones(getattr(layer, group.consumers[0]).weight.shape[1]))
+            layer = group.fold(layer, 4 ** (2 * torch.rand(len(channels), generator=generator) - 1))
+        changed = vars(layer) | {name: whole(getattr(layer, name)) for name in LINEARS}
+        folded.append(Layer(**{k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in changed.items()}))
+    ends = source.norm(), source.head(), source.norm_bias(), source.ends()
+    after = MemoryWeights(source.config, source.embed(), folded, *ends)
+    ids = tokens(23)
+    difference = np.abs(ours(after, ids, [20, 3]) - ours(source, ids, [20, 3])).max()
+    assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize("family", architectures.supported())
+def test_what_is_quantized_is_loaded_and_generates(family, tmp_path):
+    """AWQ on a little text: what is written is what runs, on both backends, and not far from what it was."""
+    model, _ = tiny(family, **tiny_families.whole_words(family))
+    model.save_pretrained(tmp_path / "float")
+    ids = tokens(48)
+    sequences = [part.tolist() for part in np.split(ids, 3)]
+    source = checkpoint.open(tmp_path / "float")
+    in_memory, _ = quantize.quantize_in_memory(source, method="awq", group_size=32, sequences=sequences)
+    assert all(segment.bits == 4 for layer in in_memory.layers for segment in layer.qkv.segments)
+    quantize.quantize(tmp_path / "float", tmp_path / "awq", method="rtn", group_size=32, progress=False)
+    written = checkpoint.open(tmp_path / "awq")
+    want, rounded = (ours(weights, ids, [40, 8]) for weights in (source, written))
+    for made in (rounded, ours(in_memory, ids, [40, 8])):
+        assert 1e-5 < ((made - want) ** 2).sum() / ((want - want.mean(0)) ** 2).sum() < 0.3
+    if cpu in BACKENDS:
+        lowered = ours(written, ids, [40, 8], cpu)
+        assert ((lowered - rounded) ** 2).sum() / (rounded**2).sum() < 1e-6
+        with tinychat.load(tmp_path / "awq", device="cpu", kv_dtype="fp32") as llm:
+            first, second = (llm.generate(ids[:5].tolist(), max_tokens=6, temperature=0) for _ in range(2))
+        assert first.tokens == second.tokens and len(first.tokens) == 6
+
+
+def whole(linear) -> Linear:
+    """A `Dense` as a `Linear` of one segment."""
+    return Linear((linear.weight.numpy(),), None if linear.bias is None else linear.bias.numpy())
 
 
 # A context of 64 stretched to 256 and run to 700: beyond both.
@@ -168,6 +254,13 @@ SCALINGS = {
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.0, 1.1, 1.3, 2.0, 3.0, 5.0, 8.0, 9.0],
+        "original_max_position_embeddings": 64,
+        "factor": 4.0,
     },
 }
 
@@ -203,8 +296,8 @@ def test_a_sequence_that_starts_at_position_100000(scaling):
             model(torch.from_numpy(ids)[None], position_ids=torch.from_numpy(positions)[None].long()).logits[0].numpy()
         )
     ops = reference.TorchOps()
-    turned = map(torch.from_numpy, rope.angles(weights.config.rope, positions, np.full(40, 100_040)))
-    context = decoder.Context(decoder.Context.of_sequences(weights.config.rope, [40]).spans, *turned)
+    turned = tuple(map(torch.from_numpy, rope.angles(weights.config.rope, positions, np.full(40, 100_040))))
+    context = dataclasses.replace(decoder.Context.of_sequences(weights.config, [40]), angles=(turned,))
     x = torch.from_numpy(weights.embedding[ids])
     for index, layer in enumerate(weights.layers):
         x = decoder.block(weights.config, ops, decoder.pack_layer(ops, layer), index, x, context)

@@ -55,7 +55,7 @@ def test_norms_in_pieces(isa, n, kind):
     x, y, weight, bias = (f32(n, seed=n + s) + 3 * (s == 0) for s in range(4))
     total, untouched = guarded(n)
     total[:] = x
-    _cpu.add(isa, total.ctypes.data, y.ctypes.data, n)
+    _cpu.add(isa, total.ctypes.data, y.ctypes.data, 1, n)
     np.testing.assert_array_equal(total, x + y)
     mean, variance = _cpu.moments(isa, getattr(_cpu.NormType, kind), total.ctypes.data, n)
     wide = total.astype(np.float64)
@@ -80,6 +80,39 @@ def test_gelu_is_the_one_with_erf(isa):
         address = 0 if factor is None else factor.ctypes.data
         _cpu.activate(isa, _cpu.Activation.gelu, x.ctypes.data, address, len(x), y.ctypes.data)
         np.testing.assert_allclose(y, expected * (1 if factor is None else factor), rtol=5e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gelu_by_tanh_and_relu(isa):
+    x = np.concatenate([np.linspace(-12, 12, 4801), [0, -0.0, 1e30, -1e30, 100, -100, np.nan]]).astype(np.float32)
+    up, wide = f32(len(x), seed=1), x.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+        expected = {"gelu_tanh": wide / (1 + np.exp(-2 * u)), "relu": np.where(wide < 0, 0, wide)}
+    for kind, want in expected.items():
+        for factor in (None, up):
+            y, untouched = guarded(len(x))
+            address = 0 if factor is None else factor.ctypes.data
+            _cpu.activate(isa, getattr(_cpu.Activation, kind), x.ctypes.data, address, len(x), y.ctypes.data)
+            np.testing.assert_allclose(y, want * (1 if factor is None else factor), rtol=5e-6, atol=1e-20)
+            assert untouched()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("n", [1, 7, 16, 33, 1001])
+def test_soft_cap_and_scaled_sums(isa, n):
+    x, y = f32(n, seed=n, scale=40), f32(n, seed=n + 1)
+    x[: min(n, 4)] = [0, 1e30, -1e30, np.nan][: min(n, 4)]
+    capped, untouched = guarded(n)
+    capped[:] = x
+    _cpu.soft_cap(isa, capped.ctypes.data, 30, n)
+    np.testing.assert_allclose(capped, 30 * np.tanh(x.astype(np.float64) / 30), rtol=1e-6, atol=1e-5)
+    assert untouched()
+    total, untouched = guarded(n)
+    total[:] = x
+    _cpu.add(isa, total.ctypes.data, y.ctypes.data, 0.22, n)
+    np.testing.assert_allclose(total, x + 0.22 * y, rtol=1e-6, atol=1e-6)
+    assert untouched()
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -169,7 +169,7 @@ def test_read_only_arrays_and_a_tied_head_share_one_copy():
     weights = memory_weights(*tiny("llama", tie_word_embeddings=True))
     weights.embedding.flags.writeable = False
     runner = reference.build(weights, ctx_size=8)
-    table = runner._embed
+    table = runner._entrance._embed
     assert runner._head.segments[0].data_ptr() == table.data_ptr()
     layers = sum(a.nbytes for layer in weights.layers for a in (layer.norm1, layer.norm2))
     layers += sum(linear.nbytes for y in weights.layers for linear in (y.qkv, y.out, y.up, y.down))
@@ -198,13 +198,13 @@ def test_one_layer_alone_on_independent_sequences(weights):
     ops = Recorder(reference.TorchOps())
     packed = decoder.pack_layer(ops, layer)
     x = torch.randn(sum(lengths), config.hidden_size, generator=torch.Generator().manual_seed(0))
-    got = decoder.block(config, ops, packed, 1, x, decoder.Context.of_sequences(config.rope, lengths))
+    got = decoder.block(config, ops, packed, 1, x, decoder.Context.of_sequences(config, lengths))
     assert [weight for weight, _ in ops.seen] == [packed.qkv, packed.out, packed.up, packed.down]
     assert [seen.shape[1] for _, seen in ops.seen] == [60, 60, 60, 107]
     start = 0
     for length in lengths:
         runner = reference.build(weights, ctx_size=16)
-        context = decoder.Context.of_rows(config.rope, Rows.of(range(length), 0), runner.cache)
+        context = decoder.Context.of_rows(config, Rows.of(range(length), 0), runner.cache)
         want = decoder.block(config, reference.TorchOps(), packed, 1, x[start : start + length], context)
         torch.testing.assert_close(got[start : start + length], want, atol=1e-5, rtol=0)
         start += length

@@ -15,7 +15,7 @@ import pytest
 from tinychat import rope
 from tinychat.backends import cpu
 from tinychat.cache import Rows
-from tinychat.config import Activation, Block, ModelConfig, Norm, Rope
+from tinychat.config import Activation, Block, ModelConfig, Norm, QKNorm, Rope
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.qtensor import QTensor, bfloat16
@@ -59,7 +59,7 @@ def model(
     group=32,
     tied=False,
     bias=(),
-    qk_norm=False,
+    qk_norm=QKNorm.NONE,
     window=None,
     windowed=(1,),
     table=np.float32,
@@ -110,7 +110,7 @@ def model(
             for name, size in norm_sizes(config).items()
         }
         return Layer(
-            **{"norm2": None, **norms},
+            **norms,
             qkv=linear("qkv", [heads * dim, kv_heads * dim, kv_heads * dim], hidden),
             out=linear("out", [hidden], heads * dim),
             up=linear("up", [inter] * (2 if config.gated else 1), hidden),
@@ -127,13 +127,13 @@ def model(
     )
 
 
-PLAIN = {"activation": Activation.GELU, "norm": Norm.LAYER}
+PLAIN = {"activation": Activation.GELU, "gated": False, "norm": Norm.LAYER}
 MODELS = {
     "plain": {},
     "mha-64": {"heads": 3, "kv_heads": 3, "dim": 64, "tied": True},
     "gqa-7": {"heads": 7, "kv_heads": 1, "dim": 8, "bias": ("qkv",), "hidden": 96},
     "gqa-3-80": {"heads": 6, "kv_heads": 2, "dim": 80, "bias": ("qkv", "out", "up", "down"), "vocab": 131},
-    "qk-norm": {"qk_norm": True, "dim": 16, "tied": True, "table": np.float16},
+    "qk-norm": {"qk_norm": QKNorm.HEAD, "dim": 16, "tied": True, "table": np.float16},
     "window": {"window": 5, "layers": 3, "windowed": (0, 2)},
     "alibi, gelu": {"rope": Rope(dim=0), "slopes": (0.5, 0.3, 0.2, 0.1, 0.05, 0.01), **PLAIN},
     "alibi, window": {"rope": Rope(dim=0), "slopes": (0.5, 0.3, 0.2, 0.1, 0.05, 0.01), "window": 5},

@@ -8,7 +8,7 @@ import torch
 
 from tinychat.backends import reference
 from tinychat.cache import Rows
-from tinychat.config import Activation, Block, ModelConfig, Norm, Rope
+from tinychat.config import Activation, Block, ModelConfig, Norm, QKNorm, Rope
 from tinychat.decoder import Context, block
 from tinychat.errors import CheckpointError, UsageError
 from tinychat.quantize import awq, quantize_in_memory
@@ -20,7 +20,7 @@ from tinychat.quantize.report import BLOCK
 from tinychat.weights import Layer, Linear, MemoryWeights, norm_sizes
 
 ALL = frozenset({"qkv", "out", "up", "down"})
-PLAIN = {"activation": Activation.GELU, "norm": Norm.LAYER}
+PLAIN = {"activation": Activation.GELU, "gated": False, "norm": Norm.LAYER}
 
 
 def tiny_config(n_heads=6, n_kv_heads=2, **changes) -> ModelConfig:
@@ -63,7 +63,7 @@ def random_weights(config: ModelConfig, seed=0, salient=()) -> MemoryWeights:
         norms |= {name: 1 + noise(size) for name, size in sizes if size == 8}
         ups = (config.intermediate_size,) * (2 if config.gated else 1)
         return Layer(
-            **{"norm2": None, **norms},
+            **norms,
             qkv=linear("qkv", config.q_size, config.kv_size, config.kv_size, k=config.hidden_size),
             out=linear("out", config.hidden_size, k=config.q_size),
             up=linear("up", *ups, k=config.hidden_size),
@@ -91,7 +91,7 @@ def dense(weights, index=0):
         tiny_config(),
         tiny_config(n_heads=4, n_kv_heads=4),
         tiny_config(biases=ALL),
-        tiny_config(qk_norm=True, biases=frozenset({"qkv"})),
+        tiny_config(qk_norm=QKNorm.HEAD, biases=frozenset({"qkv"})),
         tiny_config(sliding_window=5, windowed_layers=frozenset({0})),
         tiny_config(n_heads=6, n_kv_heads=6, slopes=(0.5, 0.25, 0.1, 0.05, 0.02, 0.01), rope=Rope(dim=0), **PLAIN),
         tiny_config(n_heads=6, n_kv_heads=1, block=Block.PARALLEL_ONE_NORM, norm_bias=True, **PLAIN),
@@ -104,7 +104,7 @@ def test_folding_changes_nothing(config):
     layer = dense(random_weights(config))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(30, config.hidden_size, generator=generator)
-    context = Context.of_sequences(config.rope, [17, 13])
+    context = Context.of_sequences(config, [17, 13])
     expected = block(config, DenseOps(), layer, 0, x, context)
     folded = layer
     for group in scaling_groups(config):
@@ -135,12 +135,16 @@ def test_plain_mlps_and_parallel_blocks_are_quantized(block_kind):
     made, report = quantize_in_memory(source, group_size=16, sequences=sequences(config))
     for result in report.groups:
         assert result.loss <= result.loss_rtn or result.group == BLOCK
-    shared = block_kind is Block.PARALLEL_ONE_NORM
-    names = {"norm1 -> qkv, up", "v -> out"} if shared else {"norm1 -> qkv", "norm2 -> up", "v -> out"}
-    assert {result.group for result in report.groups} == names | {"act_scale -> down", BLOCK}
+    names = {"norm1 -> qkv", "norm2 -> up"}
+    if block_kind is Block.PARALLEL_ONE_NORM:
+        names = {"norm1 -> qkv, up"}
+    elif block_kind in (Block.NORM_AFTER, Block.POST_NORM):  # what reads the residual stream has no producer
+        names = set()
+    assert {result.group for result in report.groups} == names | {"v -> out", "act_scale -> down", BLOCK}
     rows = Rows.of(np.arange(30) * 7 % 64, 0, wanted="all")
     want, awq, rtn = (reference.build(w, ctx_size=30).step(rows) for w in (source, made, rounded))
-    assert ((awq - want) ** 2).sum() < ((rtn - want) ** 2).sum()
+    if names:  # the salient channels are those of norms, where scales can be folded into them
+        assert ((awq - want) ** 2).sum() < ((rtn - want) ** 2).sum()
 
 
 def test_a_settled_norm_is_exact_in_fp16():
@@ -253,7 +257,7 @@ def test_activations_advance_as_the_blocks_do():
     for index in range(config.n_layers):
         observed = activations.advance(dense(source, index), index)
         assert torch.allclose(observed.samples[0].x, x, atol=1e-5)
-        x = block(config, DenseOps(), dense(source, index), index, x, Context.of_sequences(config.rope, [33]))
+        x = block(config, DenseOps(), dense(source, index), index, x, Context.of_sequences(config, [33]))
 
 
 def test_errors():

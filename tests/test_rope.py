@@ -29,12 +29,21 @@ SCALINGS = {
     "yarn, empty range": {**YARN, "original_max_position_embeddings": 6},
     "llama3": {**LLAMA3, "original_max_position_embeddings": 2048},
     "llama3, original from max_position_embeddings": LLAMA3,
+    "longrope": {"rope_type": "longrope", "original_max_position_embeddings": 4096, "factor": 4.0},
+    "longrope, attention_factor": {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 4096,
+        "attention_factor": 1.3,
+    },
 }
 POSITIONS = np.array([0, 1, 2, 63, 4095, 16383, 16384, 32767, 100_003, 131_071], np.int32)
 
 
 def both(parameters: dict, head_dim: int, theta: float) -> tuple[LlamaRotaryEmbedding, Rope]:
     """transformers' module and our description of the same config."""
+    if parameters["rope_type"] == "longrope":
+        each = np.linspace(0, 1, head_dim // 2)
+        parameters = {**parameters, "short_factor": (1 + each).tolist(), "long_factor": (1 + 30 * each**2).tolist()}
     config = LlamaConfig(
         hidden_size=4 * head_dim,
         num_attention_heads=4,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from tiny_families import BASES as OTHERS
+from tiny_families import IDS
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from tinychat import architectures
-from tinychat.checkpoint import heads
+from tinychat.checkpoint import heads, vectors
 from tinychat.checkpoint.inventory import segments
-from tinychat.weights import Layer, Linear, MemoryWeights, linears, norm_sizes
+from tinychat.config import Block
+from tinychat.weights import Ends, Layer, Linear, MemoryWeights, linears, norm_sizes
 
 # Awkward on purpose: nothing is a power of two or a multiple of 64 but what a test sets.
 BASE = {
@@ -44,8 +47,8 @@ MIXTURES = {
 }
 
 # Families whose keys are their own.
-IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 BASES = {
+    **OTHERS,
     "mpt": {"vocab_size": 97, "d_model": 60, "n_heads": 6, "n_layers": 2, "max_seq_len": 256, **IDS},
     "falcon": {
         "vocab_size": 97,
@@ -94,23 +97,33 @@ def memory_weights(model: AutoModelForCausalLM, hf_config: dict) -> MemoryWeight
         assert len(biases) in (0, len(modules))
         return Linear(tuple(state.pop(f"{m}.weight") for m in modules), np.concatenate(biases) if biases else None)
 
+    def norm(tensor: str) -> np.ndarray:
+        values = state.pop(tensor)
+        return values + np.float32(names.norm_offset if values.ndim == 1 and tensor.endswith(".weight") else 0)
+
     def layer(index: int) -> Layer:
         parts = {name: segments(config, names, name, index) for name in linears(config, index)}
         made = {name: linear(*(part.module for part in found)) for name, found in parts.items()}
-        norms = {name: state.pop(names.vector(name, index)) for name in norm_sizes(config)}
+        norms = {name: np.ones(size, np.float32) for name, size in norm_sizes(config).items()}
+        norms |= {name: norm(tensor) for name, (tensor, _) in vectors.vectors(config, names, index).items()}
         if names.heads_interleaved:
             made["qkv"] = heads.apart(made["qkv"], config)
         present = {name for name, found in made.items() if found.bias is not None}
-        assert present == config.biases
-        return Layer(**{"norm2": None, **norms, **made})
+        assert present == config.biases - {"head"}
+        return Layer(**norms, **made)
 
+    ends = {name: norm(tensor) for name, (tensor, _) in vectors.ends(config, names).items()}
+    final = ends.pop("final_norm", None if config.block is Block.POST_NORM else np.ones(config.hidden_size, np.float32))
+    final_bias = ends.pop("final_norm_bias", None)
+    ends |= {name: Linear((ends[name],)) for name in ends if name.startswith("project")}
     weights = MemoryWeights(
         config=config,
         embedding=state.pop(f"{names.embed}.weight"),
         layers=[layer(index) for index in range(config.n_layers)],
-        final_norm=state.pop(f"{names.norm}.weight"),
-        final_norm_bias=state.pop(f"{names.norm}.bias") if config.norm_bias else None,
+        final_norm=final,
+        final_norm_bias=final_bias,
         output_head=None if config.tied_head else linear(names.head),
+        other_ends=Ends(**ends),
     )
     assert not state, f"left over: {sorted(state)}"
     return weights

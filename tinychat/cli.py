@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that `tinychat --help` is in
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -201,10 +202,12 @@ def _info_options(parser: Parser) -> None:
   tinychat info pebble
   tinychat info Qwen/Qwen2.5-7B-Instruct-AWQ -c 32768       memory at a context of 32768 tokens
   tinychat info ./my-model --json
+  tinychat info --supported                                 which model families there are
 
 Reads the config and the headers of the weight files, never the weights."""
     add_model(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--supported", action="store_true", help="the model families, and how each is tested")
     add_device(parser)
     add_source(parser)
 
@@ -339,8 +342,14 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from tinychat import info
+    from tinychat import architectures, info
 
+    if args.supported:
+        if args.model or args.model_flag:
+            raise UsageError("--supported is about all models; it takes no MODEL")
+        rows = [dataclasses.asdict(family) for family in architectures.described()]
+        print(json.dumps(rows) if args.json else info.families())
+        return 0
     facts = info.gather(
         one_model(args),
         device=args.device,

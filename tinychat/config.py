@@ -12,10 +12,12 @@ from enum import Enum
 
 
 class Activation(Enum):
-    """The MLP. `SILU` is gated: down(silu(gate(x)) * up(x)); `GELU` is not: down(gelu(up(x))), gelu by erf."""
+    """Of the MLP: x / (1 + e^-x); x (1 + erf(x / sqrt 2)) / 2; the same with erf by a tanh; the larger of x and 0."""
 
     SILU = "silu"
     GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    RELU = "relu"
 
 
 class Norm(Enum):
@@ -26,16 +28,35 @@ class Norm(Enum):
 
 
 class Block(Enum):
-    """What attention and MLP of a block read.
+    """What attention and MLP of a block read, and where its norms stand.
 
     SEQUENTIAL         x += attention(norm1(x)), then x += mlp(norm2(x))
     PARALLEL           x += attention(norm1(x)) + mlp(norm2(x))
     PARALLEL_ONE_NORM  the same, and norm2 is norm1
+    SANDWICH           x += out_norm(attention(norm1(x))), then x += down_norm(mlp(norm2(x)))
+    NORM_AFTER         x += out_norm(attention(x)), then x += down_norm(mlp(x))
+    POST_NORM          x = norm1(x + attention(x)), then x = norm2(x + mlp(x)); no final norm
     """
 
     SEQUENTIAL = "sequential"
     PARALLEL = "parallel"
     PARALLEL_ONE_NORM = "parallel, one norm"
+    SANDWICH = "sandwich"
+    NORM_AFTER = "norm after"
+    POST_NORM = "post-norm"
+
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and MLP read the same x."""
+        return self in (Block.PARALLEL, Block.PARALLEL_ONE_NORM)
+
+
+class QKNorm(Enum):
+    """Norms of queries and keys, before rotary: of each head, by one weight for all; of all heads together."""
+
+    NONE = "none"
+    HEAD = "head"
+    WHOLE = "whole"
 
 
 class RopeScaling(Enum):
@@ -46,11 +67,12 @@ class RopeScaling(Enum):
     DYNAMIC = "dynamic"
     YARN = "yarn"
     LLAMA3 = "llama3"
+    LONGROPE = "longrope"
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (arXiv 2104.09864), rotating halves: dimension j pairs with j + dim/2.
+    """Rotary position embedding (arXiv 2104.09864), mostly rotating halves: dimension j pairs with j + dim/2.
 
     The scaling parameters keep Hugging Face's names and meaning; those a scaling does not use stay at their default.
     """
@@ -59,15 +81,18 @@ class Rope:
     dim: int = 0  # rotated dimensions of each head
     scaling: RopeScaling = RopeScaling.NONE
     factor: float = 1.0
-    original_max_positions: int = 0  # dynamic, yarn, llama3: the context before stretching
+    original_max_positions: int = 0  # dynamic, yarn, llama3, longrope: the context before stretching
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     mscale: float = 0.0  # yarn, DeepSeek's spelling; 0: absent
     mscale_all_dim: float = 0.0  # yarn, likewise
-    attention_factor: float | None = None  # yarn; None: derived from factor
+    attention_factor: float | None = None  # yarn, longrope; None: derived from factor
     truncate: bool = True  # yarn: round the correction range to whole dimensions
+    short_factors: tuple[float, ...] = ()  # longrope: of each frequency, up to the context before stretching
+    long_factors: tuple[float, ...] = ()  # longrope: likewise, beyond it
+    interleaved: bool = False  # dimension 2j pairs with 2j + 1
 
 
 @dataclass(frozen=True)
@@ -93,7 +118,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer of pre-norm blocks: grouped-query attention and an MLP."""
+    """A decoder-only transformer: blocks of grouped-query attention and an MLP."""
 
     model_type: str  # for messages only
     vocab_size: int
@@ -105,26 +130,54 @@ class ModelConfig:
     intermediate_size: int
     max_positions: int
     norm_eps: float
-    rope: Rope
+    rope: Rope  # dim 0: no rotary positions
+    layer_ropes: tuple[Rope, ...] = ()  # [n_layers], where they are not all `rope`; dim 0: none in this layer
+    # [n_heads] of ALiBi (arXiv 2108.12409): slope * distance is taken from q . k * attention_scale
+    slopes: tuple[float, ...] = ()
+    position_offset: int | None = None  # learned positions: the row of their table that position 0 has; None: none
     activation: Activation = Activation.SILU
+    gated: bool = True  # the MLP is down(act(gate(x)) * up(x)), else down(act(up(x)))
     norm: Norm = Norm.RMS
     norm_bias: bool = False  # norms of rows have a bias
+    norm_weight: bool = True  # and a weight, into which scales can be folded; else it is 1
     block: Block = Block.SEQUENTIAL
-    slopes: tuple[
-        float, ...
-    ] = ()  # [n_heads] of ALiBi (arXiv 2108.12409): slope * distance is taken from q . k / sqrt(d)
+    qk_norm: QKNorm = QKNorm.NONE
+    clip_qkv: float | None = None  # queries, keys and values are held within +-clip_qkv
+    attention_scale: float | None = None  # of q . k; None: 1 / sqrt(head_dim)
+    attention_cap: float | None = None  # scores become cap * tanh(score / cap)
     sliding_window: int | None = None  # a token sees itself and the sliding_window - 1 before it
     windowed_layers: frozenset[int] = field(default_factory=frozenset)  # layers to which the window applies
-    qk_norm: bool = False  # RMSNorm over head_dim on each head of q and k, before rotary
-    biases: frozenset[str] = field(default_factory=frozenset)  # canonical linears that have a bias: qkv, out, up, down
+    residual_scale: float = 1.0  # of what attention and MLP add to x
+    embed_size: int | None = None  # width of embedding and head, where linears lead from it to hidden_size and back
+    embed_scale: float = 1.0  # of a token's embedding
+    embed_norm: bool = False  # a norm of what enters the first block
+    logit_scale: float = 1.0
+    logit_cap: float | None = None  # logits become cap * tanh(logit / cap)
     experts: Experts | None = None  # in place of the MLP of some layers
+    # canonical linears that have a bias: qkv, out, up, down, head
+    biases: frozenset[str] = field(default_factory=frozenset)
     tied_head: bool = False  # the output head is the embedding table
     dtype: str = "float16"  # of the unquantized weights, as the config states it
 
     @property
-    def gated(self) -> bool:
-        """Whether `up` is gate | up."""
-        return self.activation is Activation.SILU
+    def table_width(self) -> int:
+        """Columns of the embedding table and of the head."""
+        return self.embed_size or self.hidden_size
+
+    @property
+    def score_scale(self) -> float:
+        """Of q . k."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotary embeddings that layers have."""
+        return tuple(dict.fromkeys(rope for rope in self.layer_ropes or (self.rope,) * self.n_layers if rope.dim))
+
+    def rope_index(self, layer: int) -> int:
+        """Which of `ropes` a layer has; -1: none."""
+        rope = self.layer_ropes[layer] if self.layer_ropes else self.rope
+        return self.ropes.index(rope) if rope.dim else -1
 
     @property
     def up_size(self) -> int:
@@ -156,6 +209,11 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Rows of the key projection, and of the value projection."""
         return self.n_kv_heads * self.head_dim
+
+    def check_capacity(self, ctx_size: int) -> None:
+        """ValueError where a cache of `ctx_size` has positions that were never learned."""
+        if self.position_offset is not None and ctx_size > self.max_positions:
+            raise ValueError(f"a context of {ctx_size}; this model learned {self.max_positions} positions")
 
     def window(self, layer: int) -> int:
         """Positions visible to a token of `layer`, itself included; 0 means all."""

@@ -16,8 +16,8 @@ import torch
 
 from tinychat import rope
 from tinychat.cache import KVCache, Rows, dequantize_entries, quantize_entries
-from tinychat.config import Activation, Block, Experts, ModelConfig, Norm, Rope
-from tinychat.weights import LINEARS, NORMS, OF_EXPERTS, Layer, Linear, WeightSource
+from tinychat.config import Activation, Block, Experts, ModelConfig, Norm, QKNorm, Rope
+from tinychat.weights import LINEARS, NORMS, OF_EXPERTS, Ends, Layer, Linear, WeightSource
 
 Tensor = torch.Tensor
 
@@ -51,17 +51,14 @@ class Ops(Protocol):
         """A norm over the last axis."""
         ...
 
-    def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, index: int, window: int, context: Context, slopes: Sequence[float] = ()
-    ) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, config: ModelConfig, index: int, context: Context) -> Tensor:
         """Causal attention of layer `index`: rotates q and k, stores k and v in the context's cache, attends.
 
-        q [T, n_heads, head_dim], k and v [T, n_kv_heads, head_dim], before rotation; a row sees itself and the
-        `window` - 1 positions before it (0: all). slopes: of ALiBi, for each head. Returns [T, n_heads * head_dim].
+        q [T, n_heads, head_dim], k and v [T, n_kv_heads, head_dim], before rotation. Returns [T, n_heads * head_dim].
         """
         ...
 
-    def activation(self, up: Tensor, kind: Activation) -> Tensor:
+    def activation(self, up: Tensor, kind: Activation, gated: bool = True) -> Tensor:
         """act(gate) * up, or act(up): [T, up_size] -> [T, intermediate_size]."""
         ...
 
@@ -77,30 +74,31 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """Which rows of a step see which: its spans, the rotary angles of its rows, and the cache behind them.
+    """Which rows of a step see which: its spans, the positions and rotary angles of its rows, the cache behind them.
 
-    cos, sin  fp32 [T, head_dim / 2]
-    cache     or None: spans stand alone and nothing is kept
+    positions  int64 [T]
+    angles     for each of the config's `ropes` cosines and sines, fp32 [T, rope.dim / 2]
+    cache      or None: spans stand alone and nothing is kept
     """
 
     spans: tuple[Span, ...]
-    cos: Tensor
-    sin: Tensor
+    positions: Tensor
+    angles: tuple[tuple[Tensor, Tensor], ...]
     cache: KVCache | None = None
 
     @staticmethod
-    def of_rows(table: Rope, rows: Rows, cache: KVCache) -> Context:
+    def of_rows(config: ModelConfig, rows: Rows, cache: KVCache) -> Context:
         """A step's rows, each span a slot of `cache` (which must take them: see `KVCache.check`)."""
         lengths = cache.check(rows)
         spans = []
         for slot in np.unique(rows.slots).tolist():
             indices = np.flatnonzero(rows.slots == slot)
             spans.append(Span(torch.from_numpy(indices), slot, int(cache.lengths[slot])))
-        cos, sin = rope.angles(table, rows.positions, lengths[rows.slots])
-        return Context(tuple(spans), torch.from_numpy(cos), torch.from_numpy(sin), cache)
+        angles = _angles(config.ropes, rows.positions, lengths[rows.slots])
+        return Context(tuple(spans), torch.from_numpy(rows.positions).long(), angles, cache)
 
     @staticmethod
-    def of_sequences(table: Rope, lengths: Sequence[int]) -> Context:
+    def of_sequences(config: ModelConfig, lengths: Sequence[int]) -> Context:
         """Independent causal sequences, one after the other in the rows: calibration. No cache and no padding.
 
         x [n_sequences, length, hidden_size] is `x.reshape(-1, hidden_size)` with `[length] * n_sequences`; with
@@ -112,8 +110,8 @@ class Context:
             for slot, (begin, end) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True))
         )
         positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
-        cos, sin = rope.angles(table, positions, np.repeat(np.asarray(lengths, np.int32), lengths))
-        return Context(spans, torch.from_numpy(cos), torch.from_numpy(sin))
+        angles = _angles(config.ropes, positions, np.repeat(np.asarray(lengths, np.int32), lengths))
+        return Context(spans, torch.from_numpy(positions).long(), angles)
 
     def extend(self, span: Span, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep a span's keys and values [n, n_kv_heads, head_dim]; return all it sees, [n_kv_heads, L, head_dim]."""
@@ -127,6 +125,12 @@ class Context:
             _extended(span, k, cache.keys[at], cache.key_scales[at]),
             _extended(span, v, cache.values[at], cache.value_scales[at]),
         )
+
+
+def _angles(ropes: Sequence[Rope], positions: np.ndarray, seq_lens: np.ndarray) -> tuple[tuple[Tensor, Tensor], ...]:
+    """See `rope.angles`."""
+    found = (rope.angles(table, positions, seq_lens) for table in ropes)
+    return tuple((torch.from_numpy(cos), torch.from_numpy(sin)) for cos, sin in found)
 
 
 def _extended(span: Span, new: Tensor, entries: np.ndarray, scales: np.ndarray | None = None) -> Tensor:
@@ -143,16 +147,20 @@ def _extended(span: Span, new: Tensor, entries: np.ndarray, scales: np.ndarray |
 class PackedLayer:
     """A `Layer` as a backend holds it: linears packed, norms as tensors."""
 
-    norm1: Tensor
     qkv: Any
     out: Any
-    norm2: Tensor | None
     up: Any  # of experts: a tuple, one for each
     down: Any  # likewise
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
+    norm1: Tensor | None = None
+    norm2: Tensor | None = None
+    out_norm: Tensor | None = None
+    down_norm: Tensor | None = None
     norm1_bias: Tensor | None = None
     norm2_bias: Tensor | None = None
+    out_norm_bias: Tensor | None = None
+    down_norm_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
     act_scale: Tensor | None = None
     router: Any = None
     shared_up: Any = None
@@ -179,14 +187,19 @@ def self_attention(
     config: ModelConfig, ops: Ops, layer: PackedLayer, index: int, x: Tensor, context: Context
 ) -> Tensor:
     """Attention on normed rows, output projection included, residual not: [T, hidden_size] -> [T, hidden_size]."""
-    q, k, v = ops.linear(x, layer.qkv).split([config.q_size, config.kv_size, config.kv_size], dim=-1)
-    q = q.unflatten(-1, (config.n_heads, config.head_dim))
-    k = k.unflatten(-1, (config.n_kv_heads, config.head_dim))
-    v = v.unflatten(-1, (config.n_kv_heads, config.head_dim))
-    if layer.q_norm is not None and layer.k_norm is not None:
-        q, k = ops.norm(q, layer.q_norm, config.norm_eps), ops.norm(k, layer.k_norm, config.norm_eps)
-    mixed = ops.attention(q, k, v, index, config.window(index), context, config.slopes)
-    return ops.linear(mixed, layer.out)
+    c = config
+    qkv = ops.linear(x, layer.qkv)
+    if c.clip_qkv is not None:
+        qkv = qkv.clamp(-c.clip_qkv, c.clip_qkv)
+    q, k, v = qkv.split([c.q_size, c.kv_size, c.kv_size], dim=-1)
+    if c.qk_norm is QKNorm.WHOLE:
+        q, k = _normed(c, ops, layer, "q_norm", q), _normed(c, ops, layer, "k_norm", k)
+    q = q.unflatten(-1, (c.n_heads, c.head_dim))
+    k = k.unflatten(-1, (c.n_kv_heads, c.head_dim))
+    v = v.unflatten(-1, (c.n_kv_heads, c.head_dim))
+    if c.qk_norm is QKNorm.HEAD:
+        q, k = _normed(c, ops, layer, "q_norm", q), _normed(c, ops, layer, "k_norm", k)
+    return ops.linear(ops.attention(q, k, v, c, index, context), layer.out)
 
 
 def mlp(config: ModelConfig, ops: Ops, layer: PackedLayer, x: Tensor) -> Tensor:
@@ -197,7 +210,7 @@ def mlp(config: ModelConfig, ops: Ops, layer: PackedLayer, x: Tensor) -> Tensor:
 
 
 def _mlp(config: ModelConfig, ops: Ops, x: Tensor, up: Any, down: Any, act_scale: Tensor | None = None) -> Tensor:
-    hidden = ops.activation(ops.linear(x, up), config.activation)
+    hidden = ops.activation(ops.linear(x, up), config.activation, config.gated)
     return ops.linear(hidden if act_scale is None else hidden / act_scale, down)
 
 
@@ -217,15 +230,66 @@ def _mixture(config: ModelConfig, experts: Experts, ops: Ops, layer: PackedLayer
 
 
 def block(config: ModelConfig, ops: Ops, layer: PackedLayer, index: int, x: Tensor, context: Context) -> Tensor:
-    """Decoder block `index`: [T, hidden_size] -> [T, hidden_size]."""
-    normed = ops.norm(x, layer.norm1, config.norm_eps, config.norm, layer.norm1_bias)
-    attended = self_attention(config, ops, layer, index, normed, context)
-    if config.block is Block.SEQUENTIAL:
-        x = x + attended
-    if layer.norm2 is not None:
-        normed = ops.norm(x, layer.norm2, config.norm_eps, config.norm, layer.norm2_bias)
-    added = mlp(config, ops, layer, normed)
-    return x + added if config.block is Block.SEQUENTIAL else x + attended + added
+    """Decoder block `index`: [T, hidden_size] -> [T, hidden_size]. `config.Block` has the formulas."""
+    c = config
+    before = c.block not in (Block.NORM_AFTER, Block.POST_NORM)
+    normed = _normed(c, ops, layer, "norm1", x) if before else x
+    attended = self_attention(c, ops, layer, index, normed, context)
+    if layer.out_norm is not None:
+        attended = _normed(c, ops, layer, "out_norm", attended)
+    attended = attended * c.residual_scale
+    if not c.block.parallel:
+        x = normed = x + attended
+        if c.block is Block.POST_NORM:
+            x = normed = _normed(c, ops, layer, "norm1", x)
+    if before and layer.norm2 is not None:
+        normed = _normed(c, ops, layer, "norm2", x)
+    added = mlp(c, ops, layer, normed)
+    if layer.down_norm is not None:
+        added = _normed(c, ops, layer, "down_norm", added)
+    added = added * c.residual_scale
+    if c.block.parallel:
+        return x + attended + added
+    return _normed(c, ops, layer, "norm2", x + added) if c.block is Block.POST_NORM else x + added
+
+
+def _normed(config: ModelConfig, ops: Ops, layer: PackedLayer, name: str, x: Tensor) -> Tensor:
+    """One of the layer's norms, over the last axis."""
+    bias = getattr(layer, f"{name}_bias", None)
+    return ops.norm(x, getattr(layer, name), config.norm_eps, config.norm, bias)
+
+
+class Entrance:
+    """From tokens to what the first block reads."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, embedding: np.ndarray, ends: Ends):
+        """embedding [vocab_size, table_width]."""
+        self._config = config
+        self._ops = ops
+        self._embed = ops.table(embedding)
+        self._positions = None if ends.positions is None else ops.table(ends.positions)
+        self._project = None if ends.project_in is None else ops.pack(ends.project_in)
+        self._norm = None if ends.norm is None else ops.vector(ends.norm)
+        self._norm_bias = None if ends.norm_bias is None else ops.vector(ends.norm_bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes resident."""
+        tensors = (self._embed, self._positions, self._norm, self._norm_bias)
+        packed = 0 if self._project is None else self._ops.packed_bytes(self._project)
+        return packed + sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def of_tokens(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """int64 [T] both -> [T, hidden_size] in the activations' dtype."""
+        x = self._embed[tokens].to(self._ops.dtype) * self._config.embed_scale
+        return self.of_embeddings(x if self._project is None else self._ops.linear(x, self._project), positions)
+
+    def of_embeddings(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The same of vectors in the place of tokens' embeddings, [T, hidden_size]."""
+        c = self._config
+        if self._positions is not None and c.position_offset is not None:
+            x = x + self._positions[positions + c.position_offset].to(x.dtype)
+        return x if self._norm is None else self._ops.norm(x, self._norm, c.norm_eps, c.norm, self._norm_bias)
 
 
 class Decoder:
@@ -235,23 +299,26 @@ class Decoder:
         self, source: WeightSource, ops: Ops, cache: KVCache, progress: Callable[[int, int], None] | None = None
     ):
         """`progress(done, total)` is called after each layer."""
-        self.config = source.config
+        self.config = c = source.config
         self.cache = cache
         self._ops = ops
         embedding = np.require(source.embed(), requirements=["C", "W"])  # one copy, shared with a tied head
-        self._embed = ops.table(embedding)
+        ends = source.ends()
+        c.check_capacity(cache.capacity)
+        self._entrance = Entrance(c, ops, embedding, ends)
         self._layers: list[PackedLayer] = []
-        for index in range(self.config.n_layers):
-            experts = self.config.experts_of(index)
+        for index in range(c.n_layers):
+            experts = c.experts_of(index)
             self._layers.append(pack_layer(ops, source.layer(index), experts.n_experts if experts else 0))
             if progress:
-                progress(index + 1, self.config.n_layers)
-        self._norm = ops.vector(source.norm())
-        norm_bias = source.norm_bias()
+                progress(index + 1, c.n_layers)
+        norm, norm_bias, head = source.norm(), source.norm_bias(), source.head()
+        self._norm = None if norm is None else ops.vector(norm)
         self._norm_bias = None if norm_bias is None else ops.vector(norm_bias)
-        head = source.head()
+        self._project = None if ends.project_out is None else ops.pack(ends.project_out)
         self._head = ops.pack(head if head is not None else Linear((embedding,)))
-        self.weight_bytes = self._embed.nbytes + self._norm.nbytes + sum(map(self._layer_bytes, self._layers))
+        self.weight_bytes = self._entrance.nbytes + sum(map(self._layer_bytes, self._layers))
+        self.weight_bytes += 0 if self._norm is None else self._norm.nbytes
         if head is not None:
             self.weight_bytes += ops.packed_bytes(self._head)
 
@@ -268,23 +335,31 @@ class Decoder:
 
         Raises ValueError where the rows do not continue their slots, or a token is not in the vocabulary.
         """
-        context = Context.of_rows(self.config.rope, rows, self.cache)
-        x = self._embedded(rows)
+        c, ops = self.config, self._ops
+        context = Context.of_rows(c, rows, self.cache)
+        x = self._entered(rows, context)
         for index, layer in enumerate(self._layers):
-            x = block(self.config, self._ops, layer, index, x, context)
+            x = block(c, ops, layer, index, x, context)
         np.add.at(self.cache.lengths, rows.slots, 1)
         if not len(rows.wanted):
-            return np.zeros((0, self.config.vocab_size), np.float32)
+            return np.zeros((0, c.vocab_size), np.float32)
         x = x[torch.from_numpy(rows.wanted).long()]
-        x = self._ops.norm(x, self._norm, self.config.norm_eps, self.config.norm, self._norm_bias)
-        return self._ops.linear(x, self._head).float().numpy()
+        if self._norm is not None:
+            x = ops.norm(x, self._norm, c.norm_eps, c.norm, self._norm_bias)
+        if self._project is not None:
+            x = ops.linear(x, self._project)
+        logits = ops.linear(x, self._head) * c.logit_scale
+        if c.logit_cap is not None:
+            logits = c.logit_cap * torch.tanh(logits / c.logit_cap)
+        return logits.float().numpy()
 
-    def _embedded(self, rows: Rows) -> Tensor:
+    def _entered(self, rows: Rows, context: Context) -> Tensor:
         """[T, hidden_size] in the activations' dtype."""
         if rows.embeddings is not None:
-            return torch.from_numpy(rows.embeddings).to(self._ops.dtype)
+            embeddings = torch.from_numpy(rows.embeddings).to(self._ops.dtype)
+            return self._entrance.of_embeddings(embeddings, context.positions)
         if rows.tokens is None:
             raise ValueError("rows have neither tokens nor embeddings")
         if len(rows.tokens) and not 0 <= rows.tokens.min() <= rows.tokens.max() < self.config.vocab_size:
             raise ValueError(f"token ids must lie in 0..{self.config.vocab_size - 1}")
-        return self._embed[torch.from_numpy(rows.tokens).long()].to(self._ops.dtype)
+        return self._entrance.of_tokens(torch.from_numpy(rows.tokens).long(), context.positions)

@@ -65,7 +65,7 @@ def estimate(
     mlp = max(sum(c.mlp_sizes(layer).values()) for layer in range(c.n_layers))
     block = c.hidden_size * (2 * c.q_size + 2 * c.kv_size) + mlp
     kv_cache = n_slots * c.kv_bytes(ctx_size, kv_itemsize)
-    table, itemsize = c.vocab_size * c.hidden_size, 4 if c.dtype == "float32" else 2
+    table, itemsize = c.vocab_size * c.table_width, 4 if c.dtype == "float32" else 2
     weights = file_bytes + (footprint.kept(bits) - bits) * n_quantized // 8
     if head == 8:
         weights += int((1 + 3 / HEAD_GROUP) * table) - itemsize * table  # code, and a group's scale and zero

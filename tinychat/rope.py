@@ -9,6 +9,7 @@ YaRN arXiv 2309.00071; the dynamic and Llama 3 scalings have no paper and are de
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -21,10 +22,12 @@ F32 = np.float32
 def inv_freq(rope: Rope, seq_len: int) -> tuple[np.ndarray, float]:
     """(radians per position, fp32 [rope.dim / 2]; the factor on cosines and sines), for a sequence of `seq_len`.
 
-    Only `DYNAMIC` looks at `seq_len`. The array is shared between calls and read-only.
+    Only `DYNAMIC` and `LONGROPE` look at `seq_len`. The array is shared between calls and read-only.
     """
     if rope.scaling is RopeScaling.DYNAMIC and seq_len > rope.original_max_positions:
         return _frequencies(_dynamic_theta(rope, seq_len), rope.dim), 1.0
+    if rope.scaling is RopeScaling.LONGROPE:
+        return _longrope(rope, seq_len > rope.original_max_positions)
     return _static(rope)
 
 
@@ -39,20 +42,21 @@ def angles(rope: Rope, positions: np.ndarray, seq_lens: np.ndarray) -> tuple[np.
         len(lengths), rope.dim // 2
     )
     radians = positions.astype(F32)[:, None] * frequencies[which]
-    scale = F32(_static(rope)[1])
+    scale = F32(inv_freq(rope, 0)[1])
     return np.cos(radians) * scale, np.sin(radians) * scale
 
 
 class Table:
     """Cosines and sines by position, computed once: what a step needs for each row, without computing it at each step.
 
-    Where angles depend on the length of a sequence too (`DYNAMIC`), the table reaches as far as they do not.
+    Where angles depend on the length of a sequence too (`DYNAMIC`, `LONGROPE`), it reaches as far as they do not.
     """
 
     def __init__(self, rope: Rope, capacity: int):
         """For positions below `capacity`; computed as far as they are asked for."""
         self._rope = rope
-        self._end = min(capacity, rope.original_max_positions) if rope.scaling is RopeScaling.DYNAMIC else capacity
+        by_length = rope.scaling in (RopeScaling.DYNAMIC, RopeScaling.LONGROPE)
+        self._end = min(capacity, rope.original_max_positions) if by_length else capacity
         self._cos = self._sin = np.zeros((0, rope.dim // 2), F32)
 
     def rows(self, positions: np.ndarray, seq_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -68,6 +72,25 @@ class Table:
             at = int(positions[0])
             return self._cos[at : at + 1], self._sin[at : at + 1]
         return self._cos[positions], self._sin[positions]
+
+
+class Tables:
+    """The tables of several rotary embeddings together."""
+
+    def __init__(self, ropes: Sequence[Rope], capacity: int):
+        """See `Table`."""
+        self._tables = [Table(rope, capacity) for rope in ropes]
+
+    def rows(self, positions: np.ndarray, seq_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What `angles` returns, of each: [tables, T, dim / 2] both."""
+        if len(self._tables) == 1:
+            cos, sin = self._tables[0].rows(positions, seq_lens)
+            return cos[None], sin[None]
+        found = [table.rows(positions, seq_lens) for table in self._tables]
+        if not found:
+            none = np.zeros((0, len(positions), 0), F32)
+            return none, none
+        return np.stack([cos for cos, _ in found]), np.stack([sin for _, sin in found])
 
 
 def _frequencies(theta: float, dim: int) -> np.ndarray:
@@ -93,6 +116,18 @@ def _static(rope: Rope) -> tuple[np.ndarray, float]:
         frequencies, scale = _yarn(rope, frequencies), _yarn_attention_factor(rope)
     frequencies.flags.writeable = False
     return frequencies, scale
+
+
+@lru_cache(maxsize=64)
+def _longrope(rope: Rope, beyond: bool) -> tuple[np.ndarray, float]:
+    """A factor for each frequency, others beyond the trained context (arXiv 2402.13753), and a temperature."""
+    factors = np.array(rope.long_factors if beyond else rope.short_factors, F32)
+    frequencies = F32(1) / (factors * (F32(1) / _frequencies(rope.theta, rope.dim)))
+    frequencies.flags.writeable = False
+    if rope.attention_factor is not None:
+        return frequencies, rope.attention_factor
+    grown = math.log(max(rope.factor, 1.0)) / math.log(rope.original_max_positions)
+    return frequencies, math.sqrt(1 + grown)
 
 
 def _llama3(rope: Rope, frequencies: np.ndarray) -> np.ndarray:

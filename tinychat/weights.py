@@ -12,21 +12,32 @@ from typing import Protocol
 
 import numpy as np
 
-from tinychat.config import Block, ModelConfig
+from tinychat.config import Block, ModelConfig, QKNorm
 from tinychat.qtensor import Weight, round_symmetric
 
 LINEARS = ("qkv", "out", "up", "down")  # of every `Layer`
 OF_EXPERTS = ("router", "shared_up", "shared_down")  # more of one with experts
 QUANTIZED = ("qkv", "out", "up", "down", "shared_up", "shared_down")  # those that a quantizer takes: not the router
-NORMS = ("norm1", "norm1_bias", "norm2", "norm2_bias", "q_norm", "k_norm")  # likewise
+ROW_NORMS = ("norm1", "norm2", "out_norm", "down_norm")  # of rows, each with perhaps a bias
+NORMS = (*ROW_NORMS, *(f"{name}_bias" for name in ROW_NORMS), "q_norm", "k_norm")  # likewise
+_ROW_NORMS_OF = {
+    Block.PARALLEL_ONE_NORM: ("norm1",),
+    Block.SANDWICH: ROW_NORMS,
+    Block.NORM_AFTER: ("out_norm", "down_norm"),
+}
 
 
 def norm_sizes(config: ModelConfig) -> dict[str, int]:
     """The vectors of a `Layer` that a model has, of NORMS, and their lengths."""
-    names = ["norm1"] if config.block is Block.PARALLEL_ONE_NORM else ["norm1", "norm2"]
-    names += [f"{name}_bias" for name in names if config.norm_bias]
-    heads = dict.fromkeys(("q_norm", "k_norm") if config.qk_norm else (), config.head_dim)
-    return dict.fromkeys(names, config.hidden_size) | heads
+    names = _ROW_NORMS_OF.get(config.block, ("norm1", "norm2"))
+    sizes = dict.fromkeys(names, config.hidden_size)
+    if config.norm_bias:
+        sizes |= dict.fromkeys((f"{name}_bias" for name in names), config.hidden_size)
+    if config.qk_norm is QKNorm.HEAD:
+        sizes |= {"q_norm": config.head_dim, "k_norm": config.head_dim}
+    elif config.qk_norm is QKNorm.WHOLE:
+        sizes |= {"q_norm": config.q_size, "k_norm": config.kv_size}
+    return sizes
 
 
 def linears(config: ModelConfig, layer: int) -> tuple[str, ...]:
@@ -66,22 +77,40 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One decoder block. In one with experts, `up` and `down` are those of all experts, stacked along the outputs."""
+    """One decoder block. Which norms it has and what they are applied to: see `config.Block` and `config.QKNorm`.
 
-    norm1: np.ndarray  # fp32 [hidden_size], before attention
+    In one with experts, `up` and `down` are those of all experts, stacked along the outputs.
+    """
+
     qkv: Linear  # q | k | v
     out: Linear
-    norm2: np.ndarray | None  # fp32 [hidden_size], before the MLP; None: norm1 serves
     up: Linear  # gate | up, or up alone; of experts: gate | up | gate | up ...
     down: Linear
     router: Linear | None = None  # [n_experts, hidden_size], and a row for the shared expert's gate
     shared_up: Linear | None = None  # of the shared expert, as `up`
     shared_down: Linear | None = None
-    q_norm: np.ndarray | None = None  # fp32 [head_dim]
-    k_norm: np.ndarray | None = None  # fp32 [head_dim]
-    norm1_bias: np.ndarray | None = None  # fp32 [hidden_size]
-    norm2_bias: np.ndarray | None = None  # fp32 [hidden_size]
+    norm1: np.ndarray | None = None  # fp32 [hidden_size], as all row norms and their biases
+    norm2: np.ndarray | None = None
+    out_norm: np.ndarray | None = None  # of what attention adds
+    down_norm: np.ndarray | None = None  # of what the MLP adds
+    norm1_bias: np.ndarray | None = None
+    norm2_bias: np.ndarray | None = None
+    out_norm_bias: np.ndarray | None = None
+    down_norm_bias: np.ndarray | None = None
+    q_norm: np.ndarray | None = None  # fp32 [head_dim] or [q_size]
+    k_norm: np.ndarray | None = None  # fp32 [head_dim] or [kv_size]
     act_scale: np.ndarray | None = None  # fp32 [intermediate_size]: what `down` reads is divided by it
+
+
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """What some models have before the first block and after the last, beside embedding, final norm and head."""
+
+    positions: np.ndarray | None = None  # [position_offset + max_positions, hidden_size], added to embeddings
+    norm: np.ndarray | None = None  # fp32 [hidden_size], of the sum
+    norm_bias: np.ndarray | None = None
+    project_in: Linear | None = None  # [hidden_size, embed_size], of embeddings
+    project_out: Linear | None = None  # [embed_size, hidden_size], of what the head reads
 
 
 class WeightSource(Protocol):
@@ -90,15 +119,19 @@ class WeightSource(Protocol):
     config: ModelConfig
 
     def embed(self) -> np.ndarray:
-        """The embedding table [vocab_size, hidden_size], in the dtype it is stored in."""
+        """The embedding table [vocab_size, table_width], in the dtype it is stored in."""
         ...
 
     def layer(self, index: int) -> Layer:
         """Block `index`. Reads it anew at each call; nothing is kept."""
         ...
 
-    def norm(self) -> np.ndarray:
-        """The final norm, fp32 [hidden_size]."""
+    def ends(self) -> Ends:
+        """What there is beside embedding, final norm and head."""
+        ...
+
+    def norm(self) -> np.ndarray | None:
+        """The final norm, fp32 [hidden_size]; None where there is none."""
         ...
 
     def norm_bias(self) -> np.ndarray | None:
@@ -121,9 +154,10 @@ class MemoryWeights:
     config: ModelConfig
     embedding: np.ndarray
     layers: Sequence[Layer]
-    final_norm: np.ndarray
+    final_norm: np.ndarray | None
     output_head: Linear | None = None
     final_norm_bias: np.ndarray | None = None
+    other_ends: Ends = Ends()
 
     def embed(self) -> np.ndarray:
         """See `WeightSource`."""
@@ -133,7 +167,11 @@ class MemoryWeights:
         """See `WeightSource`."""
         return self.layers[index]
 
-    def norm(self) -> np.ndarray:
+    def ends(self) -> Ends:
+        """See `WeightSource`."""
+        return self.other_ends
+
+    def norm(self) -> np.ndarray | None:
         """See `WeightSource`."""
         return self.final_norm
 
@@ -168,7 +206,11 @@ class RoundedHead:
         """See `WeightSource`."""
         return self.source.layer(index)
 
-    def norm(self) -> np.ndarray:
+    def ends(self) -> Ends:
+        """See `WeightSource`."""
+        return self.source.ends()
+
+    def norm(self) -> np.ndarray | None:
         """See `WeightSource`."""
         return self.source.norm()
 

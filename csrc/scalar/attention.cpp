@@ -94,6 +94,7 @@ void attend(const CacheView& cache, const QueryGroup& group, const QueryRows& ro
                 dot += q[d] * entry_value(cache.type, cache.keys, cache.key_scales, dim, j, d);
             }
             scores[j - begin] = dot * group.scale;
+            if (group.cap != 0) scores[j - begin] = group.cap * std::tanh(scores[j - begin] / group.cap);
             if (group.slopes) scores[j - begin] += group.slopes[h] * static_cast<float>(j - position);
             largest = std::max(largest, scores[j - begin]);
         }

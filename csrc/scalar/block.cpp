@@ -6,8 +6,8 @@
 namespace tinychat {
 namespace {
 
-void add(float* x, const float* y, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) x[i] += y[i];
+void add(float* x, const float* y, float factor, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) x[i] += factor * y[i];
 }
 
 Moments moments(NormType type, const float* x, int64_t n) {
@@ -28,18 +28,31 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
     normalize(x, 0, 1 / std::sqrt(moments(NormType::rms, x, n).variance + eps), weight, nullptr, n, y);
 }
 
+float activated(Activation activation, float x) {
+    switch (activation) {
+        case Activation::silu: return x / (1 + std::exp(-x));
+        case Activation::gelu: return x * 0.5f * std::erfc(-x * 0.70710678f);
+        case Activation::gelu_tanh: return x / (1 + std::exp(-1.59576912f * x * (1 + 0.044715f * x * x)));
+        case Activation::relu: return x < 0 ? 0 : x;
+    }
+    return x;
+}
+
 void activate(Activation activation, const float* gate, const float* up, int64_t n, float* y) {
     for (int64_t i = 0; i < n; ++i) {
-        const float x = gate[i];
-        const float act = activation == Activation::silu ? x / (1 + std::exp(-x)) : x * 0.5f * std::erfc(-x * 0.70710678f);
+        const float act = activated(activation, gate[i]);
         y[i] = up ? act * up[i] : act;
     }
+}
+
+void soft_cap(float* x, float cap, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) x[i] = cap * std::tanh(x[i] / cap);
 }
 
 }  // namespace
 
 const BlockKernels& block_scalar() {
-    static const BlockKernels table{add, moments, normalize, activate, rms_norm};
+    static const BlockKernels table{add, moments, normalize, activate, rms_norm, soft_cap};
     return table;
 }
 

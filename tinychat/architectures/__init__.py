@@ -2,7 +2,8 @@
 
 A family's file has `NAMES` (its checkpoint's tensor names, see `names.py`), where they depend on the config also
 `names(config)`, and `translate(reader) -> ModelConfig`, which reads config.json through a `ConfigReader`: what it does
-not read and `config_reader.py` does not list as harmless is refused.
+not read and `config_reader.py` does not list as harmless is refused. `ALSO` is other model_types it is found by. Its
+docstring begins with "<checkpoints>: <what is special>.", which is the family's row in the table of `described`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Collection
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -24,10 +26,33 @@ def supported() -> list[str]:
     return [name for name in _files() if hasattr(_load(name), "NAMES")]
 
 
+@dataclass(frozen=True)
+class Family:
+    """A row of the table of families. `also`: other model_types of it."""
+
+    model_type: str
+    also: tuple[str, ...]
+    checkpoints: str
+    special: str
+
+
+def described() -> list[Family]:
+    """What every family's file says of itself."""
+    rows = []
+    for name in supported():
+        module = _load(name)
+        checkpoints, _, special = " ".join((module.__doc__ or "").split("\n\n")[0].split()).partition(": ")
+        rows.append(Family(name, getattr(module, "ALSO", ()), checkpoints, special.rstrip(".")))
+    return rows
+
+
 def find(model_type: str) -> ModuleType:
     """The file of a family; ConfigError, listing those there are, where there is none."""
     if model_type in _files() and hasattr(module := _load(model_type), "NAMES"):
         return module
+    for name in supported():
+        if model_type in getattr(_load(name), "ALSO", ()):
+            return _load(name)
     raise ConfigError(
         f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(supported())}"
     )

@@ -7,7 +7,8 @@ of them it has, and with which defaults.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from tinychat.config import Activation, Experts, ModelConfig, Rope, RopeScaling
@@ -19,19 +20,21 @@ REQUIRED: Any = object()  # the default of a key that has none
 # which are never followed.
 _BOOKKEEPING = """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
-    _flash_attn_2_enabled _from_model_config _name_or_path architectures attention_dropout attn_implementation
-    auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cls_token_id
-    decoder_start_token_id diversity_penalty do_sample early_stopping emb_pdrop embedding_fraction
+    _flash_attn_2_enabled _from_model_config _name_or_path activation_dropout architectures attention_dropout
+    attention_probs_dropout_prob attn_implementation attn_pdrop auto_map bad_words_ids begin_suppress_tokens
+    bos_token_id chunk_size_feed_forward classifier_dropout cls_token_id decoder_start_token_id diversity_penalty
+    do_sample dropout early_stopping emb_pdrop embd_pdrop embedding_dropout embedding_fraction
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing hidden_dropout id2label init_config init_device initializer_range
-    is_decoder is_llama_config label2id length_penalty max_length max_new_tokens max_sequence_length min_length
-    model_max_length model_name no_repeat_ngram_size num_beam_groups num_beams num_logits_to_keep
-    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix
-    pretraining_tp router_aux_loss_coef router_jitter_noise
-    problem_type quantization_config remove_invalid_values repetition_penalty resid_pdrop return_dict
-    return_dict_in_generate sep_token_id seq_length suppress_tokens task_specific_params temperature tf_legacy_loss
-    tokenizer_class tokenizer_name top_k top_p torchscript transformers.js_config transformers_version
-    trust_remote_code typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache verbose
+    forced_eos_token_id gradient_checkpointing hidden_dropout hidden_dropout_prob id2label init_config init_device
+    init_std initializer_range is_decoder is_llama_config label2id layerdrop length_penalty max_length
+    max_new_tokens max_sequence_length min_length model_max_length model_name no_repeat_ngram_size num_beam_groups
+    num_beams num_logits_to_keep num_return_sequences output_attentions output_hidden_states
+    output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type quantization_config
+    remove_invalid_values repetition_penalty resid_pdrop residual_dropout return_dict return_dict_in_generate
+    router_aux_loss_coef router_jitter_noise sep_token_id seq_length suppress_tokens
+    task_specific_params temperature tf_legacy_loss tokenizer_class tokenizer_name top_k top_p torchscript
+    transformers.js_config transformers_version trust_remote_code typical_p unsloth_fixed unsloth_version
+    use_bfloat16 use_cache verbose
 """
 HARMLESS = frozenset(_BOOKKEEPING.split())
 # Keys that are harmless at one value only: the one that switches off what is not implemented.
@@ -45,6 +48,15 @@ HARMLESS_AT: dict[str, Any] = {
     "use_mrope": False,
 }
 LARGEST_POSITION = 2**27
+ACTIVATIONS = {
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+    "gelu": Activation.GELU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_fast": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "relu": Activation.RELU,
+}
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -62,21 +74,34 @@ class ConfigReader:
         self._bookkeeping = bookkeeping
         self._values = {key: value for key, value in values.items() if path + key not in ignore}
         self._read: set[str] = set()
+        self._spellings: dict[str, str] = {}
 
     def error(self, key: str, expected: str) -> ConfigError:
         """The error for a value that is not what was `expected`."""
+        if key not in self._values and self._spellings.get(key) in self._values:
+            key = self._spellings[key]
         found = _show(self._values[key]) if key in self._values else "nothing"
         return ConfigError(f"config.json: {self._path}{key} is {found}; expected {expected}")
 
     def get(self, key: str, default: Any = REQUIRED) -> Any:
         """The value of `key`, marked as read; null and absent are the default."""
-        self._read.add(key)
+        key = self._found(key)
         value = self._values.get(key)
         if value is None:
             if default is REQUIRED:
                 raise self.error(key, "a value: the key is required")
             return default
         return value
+
+    def _found(self, key: str) -> str:
+        """`key`, or the other spelling where that is in the file; both are read, and must not differ."""
+        other = self._spellings.get(key)
+        self._read |= {key, other or key}
+        if other is None or other not in self._values:
+            return key
+        if self._values.get(key) not in (None, self._values[other]):
+            raise self.error(other, f"the same as {key} = {_show(self._values[key])}")
+        return other
 
     def integer(self, key: str, default: Any = REQUIRED, *, low: int = 1, high: int) -> Any:
         """An int in low..high, or `default`."""
@@ -129,20 +154,31 @@ class ConfigReader:
         switched_off = key in HARMLESS_AT and self._values[key] == HARMLESS_AT[key]
         return switched_off or (key in HARMLESS and self._bookkeeping)
 
+    def spelled(self, **keys: str) -> ConfigReader:
+        """Itself; where a key is absent, the family's own name for it is looked for."""
+        self._spellings |= keys
+        return self
+
     def decoder(
         self,
         *,
         n_kv_heads: int | None = None,
         head_dim: int | None = None,
+        hidden_act: str = "silu",
+        norm_eps: float = 1e-6,
+        tied: bool = False,
+        partial: float | None = None,
+        theta: float = 10000.0,
         biases: Collection[str] = (),
         window: tuple[int | None, frozenset[int]] = (None, frozenset()),
-        qk_norm: bool = False,
-        experts: Experts | None = None,
-        norm_eps: float = 1e-6,
-        theta: float = 10000.0,
+        **fields: Any,
     ) -> ModelConfig:
-        """The keys that all families share; `n_kv_heads`, `head_dim` (None: derived), `norm_eps` and `theta` are the
-        family's defaults."""
+        """The keys that families share. The family's defaults of them are arguments (None: derived); fields of
+        `ModelConfig` that are given are not looked for."""
+
+        def field(name: str, read: Callable[[], Any]) -> Any:
+            return fields.pop(name) if name in fields else read()
+
         hidden_size = self.integer("hidden_size", high=2**17)
         n_heads = self.integer("num_attention_heads", high=2**10)
         if "num_key_value_heads" in self._values or n_kv_heads is None:
@@ -155,10 +191,7 @@ class ConfigReader:
             if hidden_size % n_heads:
                 raise self.error("hidden_size", f"a multiple of num_attention_heads = {n_heads}, or head_dim")
             head_dim = hidden_size // n_heads
-        if head_dim % 2:
-            raise ConfigError(f"config.json: heads have {head_dim} dimensions; rotary positions need an even number")
-        self.text("hidden_act", "silu", choices=("silu", "swish"))
-        max_positions = self.integer("max_position_embeddings", high=LARGEST_POSITION)
+        max_positions = field("max_positions", lambda: self.integer("max_position_embeddings", high=LARGEST_POSITION))
         return ModelConfig(
             model_type=self.text("model_type"),
             vocab_size=self.integer("vocab_size", high=2**24),
@@ -167,18 +200,17 @@ class ConfigReader:
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
-            intermediate_size=self.integer("intermediate_size", high=2**20),
+            intermediate_size=field("intermediate_size", lambda: self.integer("intermediate_size", high=2**20)),
             max_positions=max_positions,
             norm_eps=self.number("rms_norm_eps", norm_eps, above=0, high=1),
-            rope=self.rope(head_dim, max_positions, theta),
-            activation=Activation.SILU,
+            rope=field("rope", lambda: self.rope(head_dim, max_positions, partial=partial, theta=theta)),
+            activation=field("activation", lambda: self.activation(hidden_act)),
             sliding_window=window[0],
             windowed_layers=window[1],
-            qk_norm=qk_norm,
             biases=frozenset(biases),
-            experts=experts,
-            tied_head=self.flag("tie_word_embeddings", False),
+            tied_head=self.flag("tie_word_embeddings", tied),
             dtype=self.dtype(),
+            **fields,
         )
 
     def experts(self, *, n_used: int, normalized: bool, shared_size: int = 0) -> Experts:
@@ -198,6 +230,33 @@ class ConfigReader:
             self.flag("norm_topk_prob", normalized),
             shared_size,
         )
+
+    def activation(self, default: str) -> Activation:
+        """Of the MLP."""
+        return ACTIVATIONS[self.text("hidden_act", default, choices=tuple(ACTIVATIONS))]
+
+    def cap(self, key: str, default: float | None) -> float | None:
+        """A bound that scores or logits approach; null, unlike an absent key, is none."""
+        if key in self._values and self._values[key] is None:
+            default = None
+        return self.number(key, default, above=0, high=1e6)
+
+    def pass_over(self, *keys: str) -> None:
+        """Keys that are the family's own and change nothing here."""
+        for key in keys:
+            self.get(key, None)
+
+    def require(self, *switches: str) -> None:
+        """Flags that must be true, or absent: what they switch off cannot be left out here."""
+        for key in switches:
+            if not self.flag(key, True):
+                raise self.error(key, "true: what it switches off is not implemented otherwise")
+
+    def refuse(self, *switches: str) -> None:
+        """Flags that must be false, or absent: what they switch on is not implemented."""
+        for key in switches:
+            if self.flag(key, False):
+                raise self.error(key, "false: it is not implemented")
 
     def dtype(self) -> str:
         """Of the unquantized weights."""
@@ -222,46 +281,80 @@ class ConfigReader:
     def windows(self) -> tuple[int | None, frozenset[int]]:
         """(window, layers it applies to), for families that switch it on by `use_sliding_window`: in `layer_types`
         where given, else from layer `max_window_layers` on."""
-        n_layers = self.n_layers()
         window = self.sliding_window(4096) if self.flag("use_sliding_window", False) else None
         self.get("sliding_window", None)
         first = self.integer("max_window_layers", 28, low=0, high=2**20)
-        kinds = self.get("layer_types", None)
-        if kinds is None:
-            layers = frozenset(range(first, n_layers))
-        else:
-            if (
-                not isinstance(kinds, list)
-                or len(kinds) != n_layers
-                or not all(kind in ("full_attention", "sliding_attention") for kind in kinds)
-            ):
-                raise self.error("layer_types", f"{n_layers} times full_attention or sliding_attention")
-            layers = frozenset(index for index, kind in enumerate(kinds) if kind == "sliding_attention")
-            if layers and window is None:
-                raise self.error("layer_types", "full_attention only: use_sliding_window or sliding_window is off")
+        given = self.get("layer_types", None) is not None
+        layers = self.sliding_layers(lambda layer: layer >= first)
+        if given and layers and window is None:
+            raise self.error("layer_types", "full_attention only: use_sliding_window or sliding_window is off")
         return (window, layers) if window is not None and layers else (None, frozenset())
 
-    def rope(self, dim: int, max_positions: int, theta: float = 10000.0) -> Rope:
-        """Rotary parameters in either spelling: `rope_theta` and `rope_scaling`, or all in `rope_parameters`."""
+    def every_layer(self, window: int | None) -> tuple[int | None, frozenset[int]]:
+        """A window, perhaps none, over all layers."""
+        return window, frozenset(range(self.n_layers()) if window else ())
+
+    def sliding_layers(self, default: Callable[[int], bool]) -> frozenset[int]:
+        """The layers that `layer_types` gives a window; where it is absent, those that `default` does."""
+        n_layers, kinds = self.n_layers(), self.get("layer_types", None)
+        if kinds is None:
+            return frozenset(filter(default, range(n_layers)))
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != n_layers or not all(kind in known for kind in kinds):
+            raise self.error("layer_types", f"{n_layers} times full_attention or sliding_attention")
+        return frozenset(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+
+    def rope(self, head_dim: int, max_positions: int, *, partial: float | None = None, theta: float = 10000.0) -> Rope:
+        """Rotary parameters in either spelling: `rope_theta` and `rope_scaling`, or all in `rope_parameters`.
+
+        partial: the default of partial_rotary_factor, the share of a head that turns; None: all of it always does.
+        """
         theta = self.number("rope_theta", theta, above=1, high=1e15)
+        if partial is not None:
+            partial = self.number("partial_rotary_factor", partial, above=0, high=1)
         spellings = [key for key in ("rope_scaling", "rope_parameters") if self.get(key, None)]
         found = []
         for key in spellings or ["rope_parameters"]:
-            inner = ConfigReader(self.get(key, {}), self._ignore, f"{key}.", bookkeeping=False)
-            found.append(inner._rope(self, theta, dim, max_positions))
+            inner = ConfigReader(self.get(key, {}), self._ignore, f"{self._path}{key}.", bookkeeping=False)
+            found.append(inner._rope(self, theta, head_dim, partial, max_positions))
             inner.finish()
         if found[0] != found[-1]:
             raise self.error("rope_scaling", f"the same as rope_parameters = {_show(self.get('rope_parameters'))}")
         return found[0]
 
-    def _rope(self, outer: ConfigReader, theta: float, dim: int, max_positions: int) -> Rope:
-        supported = [scaling.value for scaling in RopeScaling]
+    def two_ropes(self, head_dim: int, *, theta: float, local_theta: float) -> tuple[Rope, Rope]:
+        """(that of layers that see everything, that of layers with a window): objects of `rope_parameters`, or the
+        keys of one rope and rope_local_base_freq."""
+        max_positions = self.integer("max_position_embeddings", high=LARGEST_POSITION)
+        kinds = self.get("rope_parameters", {})
+        if not isinstance(kinds, dict) or "full_attention" not in kinds:
+            local = Rope(self.number("rope_local_base_freq", local_theta, above=1, high=1e15), head_dim)
+            return self.rope(head_dim, max_positions, theta=theta), local
+        both = ConfigReader(kinds, self._ignore, f"{self._path}rope_parameters.", bookkeeping=False)
+        found = []
+        for key, base in (("full_attention", theta), ("sliding_attention", local_theta)):
+            inner = ConfigReader(both.get(key, {}), self._ignore, f"{both._path}{key}.", bookkeeping=False)
+            found.append(inner._rope(self, base, head_dim, None, max_positions))
+            inner.finish()
+        both.finish()
+        return found[0], found[1]
+
+    def _rope(
+        self, outer: ConfigReader, theta: float, head_dim: int, partial: float | None, max_positions: int
+    ) -> Rope:
+        supported = {scaling.value: scaling for scaling in RopeScaling} | {"su": RopeScaling.LONGROPE}
         older = self.text("type", "default", choices=supported)
-        scaling = RopeScaling(self.text("rope_type", older, choices=supported))
+        scaling = supported[self.text("rope_type", older, choices=supported)]
         theta = self.number("rope_theta", theta, above=1, high=1e15)
+        if partial is not None:
+            partial = self.number("partial_rotary_factor", partial, above=0, high=1)
+        dim = head_dim if partial is None else int(head_dim * partial)
+        if dim % 2:
+            raise ConfigError(f"config.json: of heads {dim} dimensions turn; rotary positions need an even number")
         if scaling is RopeScaling.NONE:
             return Rope(theta, dim)
-        derived = scaling is RopeScaling.YARN and "factor" in self._values  # null: the ratio of the two contexts
+        # null: the ratio of the two contexts
+        derived = scaling is RopeScaling.LONGROPE or (scaling is RopeScaling.YARN and "factor" in self._values)
         factor = self.number("factor", None if derived else REQUIRED, above=0, high=1e6)
         if scaling is RopeScaling.LINEAR:
             return Rope(theta, dim, scaling, factor)
@@ -275,6 +368,13 @@ class ConfigReader:
             if high <= low:
                 raise self.error("high_freq_factor", f"a number above low_freq_factor = {low:g}")
             return Rope(theta, dim, scaling, factor, original, low_freq_factor=low, high_freq_factor=high)
+        if factor is None:
+            factor = max_positions / original
+        attention_factor = self.number("attention_factor", None, above=0, high=1e3)
+        if scaling is RopeScaling.LONGROPE:
+            short, long = (self._factors(key, dim // 2) for key in ("short_factor", "long_factor"))
+            stretched = Rope(theta, dim, scaling, factor, original, attention_factor=attention_factor)
+            return replace(stretched, short_factors=short, long_factors=long)
         fast = self.number("beta_fast", 32.0, above=0, high=1e6)
         slow = self.number("beta_slow", 1.0, above=0, high=1e6)
         if fast < slow:
@@ -283,15 +383,22 @@ class ConfigReader:
             theta,
             dim,
             scaling,
-            max_positions / original if factor is None else factor,
+            factor,
             original,
             beta_fast=fast,
             beta_slow=slow,
             mscale=self.number("mscale", 0.0, above=-1e-9, high=1e3),
             mscale_all_dim=self.number("mscale_all_dim", 0.0, above=-1e-9, high=1e3),
-            attention_factor=self.number("attention_factor", None, above=0, high=1e3),
+            attention_factor=attention_factor,
             truncate=self.flag("truncate", True),
         )
+
+    def _factors(self, key: str, n: int) -> tuple[float, ...]:
+        factors = self.get(key)
+        numbers = isinstance(factors, list) and all(type(x) in (int, float) and 0 < x <= 1e6 for x in factors)
+        if not numbers or len(factors) != n:
+            raise self.error(key, f"{n} positive numbers")
+        return tuple(map(float, factors))
 
 
 def _show(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Falcon: LayerNorm with bias, a plain MLP with GELU, mostly beside attention instead of after it.
+"""Falcon RW 1B, 7B, 11B, 40B, 180B: LayerNorm with bias, a plain MLP with GELU, mostly beside attention.
 
 7B has one key-value head and one norm for both halves of a block, 40B and 180B some key-value heads and two norms, 11B
 one norm, RW-1B the sequential block with ALiBi. ALiBi is added before the scores are divided by sqrt(head_dim), its
@@ -6,6 +6,7 @@ slopes are rounded to bf16; transformers also rounds each slope * distance to bf
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ NAMES = TensorNames(
     heads_interleaved=True,
 )
 TWO_NORMS = NAMES.renamed(norm1="ln_attn", norm2="ln_mlp")
+ALSO = ("RefinedWeb", "RefinedWebModel")  # what the first files call 40B and 7B
 
 
 def names(config: ModelConfig) -> TensorNames:
@@ -34,14 +36,14 @@ def names(config: ModelConfig) -> TensorNames:
 
 
 def translate(reader: ConfigReader) -> ModelConfig:
-    """See `architectures.translate`. Older files say n_embed, n_head and n_layer."""
-    hidden_size = reader.integer("hidden_size", reader.integer("n_embed", 4544, high=2**17), high=2**17)
-    n_heads = reader.integer("num_attention_heads", reader.integer("n_head", 71, high=2**10), high=2**10)
-    n_layers = reader.integer("num_hidden_layers", reader.integer("n_layer", 32, high=2**10), high=2**10)
-    if hidden_size % n_heads or hidden_size // n_heads % 2:
-        raise reader.error("hidden_size", f"an even multiple of num_attention_heads = {n_heads}")
-    head_dim = hidden_size // n_heads
-    new = reader.flag("new_decoder_architecture", False)
+    """See `architectures.translate`. The first files say n_head_kv where later ones have new_decoder_architecture."""
+    reader.spelled(hidden_size="n_embed", num_attention_heads="n_head", num_hidden_layers="n_layer")
+    reader.spelled(rms_norm_eps="layer_norm_epsilon", intermediate_size="ffn_hidden_size", num_kv_heads="n_head_kv")
+    reader.refuse("apply_residual_connection_post_layernorm")
+    reader.text("activation", "gelu", choices=("gelu",))
+    hidden_size = reader.integer("hidden_size", high=2**17)
+    n_heads = reader.integer("num_attention_heads", high=2**10)
+    new = reader.flag("new_decoder_architecture", reader.get("n_head_kv", None) is not None)
     multi_query, parallel = reader.flag("multi_query", True), reader.flag("parallel_attn", True) or new
     n_kv_heads = reader.integer("num_kv_heads", n_heads, high=2**10)
     if not new:
@@ -52,32 +54,22 @@ def translate(reader: ConfigReader) -> ModelConfig:
     if n_norms == 2 and not new:
         raise reader.error("num_ln_in_parallel_attn", "1: two norms are those of the new decoder architecture")
     parallel_block = Block.PARALLEL if n_norms == 2 else Block.PARALLEL_ONE_NORM
-    if reader.flag("apply_residual_connection_post_layernorm", False):
-        raise reader.error("apply_residual_connection_post_layernorm", "false: it is not implemented")
-    reader.text("activation", "gelu", choices=("gelu",))
-    max_positions = reader.integer("max_position_embeddings", 2048, high=LARGEST_POSITION)
-    rope, slopes = reader.rope(head_dim, max_positions), ()
+    fields: dict[str, Any] = {}
     if reader.flag("alibi", False):
+        reader.pass_over("rope_parameters", "rope_scaling", "rope_theta")
         rounded = np.array(alibi.filled_up(n_heads), np.float32).astype(bfloat16).astype(np.float32)
-        rope, slopes = Rope(dim=0), tuple((rounded / math.sqrt(head_dim)).tolist())
-    return ModelConfig(
-        model_type=reader.text("model_type"),
-        vocab_size=reader.integer("vocab_size", high=2**24),
-        hidden_size=hidden_size,
-        n_layers=n_layers,
-        n_heads=n_heads,
+        fields = {"rope": Rope(dim=0), "slopes": tuple((rounded / math.sqrt(hidden_size // n_heads)).tolist())}
+    return reader.decoder(
         n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        intermediate_size=reader.integer("ffn_hidden_size", 4 * hidden_size, high=2**20),
-        max_positions=max_positions,
-        norm_eps=reader.number("layer_norm_epsilon", 1e-5, above=0, high=1),
-        rope=rope,
+        tied=True,
+        max_positions=reader.integer("max_position_embeddings", 2048, high=LARGEST_POSITION),
+        intermediate_size=reader.integer("intermediate_size", 4 * hidden_size, high=2**20),
         activation=Activation.GELU,
+        gated=False,
         norm=Norm.LAYER,
         norm_bias=True,
+        norm_eps=1e-5,
         block=parallel_block if parallel else Block.SEQUENTIAL,
-        slopes=slopes,
-        biases=frozenset(("qkv", "out", "up", "down") if reader.flag("bias", False) else ()),
-        tied_head=reader.flag("tie_word_embeddings", True),
-        dtype=reader.dtype(),
+        biases=("qkv", "out", "up", "down") if reader.flag("bias", False) else (),
+        **fields,
     )

@@ -1,4 +1,4 @@
-"""Llama 1, 2 and 3: the plain decoder; biases only where the config asks for them."""
+"""Llama 1, 2 and 3, Vicuna, CodeLlama, Yi, SmolLM 1 and 2, DeepSeek-R1 distills: the plain decoder, perhaps biases."""
 
 from tinychat.architectures.config_reader import ConfigReader
 from tinychat.architectures.names import TensorNames

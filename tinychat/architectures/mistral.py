@@ -1,4 +1,4 @@
-"""Mistral: Llama with a sliding window over all layers, which later models switch off by null."""
+"""Mistral 7B, Nemo and Small, Zephyr: Llama with a window over all layers, which later models switch off by null."""
 
 from tinychat.architectures.config_reader import ConfigReader
 from tinychat.architectures.names import TensorNames

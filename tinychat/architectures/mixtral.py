@@ -1,4 +1,4 @@
-"""Mixtral: Mistral with experts in every layer, of which the probabilities of those used sum to 1."""
+"""Mixtral 8x7B and 8x22B: Mistral with experts in every layer, of which the probabilities of those used sum to 1."""
 
 from tinychat.architectures.config_reader import ConfigReader
 from tinychat.architectures.names import TensorNames
@@ -24,7 +24,7 @@ def translate(reader: ConfigReader) -> ModelConfig:
     )
     return reader.decoder(
         n_kv_heads=8,
-        window=(window, layers if window else frozenset()),
+        window=reader.every_layer(window),
         experts=experts,
         norm_eps=1e-5,
         theta=1e6,

@@ -1,4 +1,4 @@
-"""Qwen 1.5, 2 and 2.5: Llama with biases on q, k and v, and a window over some layers if switched on."""
+"""Qwen 1.5, 2 and 2.5, DeepSeek-R1 distills: Llama with biases on q, k and v, perhaps a window over some layers."""
 
 from tinychat.architectures.config_reader import ConfigReader
 from tinychat.architectures.names import TensorNames

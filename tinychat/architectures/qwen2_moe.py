@@ -1,4 +1,4 @@
-"""Qwen 1.5 and 2 with experts: a shared one beside them, and layers that have a plain MLP instead."""
+"""Qwen 1.5 MoE A2.7B and Qwen 2 57B-A14B: Qwen 2 with experts, a shared one beside them, plain MLPs in some layers."""
 
 from tinychat.architectures.config_reader import ConfigReader
 from tinychat.architectures.names import TensorNames

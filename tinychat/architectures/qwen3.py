@@ -2,7 +2,7 @@
 
 from tinychat.architectures.config_reader import ConfigReader
 from tinychat.architectures.names import TensorNames
-from tinychat.config import ModelConfig
+from tinychat.config import ModelConfig, QKNorm
 
 NAMES = TensorNames()
 
@@ -10,4 +10,4 @@ NAMES = TensorNames()
 def translate(reader: ConfigReader) -> ModelConfig:
     """See `architectures.translate`."""
     biases = ("qkv", "out") if reader.flag("attention_bias", False) else ()
-    return reader.decoder(n_kv_heads=32, head_dim=128, biases=biases, window=reader.windows(), qk_norm=True)
+    return reader.decoder(n_kv_heads=32, head_dim=128, biases=biases, window=reader.windows(), qk_norm=QKNorm.HEAD)

@@ -16,12 +16,12 @@ import numpy as np
 
 from tinychat import rope
 from tinychat.cache import KV_DTYPES, KVCache, Rows
-from tinychat.config import Block, ModelConfig
+from tinychat.config import Block, ModelConfig, QKNorm
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
 from tinychat.qtensor import HEAD_GROUP, AwqWords, QTensor, Weight, bfloat16
-from tinychat.weights import NORMS, Layer, Linear, WeightSource, norm_sizes
+from tinychat.weights import NORMS, ROW_NORMS, Ends, Layer, Linear, WeightSource, norm_sizes
 
 _cpu: Any = None
 try:
@@ -143,26 +143,9 @@ class CpuRunner:
         self.cache = cache
         self._activations = activations
         self.description = _describe(isa, n_threads)
-        self._decoder = _cpu.Decoder(
-            isa=isa,
-            n_threads=n_threads,
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            n_heads=config.n_heads,
-            n_kv_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            intermediate_size=config.intermediate_size,
-            rope_dim=config.rope.dim,
-            norm_eps=config.norm_eps,
-            norm_type=getattr(_cpu.NormType, config.norm.value),
-            activation=getattr(_cpu.Activation, config.activation.value),
-            gated=config.gated,
-            parallel=config.block is not Block.SEQUENTIAL,
-            windows=[config.window(layer) for layer in range(config.n_layers)],
-            slopes=config.slopes,
-            **_experts(config),
-        )
-        self._rotary = rope.Table(config.rope, cache.capacity)
+        config.check_capacity(cache.capacity)
+        self._decoder = _cpu.Decoder(isa=isa, n_threads=n_threads, shape=_shape(config))
+        self._rotary = rope.Tables(config.ropes, cache.capacity)
         for index in range(config.n_layers):
             self._add_layer(index, source.layer(index))
             if progress:
@@ -174,20 +157,52 @@ class CpuRunner:
     def _add_ends(self, source: WeightSource, bits: int) -> None:
         """The final norm, the head in `bits`, and the embedding: rows of a tied head, or the table, read in place."""
         keep: list[np.ndarray] = []
-        vocab, hidden = self.config.vocab_size, self.config.hidden_size
+        config = self.config
+        vocab, hidden, width = config.vocab_size, config.hidden_size, config.table_width
+        self._add_embedding_ends(source.ends(), keep)
         head, table = source.head(), source.embed()  # head None where it is tied, once a stored copy is found equal
-        if table.shape != (vocab, hidden):
-            raise ValueError(f"the embedding table is {table.shape}, expected {(vocab, hidden)}")
+        if table.shape != (vocab, width):
+            raise ValueError(f"the embedding table is {table.shape}, expected {(vocab, width)}")
         tied = head is None
-        packed = self._linear(Linear((table,)) if head is None else head, vocab, hidden, "head", keep, bits)
-        norm = _vector(source.norm(), hidden, "norm", keep), _vector(source.norm_bias(), hidden, "norm's bias", keep)
-        self._decoder.finish(norm, packed)
+        head = Linear((table,)) if head is None else head
+        norm, norm_bias = source.norm(), source.norm_bias()
+        if (scale := config.logit_scale) != 1:  # of what the head reads, and of its bias: of logits
+            if norm is None:
+                raise ValueError("logits are scaled in the final norm, and there is none")
+            norm, norm_bias = norm * scale, None if norm_bias is None else norm_bias * scale
+            head = Linear(head.segments, None if head.bias is None else head.bias * scale)
+        packed = self._linear(head, vocab, width, "head", keep, bits)
+        vectors = _vector(norm, hidden, "norm", keep), _vector(norm_bias, hidden, "norm's bias", keep)
+        self._decoder.finish(vectors, packed)
         if tied:
             return
-        # What can be written to is the caller's own; a mapped file is not, and its pages hold the table already.
-        shared = table.flags.c_contiguous and not table.flags.writeable
-        self._table = table if shared else np.array(table, order="C")
+        self._table = _lasting(table)
         self._decoder.set_embed(_float_type(self._table), self._table.ctypes.data)
+
+    def _add_embedding_ends(self, ends: Ends, keep: list[np.ndarray]) -> None:
+        config = self.config
+        hidden, width = config.hidden_size, config.table_width
+        found = ends.positions is not None, ends.norm is not None, ends.project_in is not None
+        expected = config.position_offset is not None, config.embed_norm, width != hidden
+        if found != expected:
+            raise ValueError(f"positions, norm, projections of the embedding: {found}, and the config says {expected}")
+        type_, address, n_positions = _cpu.WeightType.f32, 0, 0
+        if ends.positions is not None and config.position_offset is not None:
+            self._positions = _lasting(ends.positions[config.position_offset :])
+            type_, address = _float_type(self._positions), self._positions.ctypes.data
+            n_positions = len(self._positions)
+            if self._positions.shape != (config.max_positions, hidden):
+                raise ValueError(f"learned positions are {self._positions.shape}")
+        none: tuple[list[tuple], int] = ([], 0)
+        into, back = ends.project_in, ends.project_out
+        self._decoder.set_ends(
+            positions_type=type_,
+            positions=address,
+            n_positions=n_positions,
+            norm=(_vector(ends.norm, hidden, "norm", keep), _vector(ends.norm_bias, hidden, "norm's bias", keep)),
+            project_in=none if into is None else self._linear(into, hidden, width, "project_in", keep),
+            project_out=none if back is None else self._linear(back, width, hidden, "project_out", keep),
+        )
 
     def _add_layer(self, index: int, layer: Layer) -> None:
         config = self.config
@@ -200,8 +215,7 @@ class CpuRunner:
         norms = {name: _vector(values, sizes.get(name, 0), name, keep) for name, values in found.items()}
         hidden, q_size = config.hidden_size, config.q_size
         self._decoder.add_layer(
-            norm1=(norms["norm1"], norms["norm1_bias"]),
-            norm2=(norms["norm2"], norms["norm2_bias"]),
+            **{name: (norms[name], norms[f"{name}_bias"]) for name in ROW_NORMS},
             q_norm=norms["q_norm"],
             k_norm=norms["k_norm"],
             qkv=self._linear(layer.qkv, q_size + 2 * config.kv_size, hidden, "qkv", keep),
@@ -280,12 +294,39 @@ class CpuRunner:
         return Profile(steps, step_ns / 1e9, busy_ns / 1e9, threads)
 
 
-def _experts(config: ModelConfig) -> dict[str, Any]:
-    e = config.experts
-    if e is None:
-        return {}
-    shape = _cpu.ExpertsShape(e.n_experts, e.n_used, e.intermediate_size, e.shared_size, e.normalized)
-    return {"experts": shape}
+def _shape(config: ModelConfig) -> Any:
+    """The numbers of `config`, as C++ has them."""
+    c, shape = config, _cpu.DecoderShape()
+    same = (
+        "vocab_size hidden_size n_heads n_kv_heads head_dim intermediate_size norm_eps gated residual_scale embed_scale"
+    )
+    for name in [*same.split(), "slopes"]:
+        setattr(shape, name, getattr(c, name))
+    for name in ("clip_qkv", "attention_cap", "logit_cap"):
+        setattr(shape, name, getattr(c, name) or 0.0)
+    kinds = {(table.dim, table.interleaved) for table in c.ropes} or {(0, False)}
+    if len(kinds) > 1:
+        raise BackendError(f"layers rotate {sorted(kinds)} dimensions; the cpu backend has one way for all")
+    shape.rope_dim, shape.rope_interleaved = kinds.pop()
+    shape.norm_type = getattr(_cpu.NormType, c.norm.value)
+    shape.activation = getattr(_cpu.Activation, c.activation.value)
+    blocks = _cpu.BlockType
+    other = blocks.post_norm if c.block is Block.POST_NORM else blocks.sequential
+    shape.block = blocks.parallel if c.block.parallel else other
+    shape.whole_qk_norm = c.qk_norm is QKNorm.WHOLE
+    shape.attention_scale = c.score_scale
+    shape.embed_size = c.table_width
+    shape.windows = [c.window(layer) for layer in range(c.n_layers)]
+    shape.ropes = [c.rope_index(layer) for layer in range(c.n_layers)]
+    if (e := c.experts) is not None:
+        shape.experts = _cpu.ExpertsShape(e.n_experts, e.n_used, e.intermediate_size, e.shared_size, e.normalized)
+    return shape
+
+
+def _lasting(table: np.ndarray) -> np.ndarray:
+    """`table`, or a copy of one that can be written to and so is the caller's own; of a mapped file the pages serve."""
+    shared = table.flags.c_contiguous and not table.flags.writeable
+    return table if shared else np.array(table, order="C")
 
 
 def _describe(isa: str, n_threads: int) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinychat.cache import KV_DTYPES, KVCache
-from tinychat.config import Activation, Norm
+from tinychat.config import Activation, ModelConfig, Norm
 from tinychat.errors import UsageError
 from tinychat.memory import Footprint
 from tinychat.qtensor import QTensor, Weight, bfloat16, canonical
@@ -150,48 +150,73 @@ class TorchOps:
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
         return y if bias is None else y + bias
 
-    def activation(self, up: torch.Tensor, kind: Activation) -> torch.Tensor:
-        """silu(gate) * up of gate | up, or gelu(up): [T, up_size] -> [T, intermediate_size]."""
-        if kind is Activation.GELU:
-            return torch.nn.functional.gelu(up)
+    def activation(self, up: torch.Tensor, kind: Activation, gated: bool = True) -> torch.Tensor:
+        """act(gate) * up of gate | up, or act(up): [T, up_size] -> [T, intermediate_size]."""
+        if not gated:
+            return activated(up, kind)
         gate, up = up.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate) * up
+        return activated(gate, kind) * up
 
     def attention(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        index: int,
-        window: int,
-        context: Context,
-        slopes: Sequence[float] = (),
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: ModelConfig, index: int, context: Context
     ) -> torch.Tensor:
         """See `decoder.Ops.attention`. Spans one by one; the heads of a group are one batch entry, stacked as rows."""
-        cos, sin = context.cos.to(q.dtype), context.sin.to(q.dtype)
-        if cos.shape[-1]:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if (table := config.rope_index(index)) >= 0:
+            cos, sin = (angles.to(q.dtype) for angles in context.angles[table])
+            turn = rotate_pairs if config.ropes[table].interleaved else rotate
+            q, k = turn(q, cos, sin), turn(k, cos, sin)
+        q = q * config.score_scale
         n_heads, n_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
         mixed = torch.empty(len(q), n_heads * head_dim, dtype=q.dtype)
         for span in context.spans:
             keys, values = context.extend(span, index, k[span.rows], v[span.rows])  # [n_kv_heads, L, head_dim]
             n = len(span.rows)
             grouped = q[span.rows].view(n, n_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [n_kv_heads, group, n, dim]
-            mask = visible(span.start, n, keys.shape[1], window)  # [n, L]
-            if slopes:
-                mask = biased(mask, span.start, slopes, q.dtype).view(n_kv_heads, -1, mask.shape[1])
+            mask = visible(span.start, n, keys.shape[1], config.window(index))  # [n, L]
+            if config.slopes:
+                mask = biased(mask, span.start, config.slopes, q.dtype).view(n_kv_heads, -1, mask.shape[1])
             else:
                 mask = mask.repeat(grouped.shape[1], 1)  # [group * n, L]
-            out = torch.nn.functional.scaled_dot_product_attention(grouped.flatten(1, 2), keys, values, attn_mask=mask)
+            out = attended(grouped.flatten(1, 2), keys, values, mask, config.attention_cap)
             mixed[span.rows] = out.view(n_kv_heads, -1, n, head_dim).permute(2, 0, 1, 3).reshape(n, -1)
         return mixed
 
 
+def activated(x: torch.Tensor, kind: Activation) -> torch.Tensor:
+    """act(x), elementwise; `Activation` has the formulas."""
+    if kind is Activation.SILU:
+        return torch.nn.functional.silu(x)
+    if kind is Activation.RELU:
+        return torch.relu(x)
+    return torch.nn.functional.gelu(x, approximate="tanh" if kind is Activation.GELU_TANH else "none")
+
+
+def attended(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, cap: float | None
+) -> torch.Tensor:
+    """softmax(q keys^T) values, scores perhaps capped: [heads, rows, dim]. mask: bool, or what is added."""
+    if cap is None:
+        return torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=1.0)
+    scores = cap * torch.tanh(q @ keys.transpose(1, 2) / cap)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, dim=-1) @ values
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of [T, heads, head_dim] by angles [T, head_dim / 2]: dimension j pairs with j + head_dim / 2."""
-    first, second = x.chunk(2, dim=-1)
+    """Rotary embedding of [T, heads, head_dim] by angles [T, dim / 2]: dimension j pairs with j + dim / 2, and those
+    beyond dim stay."""
+    half = cos.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The same where dimension 2j pairs with 2j + 1."""
+    first, second = x[..., : 2 * cos.shape[-1]].unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([turned.flatten(-2), x[..., 2 * cos.shape[-1] :]], dim=-1)
 
 
 def biased(seen: torch.Tensor, start: int, slopes: Sequence[float], dtype: torch.dtype) -> torch.Tensor:

@@ -19,10 +19,11 @@ import numpy as np
 from tinychat.architectures.names import TensorNames
 from tinychat.checkpoint import awq
 from tinychat.checkpoint.inventory import segments
-from tinychat.config import ModelConfig
+from tinychat.checkpoint.vectors import ends
+from tinychat.config import Block, ModelConfig
 from tinychat.errors import UsageError
 from tinychat.qtensor import AwqWords, QTensor, Weight
-from tinychat.weights import LINEARS, NORMS, QUANTIZED, Layer, Linear, linears, norm_sizes
+from tinychat.weights import LINEARS, NORMS, QUANTIZED, Ends, Layer, Linear, linears, norm_sizes
 
 PLACES = 1 << 20  # at which a window may begin
 TABLE_POOL = PLACES + 7  # numbers that a table repeats: odd, so that its rows differ
@@ -76,15 +77,30 @@ class RandomWeights:
         made: dict[str, Any] = {name: self._linear(name, index) for name in linears(c, index)}
         for name, size in norm_sizes(c).items():
             made[name] = (np.zeros if name.endswith("_bias") else np.ones)(size, np.float32)
-        return Layer(**{"norm2": None, **made})
+        return Layer(**made)
 
-    def norm(self) -> np.ndarray:
+    def ends(self) -> Ends:
         """See `WeightSource`."""
-        return np.ones(self.config.hidden_size, np.float32)
+        c = self.config
+        made: dict[str, Any] = {}
+        if c.position_offset is not None:
+            n = (c.position_offset + c.max_positions) * c.hidden_size
+            made["positions"] = np.resize(self._normal(TABLE_POOL), n).reshape(-1, c.hidden_size)
+        if c.embed_norm:
+            made |= {"norm": self.norm(), "norm_bias": self.norm_bias()}
+        if c.table_width != c.hidden_size:
+            shapes = {"project_in": (c.hidden_size, c.table_width), "project_out": (c.table_width, c.hidden_size)}
+            made |= {name: Linear((self._normal(n * k).reshape(n, k),)) for name, (n, k) in shapes.items()}
+        return Ends(**made)
+
+    def norm(self) -> np.ndarray | None:
+        """See `WeightSource`."""
+        return None if self.config.block is Block.POST_NORM else np.ones(self.config.hidden_size, np.float32)
 
     def norm_bias(self) -> np.ndarray | None:
         """See `WeightSource`."""
-        return np.zeros(self.config.hidden_size, np.float32) if self.config.norm_bias else None
+        there = self.config.norm_bias and self.config.block is not Block.POST_NORM
+        return np.zeros(self.config.hidden_size, np.float32) if there else None
 
     def head(self) -> Linear | None:
         """See `WeightSource`, and `embed`."""
@@ -102,9 +118,9 @@ class RandomWeights:
     def n_parameters(self) -> int:
         """Of the model; a tied head is not counted again."""
         c = self.config
-        tables = c.vocab_size * c.hidden_size * (1 if c.tied_head else 2)
-        ends = (2 if c.norm_bias else 1) * c.hidden_size
-        return self._of_all(lambda layer: self._in_linears(layer) + self._in_vectors(layer)) + tables + ends
+        tables = c.vocab_size * c.table_width * (1 if c.tied_head else 2)
+        others = sum(math.prod(shape) for _, shape in ends(c, self.names).values())
+        return self._of_all(lambda layer: self._in_linears(layer) + self._in_vectors(layer)) + tables + others
 
     @property
     def file_bytes(self) -> int:
@@ -181,6 +197,6 @@ class RandomWeights:
 
     def _table(self) -> np.ndarray:
         c = self.config
-        table = np.resize(self._normal(TABLE_POOL), (c.vocab_size, c.hidden_size))
+        table = np.resize(self._normal(TABLE_POOL), (c.vocab_size, c.table_width))
         table.flags.writeable = False  # as of a mapped file: a backend may keep it instead of a copy
         return table

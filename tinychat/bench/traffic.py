@@ -61,8 +61,8 @@ def of(source: RandomWeights | checkpoint.Checkpoint, *, head_bits: int = 16, kv
     sizes = _of_random(source) if isinstance(source, RandomWeights) else _of_files(source)
     body, quantized, head, table, experts = sizes
     idle = experts * (1 - c.experts.n_used / c.experts.n_experts) if c.experts else 0
-    if head_bits == 8 and head == c.vocab_size * c.hidden_size * 2:  # not one that the file holds in 4 bits
-        head = c.vocab_size * c.hidden_size * (1 + 2 / HEAD_GROUP)
+    if head_bits == 8 and head == c.vocab_size * c.table_width * 2:  # not one that the file holds in 4 bits
+        head = c.vocab_size * c.table_width * (1 + 2 / HEAD_GROUP)
     return Traffic(
         c, body, quantized, head, table / c.vocab_size, 0 if c.tied_head else table, KV_ITEMSIZE[kv_dtype], idle
     )
@@ -71,7 +71,7 @@ def of(source: RandomWeights | checkpoint.Checkpoint, *, head_bits: int = 16, kv
 def _of_random(source: RandomWeights) -> tuple[float, float, float, float, float]:
     """See `_of_files`."""
     c = source.config
-    table = c.vocab_size * c.hidden_size * 2
+    table = c.vocab_size * c.table_width * 2
     body = source.file_bytes - table * (1 if c.tied_head else 2)
     return body, source.quantized_bytes, table, table, source.expert_bytes
 
@@ -84,6 +84,7 @@ def _of_files(source: checkpoint.Checkpoint) -> tuple[float, float, float, float
     sizes.pop(f"{names.embed}.weight")
     embed = infos[f"{names.embed}.weight"]
     table = math.prod(embed.shape) * DTYPES[embed.dtype].itemsize  # as it is held: in GGUF it may be stored otherwise
+    sizes.pop(f"{names.positions}.weight", None)  # one row is read
     head = sum(sizes.pop(name) for name in list(sizes) if name.startswith(f"{names.head}."))
     body = {name: size for name, size in sizes.items() if not name.endswith(names.ignored)}
     parts = (name for name in body if not name.endswith(".bias"))

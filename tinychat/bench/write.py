@@ -9,10 +9,10 @@ import numpy as np
 
 from tinychat.bench.random_weights import RandomWeights
 from tinychat.bench.shapes import Shape
-from tinychat.checkpoint import AwqFormat, CheckpointWriter, awq
+from tinychat.checkpoint import AwqFormat, CheckpointWriter, awq, vectors
 from tinychat.checkpoint.inventory import segments
 from tinychat.qtensor import AwqWords
-from tinychat.weights import NORMS, Linear, linears
+from tinychat.weights import Linear, linears
 
 
 def write(
@@ -40,9 +40,7 @@ def _groups(weights: RandomWeights) -> Iterator[Iterator[tuple[str, np.ndarray]]
     yield iter([(f"{names.embed}.weight", weights.embed())])
     for index in range(weights.config.n_layers):
         yield _layer(weights, index)
-    end = [(f"{names.norm}.weight", weights.norm().astype(np.float16))]
-    if (norm_bias := weights.norm_bias()) is not None:
-        end.append((f"{names.norm}.bias", norm_bias.astype(np.float16)))
+    end = [(name, values.astype(np.float16)) for name, values in vectors.of_ends(weights, names)]
     if head := weights.head():
         end.append((f"{names.head}.weight", np.asarray(head.segments[0])))
     yield iter(end)
@@ -50,9 +48,8 @@ def _groups(weights: RandomWeights) -> Iterator[Iterator[tuple[str, np.ndarray]]
 
 def _layer(weights: RandomWeights, index: int) -> Iterator[tuple[str, np.ndarray]]:
     config, names, layer = weights.config, weights.names, weights.layer(index)
-    for norm in NORMS:
-        if (values := getattr(layer, norm)) is not None:
-            yield names.vector(norm, index), values.astype(np.float16)
+    for tensor, values in vectors.of_layer(layer, config, names, index):
+        yield tensor, values.astype(np.float16)
     for name in linears(config, index):
         linear: Linear = getattr(layer, name)
         first = 0

@@ -13,9 +13,10 @@ from tinychat.architectures.names import TensorNames
 from tinychat.checkpoint.layouts import Layout, first_endings
 from tinychat.checkpoint.quoting import listing, quote
 from tinychat.checkpoint.shards import Shards
+from tinychat.checkpoint.vectors import ends, vectors
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError
-from tinychat.weights import linears, norm_sizes
+from tinychat.weights import linears
 
 MAX_FAULTS = 12  # reported at once: where config.json is wrong, every tensor is
 _FLOATS = ("F16", "BF16", "F32")
@@ -33,7 +34,7 @@ def segments(config: ModelConfig, names: TensorNames, linear: str, layer: int) -
     """The row segments of a canonical linear: of `weights.linears` of `layer`, or the head (`layer` is ignored)."""
     c = config
     if linear == "head":
-        return [Segment(names.head, (c.vocab_size, c.hidden_size))]
+        return [Segment(names.head, (c.vocab_size, c.table_width))]
     modules: tuple[str, ...] = getattr(names, linear)
     copies, inner, experts = 1, c.intermediate_size, c.experts_of(layer)
     if experts is not None and linear in ("up", "down"):
@@ -94,21 +95,21 @@ class Inventory:
 
     def _faults(self) -> Iterator[str]:
         c, names = self._config, self._names
-        yield from self._tensor(f"{names.embed}.weight", (c.vocab_size, c.hidden_size))
+        yield from self._tensor(f"{names.embed}.weight", (c.vocab_size, c.table_width))
+        for name, shape in ends(c, names).values():
+            yield from self._tensor(name, shape)
         for layer in range(c.n_layers):
-            for vector, size in norm_sizes(c).items():
-                yield from self._tensor(names.vector(vector, layer), (size,))
+            for name, size in vectors(c, names, layer).values():
+                yield from self._tensor(name, (size,))
             if (scale := names.vector("act_scale", layer)) in self._unseen:
                 yield from self._tensor(scale, (c.intermediate_size,), n_parameters=0)
             for linear in linears(c, layer):
                 yield from self._linear(linear, layer)
-        for part in ("weight", "bias") if c.norm_bias else ("weight",):
-            yield from self._tensor(f"{names.norm}.{part}", (c.hidden_size,))
         if not c.tied_head:
             yield from self._linear("head", 0)
         elif f"{names.head}.weight" in self._unseen:  # a copy of the embedding table, which some publishers keep
-            yield from self._tensor(f"{names.head}.weight", (c.vocab_size, c.hidden_size))
-            self.n_parameters -= c.vocab_size * c.hidden_size
+            yield from self._tensor(f"{names.head}.weight", (c.vocab_size, c.table_width))
+            self.n_parameters -= c.vocab_size * c.table_width
         left = sorted(name for name in self._unseen if not name.endswith(names.ignored))
         if left:
             yield f"tensors that this model does not have: {listing(left)}"

@@ -26,11 +26,12 @@ from tinychat.checkpoint.layouts import Layout
 from tinychat.checkpoint.locate import GGUF
 from tinychat.checkpoint.quoting import quote
 from tinychat.checkpoint.shards import Shards
-from tinychat.config import ModelConfig
+from tinychat.checkpoint.vectors import ends, vectors
+from tinychat.config import Block, ModelConfig
 from tinychat.errors import CheckpointError, ConfigError
 from tinychat.qtensor import Weight
 from tinychat.tokenizer import Tokenizer
-from tinychat.weights import Layer, Linear, linears, norm_sizes
+from tinychat.weights import Ends, Layer, Linear, linears, norm_sizes
 
 MAX_CONFIG_BYTES = 4 << 20
 _OLD_QUANT_CONFIGS = ("quant_config.json", "quantize_config.json")  # engines before they wrote into config.json
@@ -73,12 +74,12 @@ class Checkpoint:
         self.path = path
         self.hf_config = hf_config
         self.config = config
-        self.names = names
         self.generation_config = _optional(path / "generation_config.json")
         self.quantization = _quantization(path, hf_config)
         self.bits = 4 if self.quantization is None else self.quantization.bits
         self.shards = Shards(path) if shards is None else shards
         self._present = self.shards.names
+        self.names = names = names.as_stored(self._present)
         inventory = Inventory(config, names, self.quantization, self.shards)
         self.quantized = inventory.quantized
         self.n_parameters = inventory.n_parameters
@@ -86,7 +87,7 @@ class Checkpoint:
         self.file_bytes = self.shards.nbytes
 
     def embed(self) -> np.ndarray:
-        """The embedding table [vocab_size, hidden_size], read-only on the mapped file."""
+        """The embedding table [vocab_size, table_width], read-only on the mapped file."""
         table = self._read(f"{self.names.embed}.weight")
         self.shards.release()  # looked through whole; a reader may want few rows of it
         return table
@@ -97,17 +98,33 @@ class Checkpoint:
             raise IndexError(f"layer {index} of {self.config.n_layers}")
         self.shards.release()
         made: dict[str, Any] = {name: self._linear(name, index) for name in linears(self.config, index)}
-        made |= {name: self._vector(self.names.vector(name, index)) for name in norm_sizes(self.config)}
+        stored = vectors(self.config, self.names, index)
+        for name, size in norm_sizes(self.config).items():
+            made[name] = self._norm(stored[name][0]) if name in stored else np.ones(size, np.float32)
         made["act_scale"] = self._act_scale(self.names.vector("act_scale", index))
-        return Layer(**{"norm2": None, **made})
+        return Layer(**made)
 
-    def norm(self) -> np.ndarray:
+    def ends(self) -> Ends:
+        """What there is beside embedding, final norm and head."""
+        found = {name: tensor for name, (tensor, _) in ends(self.config, self.names).items()}
+        made: dict[str, Any] = {}
+        if "positions" in found:
+            made["positions"] = self._read(found["positions"])
+        made |= {name: self._norm(found[name]) for name in ("norm", "norm_bias") if name in found}
+        made |= {name: Linear((self._read(found[name]),)) for name in ("project_in", "project_out") if name in found}
+        return Ends(**made)
+
+    def norm(self) -> np.ndarray | None:
         """The final norm, fp32 [hidden_size]."""
-        return self._vector(f"{self.names.norm}.weight")
+        if self.config.block is Block.POST_NORM:
+            return None
+        found = ends(self.config, self.names).get("final_norm")
+        return self._norm(found[0]) if found else np.ones(self.config.hidden_size, np.float32)
 
     def norm_bias(self) -> np.ndarray | None:
         """The final norm's bias, fp32 [hidden_size]."""
-        return self._vector(f"{self.names.norm}.bias") if self.config.norm_bias else None
+        found = ends(self.config, self.names).get("final_norm_bias")
+        return self._norm(found[0]) if found else None
 
     def head(self) -> Linear | None:
         """The output head; None where the embedding table serves, `CheckpointError` where a stored copy differs."""
@@ -156,6 +173,10 @@ class Checkpoint:
             return layout.read(segment.shape, tensors)
         except ValueError as error:
             raise CheckpointError(f"{self._where(names[layout.endings[0]])}: {error}") from None
+
+    def _norm(self, name: str) -> np.ndarray:
+        """A norm's weight or bias, as it is applied."""
+        return self._vector(name) + np.float32(self.names.norm_offset if name.endswith(".weight") else 0)
 
     def _vector(self, name: str) -> np.ndarray:
         return self._read(name).astype(np.float32)

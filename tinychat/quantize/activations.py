@@ -12,12 +12,14 @@ from enum import Enum
 import numpy as np
 import torch
 
+from tinychat.backends.reference import TorchOps
 from tinychat.config import ModelConfig
-from tinychat.decoder import Context, PackedLayer, block
+from tinychat.decoder import Context, Entrance, PackedLayer, block
 from tinychat.errors import CheckpointError
 from tinychat.quantize.dense import Dense, DenseOps, linears_of
-from tinychat.quantize.grid import as_float
+from tinychat.weights import Ends
 
+NO_ENDS = Ends()
 SAMPLED_NUMBERS = 2**23  # of a block's input: what narrow models are sampled to
 CHUNK_TOKENS = 4096  # run at once: bounds the memory of intermediate activations
 
@@ -65,6 +67,7 @@ class Activations:
         sequences: Sequence[Sequence[int]],
         sample_tokens: int,
         seed: int = 0,
+        ends: Ends = NO_ENDS,
     ):
         """About `sample_tokens` tokens (more of a narrow model), in whole sequences drawn with `seed`, are sampled.
 
@@ -76,13 +79,16 @@ class Activations:
         use = _drawn(sequences, sample_tokens, seed)
         self._chunks: list[tuple[slice, Context, Use]] = []
         ids: list[int] = []
+        positions: list[torch.Tensor] = []
         for kind in Use:
             for chunk in _chunks([s for s, its in zip(sequences, use, strict=True) if its is kind]):
                 begin = len(ids)
                 ids += [token for sequence in chunk for token in sequence]
-                context = Context.of_sequences(config.rope, [len(sequence) for sequence in chunk])
+                context = Context.of_sequences(config, [len(sequence) for sequence in chunk])
+                positions.append(context.positions)
                 self._chunks.append((slice(begin, len(ids)), context, kind))
-        self._x = as_float(embedding[np.asarray(ids)])  # [tokens, hidden_size]
+        entrance = Entrance(config, TorchOps(), embedding[np.asarray(ids)], ends)
+        self._x = entrance.of_tokens(torch.arange(len(ids)), torch.cat(positions))  # [tokens, hidden_size]
 
     @property
     def n_tokens(self) -> int:

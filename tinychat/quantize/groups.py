@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tinychat.config import Block, Experts, ModelConfig
+from tinychat.config import Activation, Block, Experts, ModelConfig
 from tinychat.decoder import PackedLayer
 from tinychat.quantize.dense import Dense, changed, part
 
@@ -104,18 +104,24 @@ def _divided(producer: Dense, scales: torch.Tensor) -> Dense:
 def scaling_groups(config: ModelConfig, experts: Experts | None = None) -> tuple[Group, ...]:
     """The groups of one block, in the order of the forward pass; of one with experts, these are `experts`."""
     repeat = config.n_heads // config.n_kv_heads
-    mixed = Group("qkv", ("out",), repeat, config.head_dim)
-    if experts is not None:
-        each = range(experts.n_experts)
-        shared = bool(experts.shared_size)
-        reading = ("router", *(["shared_up"] if shared else []), *(f"up.{i}" for i in each))
-        inner = [Group("shared_up", ("shared_down",))] if shared else []
-        inner += [Group(f"up.{i}", (f"down.{i}",)) for i in each]
-        return Group("norm1", ("qkv",)), mixed, Group("norm2", reading), *(inner if config.gated else ())
-    if config.block is Block.PARALLEL_ONE_NORM:
-        groups = [Group("norm1", ("qkv", "up")), mixed]
-    else:
-        groups = [Group("norm1", ("qkv",)), mixed, Group("norm2", ("up",))]
-    # down(act(gate) * up) is linear in up; what passes through another non-linearity could not be scaled exactly.
-    groups.append(Group("up" if config.gated else "act_scale", ("down",)))
+    # What else reads a norm must be scaled with it: the residual stream of the other blocks, or nothing at all.
+    folds = config.norm_weight and config.block not in (Block.NORM_AFTER, Block.POST_NORM)
+    each = range(experts.n_experts) if experts else ()
+    shared = bool(experts and experts.shared_size)
+    reading = ("router", *(["shared_up"] if shared else []), *(f"up.{i}" for i in each)) if experts else ("up",)
+    groups = []
+    if folds:
+        groups.append(Group("norm1", ("qkv", *reading) if config.block is Block.PARALLEL_ONE_NORM else ("qkv",)))
+    if config.clip_qkv is None:  # clipping knows no scales
+        groups.append(Group("qkv", ("out",), repeat, config.head_dim))
+    if folds and config.block is not Block.PARALLEL_ONE_NORM:
+        groups.append(Group("norm2", reading))
+    # down(act(gate) * up) is linear in up, and relu(x / s) is relu(x) / s; what passes through another non-linearity
+    # could not be scaled exactly.
+    linear = config.gated or config.activation is Activation.RELU
+    if experts is None:
+        groups.append(Group("up" if linear else "act_scale", ("down",)))
+    elif linear:
+        groups += [Group("shared_up", ("shared_down",))] if shared else []
+        groups += [Group(f"up.{i}", (f"down.{i}",)) for i in each]
     return tuple(groups)

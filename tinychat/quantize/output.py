@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tinychat.architectures.names import TensorNames
-from tinychat.checkpoint import Checkpoint, CheckpointWriter, heads, layouts
+from tinychat.checkpoint import Checkpoint, CheckpointWriter, heads, layouts, vectors
 from tinychat.checkpoint.inventory import segments
 from tinychat.checkpoint.layouts import WritableLayout
 from tinychat.checkpoint.safetensors_file import DTYPES
@@ -24,7 +24,7 @@ from tinychat.errors import CheckpointError, UsageError
 from tinychat.qtensor import QTensor, canonical
 from tinychat.quantize.dense import half
 from tinychat.quantize.report import Report, size
-from tinychat.weights import NORMS, QUANTIZED, Layer, Linear, linears
+from tinychat.weights import QUANTIZED, Layer, Linear, linears
 
 LEAST_GROUP = 32  # that a group size is lowered to, where it does not divide the inputs of a linear
 _PART_BYTES = 1 << 24  # of a table converted at a time
@@ -71,9 +71,8 @@ class Output:
     def add_layer(self, writer: CheckpointWriter, index: int, layer: Layer) -> None:
         """Write block `index`."""
         names = self.source.names
-        for norm in NORMS:
-            if (values := getattr(layer, norm)) is not None:
-                writer.add(names.vector(norm, index), half(values, norm))
+        for tensor, values in vectors.of_layer(layer, self.source.config, names, index):
+            writer.add(tensor, self._stored(tensor, values))
         if layer.act_scale is not None:
             writer.add(names.vector("act_scale", index), half(layer.act_scale, "act_scale"))
         for name in linears(self.source.config, index):
@@ -95,9 +94,8 @@ class Output:
     def add_end(self, writer: CheckpointWriter) -> None:
         """Write what comes after the layers."""
         source, names = self.source, self.source.names
-        writer.add(f"{names.norm}.weight", half(source.norm(), names.norm))
-        if (norm_bias := source.norm_bias()) is not None:
-            writer.add(f"{names.norm}.bias", half(norm_bias, names.norm))
+        for tensor, values in vectors.of_ends(source, names):
+            writer.add(tensor, self._stored(tensor, values))
         if head := source.head():
             self._add_table(writer, f"{names.head}.weight", plain_head(head))
             if head.bias is not None:
@@ -115,6 +113,10 @@ class Output:
         if "dtype" in config:
             config["dtype"] = "float16"
         return writer.finish(config, self.layout.excluding(report.kept))
+
+    def _stored(self, name: str, values: np.ndarray) -> np.ndarray:
+        """In fp16; but of norms counted from 1, which fp16 would round once more, in fp32."""
+        return values if self.source.names.norm_offset else half(values, name)
 
     def _add_table(self, writer: CheckpointWriter, name: str, table: np.ndarray) -> None:
         """A large tensor in fp16, part by part; its mapped pages are given back on the way."""

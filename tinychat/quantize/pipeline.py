@@ -171,7 +171,7 @@ def _write_layers(
     n_layers = source.config.n_layers
     activations = None
     if method.needs_calibration and state.layers < n_layers:
-        activations = Activations(source.config, source.embed(), state.sequences, SEARCH_TOKENS, seed)
+        activations = Activations(source.config, source.embed(), state.sequences, SEARCH_TOKENS, seed, source.ends())
         if state.activations is not None:
             activations.resume(state.activations)
             state.activations = None
@@ -218,20 +218,21 @@ def quantize_in_memory(
 
     activations = None
     if chosen.needs_calibration:
-        activations = Activations(source.config, source.embed(), sequences or [], SEARCH_TOKENS, seed)
+        activations = Activations(source.config, source.embed(), sequences or [], SEARCH_TOKENS, seed, source.ends())
     shown = Progress(source.config.n_layers, shown=progress)
     layers = []
     for index in range(source.config.n_layers):
         layers.append(_layer(source, chosen, grid, activations, index, plan, report, shown))
         shown.done()
-    norm_bias = source.norm_bias()
+    norm, norm_bias = source.norm(), source.norm_bias()
     weights = MemoryWeights(
         config=source.config,
         embedding=half(source.embed(), "embed"),
         layers=layers,
-        final_norm=half(source.norm(), "norm").astype(np.float32),
+        final_norm=None if norm is None else half(norm, "norm").astype(np.float32),
         output_head=_half_head(source),
         final_norm_bias=None if norm_bias is None else half(norm_bias, "norm").astype(np.float32),
+        other_ends=source.ends(),
     )
     report.seconds = time.monotonic() - began
     return weights, report

@@ -12,7 +12,7 @@ import numpy as np
 
 from tinychat.qtensor import QTensor, Weight
 from tinychat.quantize.grid import Grid, as_float
-from tinychat.weights import QUANTIZED, Layer, Linear, WeightSource
+from tinychat.weights import QUANTIZED, Ends, Layer, Linear, WeightSource
 
 GRID = Grid(bits=4, group_size=32)  # 4.6 bits a weight; this text need not be cheap to the last bit
 _ROWS = 1024
@@ -36,7 +36,11 @@ class Rounded:
         rounded = {name: _rounded(linear, f"layer {index}, {name}") for name, linear in found.items() if linear}
         return replace(layer, **rounded)  # type: ignore[arg-type]  # QUANTIZED are linears of it
 
-    def norm(self) -> np.ndarray:
+    def ends(self) -> Ends:
+        """See `WeightSource`."""
+        return self.source.ends()
+
+    def norm(self) -> np.ndarray | None:
         """See `WeightSource`."""
         return self.source.norm()
 
