@@ -1,15 +1,13 @@
 """Experts in the quantizer: one scale for all that read a norm, each expert by its own tokens, on to a file."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from test_architectures import TOLERANCE, ours, tokens
-from test_experts import FAMILIES, SIZES_OF, mixture
+from test_architectures import ours, tokens
+from test_experts import SIZES_OF, mixture
 from test_lowered_decoder import build, ids, nmse
-from tiny_models import memory_weights, tiny
+from tiny_models import tiny
 
 import tinychat
 from tinychat import checkpoint
@@ -17,43 +15,9 @@ from tinychat.cache import Rows
 from tinychat.qtensor import QTensor
 from tinychat.quantize import quantize, quantize_in_memory
 from tinychat.quantize.activations import Activations
-from tinychat.quantize.dense import dense_layer, linears_of, part
-from tinychat.quantize.groups import scaling_groups
-from tinychat.weights import NORMS, Linear
+from tinychat.quantize.dense import dense_layer, linears_of
 
 TEXT = [ids(48, 97, seed=seed).tolist() for seed in range(8)]
-
-
-def unrounded(layer):
-    """A layer of `Dense` linears as weights."""
-    norms = {name: getattr(layer, name) for name in NORMS}
-    made = {name: values.numpy() for name, values in norms.items() if values is not None}
-    for name in ("qkv", "out", "up", "down", "router", "shared_up", "shared_down"):
-        found = getattr(layer, name)
-        if found is not None:
-            stack = found if isinstance(found, tuple) else (found,)
-            bias = None if isinstance(found, tuple) or found.bias is None else found.bias.numpy()
-            made[name] = Linear(tuple(w.numpy() for one in stack for w, _, _ in one.segments()), bias)
-    return made
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_folded_scales_change_nothing(family):
-    model, config = tiny(family)
-    weights = memory_weights(model, config)
-    generator, layers = torch.Generator().manual_seed(0), []
-    for index, layer in enumerate(weights.layers):
-        dense = dense_layer(layer, lambda name, i, shape: (f"{name}[{i}]", None))
-        folded = dense
-        for group in scaling_groups(weights.config, weights.config.experts_of(index)):
-            n = group.pooled(torch.ones(part(dense, group.consumers[0]).weight.shape[1])).shape[0]
-            folded = group.fold(folded, torch.rand(n, generator=generator) * 3 + 0.3)
-        layers.append(replace(layer, **unrounded(folded)))
-    text = tokens(12, config["vocab_size"])
-    changed = replace(weights, layers=layers)
-    assert np.abs(ours(changed, text, [12]) - ours(weights, text, [12])).max() < TOLERANCE
-    if weights.config.experts_of(0):
-        assert not np.allclose(layers[0].router.segments[0], weights.layers[0].router.segments[0])
 
 
 def test_experts_see_the_tokens_that_go_to_them():
