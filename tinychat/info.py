@@ -13,6 +13,7 @@ from collections.abc import Collection
 from typing import Any
 
 from tinychat import architectures, backends, checkpoint, engine, memory
+from tinychat.checkpoint import gguf
 from tinychat.checkpoint.inventory import segments
 from tinychat.errors import TemplateError, TokenizerError
 from tinychat.weights import linears
@@ -72,12 +73,13 @@ def gather(
 
 
 def families() -> str:
-    """The table of model families, each with the checkpoints it is known by, and how they are tested."""
+    """The table of model families, each with the checkpoints it is known by, how they are tested, and those that are
+    read from GGUF files."""
     lines = []
     for family in architectures.described():
         name = " or ".join((family.model_type, *family.also))
         lines += [f"{name}: {family.checkpoints}", f"    {family.special}"]
-    return "\n".join([*lines, "", *textwrap.wrap(TESTED, 100)])
+    return "\n".join([*lines, "", *textwrap.wrap(TESTED, 100), "", f"Of GGUF files: {', '.join(gguf.FAMILIES)}."])
 
 
 def _weights(source: checkpoint.Checkpoint) -> dict[str, Any]:
