@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -143,6 +144,12 @@ void bind_decoder(py::module_& m) {
     py::enum_<CacheType>(m, "CacheType").value("f16", CacheType::f16).value("f32", CacheType::f32).value(
         "q8", CacheType::q8);
 
+    py::class_<ExpertsShape>(m, "ExpertsShape")
+        .def(py::init([](int64_t n_experts, int64_t n_used, int64_t intermediate_size, int64_t shared_size, bool normalized) {
+                 return ExpertsShape{n_experts, n_used, intermediate_size, shared_size, normalized};
+             }),
+             py::arg("n_experts"), py::arg("n_used"), py::arg("intermediate_size"), py::arg("shared_size"),
+             py::arg("normalized"));
     py::class_<DecoderShape>(m, "DecoderShape", "Whoever makes one sets every field.")
         .def(py::init<>())
         .def_readwrite("vocab_size", &DecoderShape::vocab_size)
@@ -168,7 +175,8 @@ void bind_decoder(py::module_& m) {
         .def_readwrite("logit_cap", &DecoderShape::logit_cap)
         .def_readwrite("windows", &DecoderShape::windows)
         .def_readwrite("ropes", &DecoderShape::ropes)
-        .def_readwrite("slopes", &DecoderShape::slopes);
+        .def_readwrite("slopes", &DecoderShape::slopes)
+        .def_readwrite("experts", &DecoderShape::experts);
 
     py::class_<Decoder>(m, "Decoder", "A packed model and its step; see csrc/decoder.h. Not checked: the addresses.")
         .def(py::init([](const std::string& isa, int n_threads, const DecoderShape& shape) {
@@ -191,14 +199,18 @@ void bind_decoder(py::module_& m) {
             "add_layer",
             [](Decoder& decoder, const NormArgs& norm1, const NormArgs& norm2, const NormArgs& out_norm,
                const NormArgs& down_norm, Address q_norm, Address k_norm, const LinearArgs& qkv, const LinearArgs& out,
-               const LinearArgs& up, const LinearArgs& down, Address act_scale) {
-                decoder.add_layer({norm_data(norm1), norm_data(norm2), norm_data(out_norm), norm_data(down_norm),
-                                   pointer<const float>(q_norm), pointer<const float>(k_norm), linear_data(qkv),
-                                   linear_data(out), linear_data(up), linear_data(down), pointer<const float>(act_scale)});
+               const LinearArgs& up, const LinearArgs& down, Address act_scale, bool experts,
+               const std::optional<LinearArgs>& shared_down) {
+                LayerData data{norm_data(norm1), norm_data(norm2), norm_data(out_norm), norm_data(down_norm),
+                               pointer<const float>(q_norm), pointer<const float>(k_norm), linear_data(qkv),
+                               linear_data(out), linear_data(up), linear_data(down), pointer<const float>(act_scale)};
+                data.experts = experts;
+                if (shared_down) data.shared_down = linear_data(*shared_down);
+                decoder.add_layer(data);
             },
             py::kw_only(), py::arg("norm1"), py::arg("norm2"), py::arg("out_norm"), py::arg("down_norm"),
             py::arg("q_norm"), py::arg("k_norm"), py::arg("qkv"), py::arg("out"), py::arg("up"), py::arg("down"),
-            py::arg("act_scale"), release())
+            py::arg("act_scale") = 0, py::arg("experts") = false, py::arg("shared_down") = std::nullopt, release())
         .def(
             "finish",
             [](Decoder& decoder, const NormArgs& norm, const LinearArgs& head) {

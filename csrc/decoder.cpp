@@ -136,8 +136,12 @@ void Decoder::add_layer(const LayerData& data) {
     if (data.k_norm) layer.k_norm = keep(data.k_norm, whole ? shape_.kv_size() : shape_.head_dim);
     layer.qkv = pack(data.qkv, shape_.qkv_size(), shape_.hidden_size);
     layer.out = pack(data.out, shape_.hidden_size, shape_.q_size());
-    layer.up = pack(data.up, shape_.up_size(), shape_.hidden_size);
-    layer.down = pack(data.down, shape_.hidden_size, shape_.intermediate_size);
+    if (data.experts) {
+        add_experts(data, layer);
+    } else {
+        layer.up = pack(data.up, shape_.up_size(), shape_.hidden_size);
+        layer.down = pack(data.down, shape_.hidden_size, shape_.intermediate_size);
+    }
     if (data.act_scale) {
         layer.inverse_scale = keep(data.act_scale, shape_.intermediate_size);
         float* scale = layer.inverse_scale.floats();
@@ -228,6 +232,7 @@ void Decoder::reserve(int64_t rows) {
     floats(pieces_, n_threads_ * piece_);
     floats(whole_, rows * whole_size_);
     activations_.reserve(rows * activation_bytes_);
+    reserve_experts(rows);
 }
 
 void Decoder::forward(const Step& step) {
@@ -251,9 +256,13 @@ void Decoder::forward(const Step& step) {
         if (!parallel) add(step, layer.out_norm, y, post ? layer.norm1 : none);
 
         prepare_normed(post ? none : norm2, layer.up, T);
-        apply(layer.up, T, gate_up_.floats(), shape_.up_size());
-        prepare_activated(layer, T);
-        apply(layer.down, T, z, hidden);
+        if (layer.expert_up.empty()) {
+            apply(layer.up, T, gate_up_.floats(), shape_.up_size());
+            prepare_activated(layer, T);
+            apply(layer.down, T, z, hidden);
+        } else {
+            mix(layer, T);
+        }
         if (parallel) add(step, layer.out_norm, y, none);
         add(step, layer.down_norm, z, post ? layer.norm2 : none);
     }

@@ -10,6 +10,7 @@
 #include "buffer.h"
 #include "kernels.h"
 #include "packed_linear.h"
+#include "routing.h"
 #include "threads.h"
 
 namespace tinychat {
@@ -38,6 +39,7 @@ struct DecoderShape {
     std::vector<int64_t> windows;  // [n_layers]: positions that a token sees, itself included; 0: all
     std::vector<int64_t> ropes;    // [n_layers]: which of a step's tables of angles turn q and k; -1: none
     std::vector<float> slopes;     // [n_heads] of ALiBi, or nothing
+    ExpertsShape experts;          // in place of the MLP of some layers
 
     int64_t group() const { return n_heads / n_kv_heads; }
     int64_t q_size() const { return n_heads * head_dim; }
@@ -61,6 +63,10 @@ struct LayerData {
     const float* k_norm;  // likewise
     LinearData qkv, out, up, down;
     const float* act_scale;  // [intermediate_size], or null: what `down` reads is divided by it
+    // Of a layer with experts `up` is router | the shared expert's up | up of each expert, all of which read the same rows,
+    // and `down` is that of each expert.
+    bool experts = false;
+    LinearData shared_down{};
 };
 
 // What stands before the first block and after the last, beside embedding, final norm and head.
@@ -133,6 +139,9 @@ class Decoder {
         Buffer q_norm, k_norm;
         Buffer inverse_scale;   // [intermediate_size], 1 / act_scale, or nothing
         PackedLinear qkv, out, up, down;
+        PackedLinear shared_down;
+        std::vector<size_t> expert_up, expert_down;  // [n_experts + 1] segments at which experts begin; empty: no experts
+        size_t router_end = 0;                       // segments
     };
 
     PackedLinear pack(const LinearData& data, int64_t n, int64_t k);
@@ -172,6 +181,9 @@ class Decoder {
     void append(const Step& step, size_t layer, int64_t row, int64_t head) const;
     QueryGroup query_group(int64_t head) const;
     CacheView entries(const Step& step, size_t layer, int64_t row, int64_t head) const;
+    void add_experts(const LayerData& data, Layer& layer);
+    void reserve_experts(int64_t rows);
+    void mix(const Layer& layer, int64_t rows);
     Team& team();
 
     const DecoderShape shape_;
@@ -208,6 +220,14 @@ class Decoder {
     int64_t whole_size_ = 0;        // the most inputs that a permuted linear has
     Profile profile_{};
     bool profiling_ = false;
+
+    // Of layers with experts (decoder_experts.cpp).
+    Routing routing_;
+    std::vector<PackedLinear::Part> parts_;
+    Buffer router_;    // [T, router_size]
+    Buffer gathered_;  // prepared rows of `up`, one for each pair
+    Buffer outputs_;   // [T * n_used + T, hidden_size]: of each pair, then of the shared expert
+    int64_t pair_bytes_ = 0, shared_bytes_ = 0, gathered_bytes_ = 0;  // prepared for down, shared_down, up; the most
 
     AttentionPlan plan_;
     Buffer scratch_;            // [n_threads, scratch_size_]: of attention

@@ -10,6 +10,7 @@ namespace {
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
+constexpr int64_t kRowsOfReading = 8;  // to read a tile takes about as long as to compute with it for so many rows
 constexpr int64_t kTilesTogether = 8;  // packed by one thread: what a line of some sources holds parts of
 
 int64_t cache_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -100,22 +101,77 @@ void PackedLinear::gather(const LinearKernels& kernels, const float* x, Range pa
     }
 }
 
+void PackedLinear::apply_tiles(const LinearKernels& kernels, const Segment& segment, Range tiles,
+                               const char* activations, int64_t rows, float* y, int64_t y_stride) const {
+    const char* prepared = activations + preparations_[segment.preparation].offset * rows;
+    kernels.linear(segment.shape, packed_.data() + segment.offset, prepared, rows, tiles.begin, tiles.end, y, y_stride);
+    if (!bias_) return;
+    const int64_t begin = tiles.begin * kernels.tile;
+    const int64_t end = std::min(tiles.end * kernels.tile, segment.shape.n);
+    const float* bias = bias_.floats() + segment.first_row;
+    for (int64_t t = 0; t < rows; ++t) {
+        for (int64_t r = begin; r < end; ++r) y[t * y_stride + r] += bias[r];
+    }
+}
+
 void PackedLinear::apply(const LinearKernels& kernels, const char* activations, int64_t rows, float* y,
                          int64_t y_stride, Team& team) const {
-    const auto apply_tiles = [&](const Segment& segment, Range tiles) {
-        const char* prepared = activations + preparations_[segment.preparation].offset * rows;
-        float* first = y + segment.first_row;
-        kernels.linear(segment.shape, packed_.data() + segment.offset, prepared, rows, tiles.begin, tiles.end, first,
-                       y_stride);
-        if (!bias_) return;
-        const int64_t begin = tiles.begin * kernels.tile;
-        const int64_t end = std::min(tiles.end * kernels.tile, segment.shape.n);
-        const float* bias = bias_.floats() + segment.first_row;
-        for (int64_t t = 0; t < rows; ++t) {
-            for (int64_t r = begin; r < end; ++r) first[t * y_stride + r] += bias[r];
+    team.run(tiles_, [&](Range tiles, int) {
+        each_segment(tiles, [&](const Segment& segment, Range its_tiles) {
+            apply_tiles(kernels, segment, its_tiles, activations, rows, y + segment.first_row, y_stride);
+        });
+    });
+}
+
+void PackedLinear::apply(const LinearKernels& kernels, std::vector<Part>& parts, Team& team) {
+    const auto first_tile = [](const Part& part) { return part.linear->segments_[part.begin].first_tile; };
+    const auto cost = [](const Part& part) { return part.rows + kRowsOfReading; };  // of each tile
+    int64_t total = 0;
+    for (Part& part : parts) {
+        part.before = total;
+        const Segment& last = part.linear->segments_[part.end - 1];
+        total += (last.first_tile + last.tiles - first_tile(part)) * cost(part);
+    }
+    // A thread's share of the costs is the tiles whose costs begin within it.
+    team.run(total, [&](Range costs, int) {
+        const auto ends_by = [&](const Part& part) { return part.before <= costs.begin; };
+        auto part = std::partition_point(parts.begin(), parts.end(), ends_by) - 1;
+        for (; part != parts.end() && part->before < costs.end; ++part) {
+            const PackedLinear& linear = *part->linear;
+            const Segment &first = linear.segments_[part->begin], &last = linear.segments_[part->end - 1];
+            const auto tile_at = [&](int64_t at) {
+                const int64_t tile = (std::max<int64_t>(at - part->before, 0) + cost(*part) - 1) / cost(*part);
+                return std::min(first.first_tile + tile, last.first_tile + last.tiles);
+            };
+            const Range share{tile_at(costs.begin), tile_at(costs.end)};
+            if (share.begin == share.end) continue;
+            linear.each_segment(share, [&](const Segment& segment, Range tiles) {
+                float* y = part->y + segment.first_row - first.first_row;
+                linear.apply_tiles(kernels, segment, tiles, part->activations, part->rows, y, part->y_stride);
+            });
         }
-    };
-    team.run(tiles_, [&](Range tiles, int) { each_segment(tiles, apply_tiles); });
+    });
+}
+
+size_t PackedLinear::segment_at(int64_t row) const {
+    for (size_t i = 0; i < segments_.size(); ++i) {
+        if (segments_[i].first_row == row) return i;
+    }
+    const bool at_end = !segments_.empty() && segments_.back().first_row + segments_.back().shape.n == row;
+    if (!at_end) refuse("a segment of stacked linears reaches over the end of one");
+    return segments_.size();
+}
+
+void PackedLinear::copy_row(size_t begin, size_t end, const char* activations, int64_t from, int64_t rows,
+                            char* to_activations, int64_t to, int64_t to_rows) const {
+    for (size_t i = 0; i < preparations_.size(); ++i) {
+        const Preparation& p = preparations_[i];
+        const auto reads = [&](const Segment& segment) { return segment.preparation == i; };
+        const auto first = segments_.begin();
+        if (std::none_of(first + static_cast<ptrdiff_t>(begin), first + static_cast<ptrdiff_t>(end), reads)) continue;
+        std::memcpy(to_activations + p.offset * to_rows + to * p.bytes, activations + p.offset * rows + from * p.bytes,
+                    static_cast<size_t>(p.bytes));
+    }
 }
 
 void PackedLinear::unpack_row(const LinearKernels& kernels, int64_t row, float* values) const {

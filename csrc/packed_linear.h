@@ -61,11 +61,32 @@ class PackedLinear {
     // y[rows, n] = the linear of the prepared rows, on the team.
     void apply(const LinearKernels& kernels, const char* activations, int64_t rows, float* y, int64_t y_stride,
                Team& team) const;
+
+    // Some of a linear's outputs, for rows of their own: of stacked experts, one expert and the rows routed to it.
+    struct Part {
+        const PackedLinear* linear;
+        size_t begin, end;        // segments
+        const char* activations;  // [rows * activation_bytes], prepared for `linear`
+        int64_t rows;
+        float* y;                 // [rows, outputs of those segments]
+        int64_t y_stride;
+        int64_t before = 0;       // set by apply(): the costs of the parts before it
+    };
+    // All of them in one phase. The parts are the caller's scratch.
+    static void apply(const LinearKernels& kernels, std::vector<Part>& parts, Team& team);
+
+    // The segment that begins at output `row`, or their number. Throws std::invalid_argument where none does.
+    size_t segment_at(int64_t row) const;
+    // What the segments `begin` .. `end` read of row `from` of `rows` prepared ones, as row `to` of `to_rows`.
+    void copy_row(size_t begin, size_t end, const char* activations, int64_t from, int64_t rows, char* to_activations,
+                  int64_t to, int64_t to_rows) const;
     // Row `row` of the weight as fp32 [k].
     void unpack_row(const LinearKernels& kernels, int64_t row, float* values) const;
 
   private:
     void add_segment(const SegmentData& data, const LinearKernels& kernels);
+    void apply_tiles(const LinearKernels& kernels, const Segment& segment, Range tiles, const char* activations,
+                     int64_t rows, float* y, int64_t y_stride) const;
 
     // work(segment, tiles of its own) for each segment that reaches into the tiles `part` of the whole.
     template <class Work>

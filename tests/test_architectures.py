@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_families
 import torch
-from tiny_models import BASES, memory_weights, tiny
+from tiny_models import BASES, MIXTURES, memory_weights, tiny
 
 import tinychat
 from tinychat import architectures, checkpoint, decoder, quantize, rope
@@ -19,8 +19,9 @@ from tinychat.backends import cpu, reference
 from tinychat.cache import Rows
 from tinychat.config import RopeScaling
 from tinychat.quantize.dense import dense_layer
+from tinychat.quantize.dense import part as part_of
 from tinychat.quantize.groups import scaling_groups
-from tinychat.weights import LINEARS, Layer, Linear, MemoryWeights
+from tinychat.weights import LINEARS, OF_EXPERTS, Layer, Linear, MemoryWeights
 
 TOLERANCE = 1e-4
 BACKENDS = [module for module in (reference, cpu) if module.available() is None]
@@ -86,6 +87,25 @@ OWN = {
         "attention bias": {"attention_bias": True},
         "window": {**WINDOWED, "max_window_layers": 2},
         "window in layer_types": {**WINDOWED, "layer_types": MIXED_LAYERS},
+    },
+    "mixtral": {
+        "window": {"sliding_window": 5},
+        "one expert of one": {"num_local_experts": 1, "num_experts_per_tok": 1},
+        "all used": {"num_local_experts": 3, "num_experts_per_tok": 3},
+        "many, most without a row": {"num_local_experts": 60, "num_experts_per_tok": 1},
+    },
+    "qwen2_moe": {
+        "every second layer": {"decoder_sparse_step": 2, "mlp_only_layers": [], "num_hidden_layers": 4},
+        "probabilities that sum to 1": {"norm_topk_prob": True},
+        "no bias": {"qkv_bias": False},
+        "window": {**WINDOWED, "layer_types": MIXED_LAYERS},
+        "no experts at all": {"mlp_only_layers": [0, 1, 2]},
+    },
+    "qwen3_moe": {
+        "probabilities that sum to 1": {"norm_topk_prob": True},
+        "attention bias": {"attention_bias": True},
+        "window": WINDOWED,
+        "every third layer": {"decoder_sparse_step": 3, "num_hidden_layers": 4},
     },
 }
 LEVELS = cpu._cpu.supported_isas().split() if cpu in BACKENDS else []
@@ -182,10 +202,10 @@ def test_folding_scales_keeps_the_logits(family, name, tmp_path):
     generator, folded = torch.Generator().manual_seed(0), []
     for index in range(source.config.n_layers):
         layer = dense_layer(source.layer(index), lambda *_: ("", "kept"))
-        for group in scaling_groups(source.config):
-            channels = group.pooled(torch.ones(getattr(layer, group.consumers[0]).weight.shape[1]))
+        for group in scaling_groups(source.config, source.config.experts_of(index)):
+            channels = group.pooled(torch.ones(part_of(layer, group.consumers[0]).weight.shape[1]))
             layer = group.fold(layer, 4 ** (2 * torch.rand(len(channels), generator=generator) - 1))
-        changed = vars(layer) | {name: whole(getattr(layer, name)) for name in LINEARS}
+        changed = vars(layer) | {name: whole(getattr(layer, name)) for name in (*LINEARS, *OF_EXPERTS)}
         folded.append(Layer(**{k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in changed.items()}))
     ends = source.norm(), source.head(), source.norm_bias(), source.ends()
     after = MemoryWeights(source.config, source.embed(), folded, *ends)
@@ -217,9 +237,13 @@ def test_what_is_quantized_is_loaded_and_generates(family, tmp_path):
         assert first.tokens == second.tokens and len(first.tokens) == 6
 
 
-def whole(linear) -> Linear:
-    """A `Dense` as a `Linear` of one segment."""
-    return Linear((linear.weight.numpy(),), None if linear.bias is None else linear.bias.numpy())
+def whole(dense) -> Linear | None:
+    """A linear, or those of experts, as weights."""
+    if dense is None:
+        return None
+    stack = dense if isinstance(dense, tuple) else (dense,)
+    bias = None if dense is stack or dense.bias is None else dense.bias.numpy()
+    return Linear(tuple(one.weight.numpy() for one in stack), bias)
 
 
 # A context of 64 stretched to 256 and run to 700: beyond both.
@@ -248,7 +272,7 @@ SCALINGS = {
 
 @every_backend
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("family", LIKE_LLAMA)
+@pytest.mark.parametrize("family", [family for family in LIKE_LLAMA if family not in MIXTURES])
 def test_long_positions_under_every_scaling(family, scaling, backend):
     model, config = tiny(family, **STRETCHED, rope_parameters=SCALINGS[scaling])
     weights = memory_weights(model, config)

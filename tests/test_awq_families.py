@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import save_file
 from test_architectures import BACKENDS, TOLERANCE, ours, theirs, tokens
 from tiny_families import whole_words
-from tiny_models import tiny
+from tiny_models import MIXTURES, tiny
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -32,6 +32,7 @@ SCALED = {
     "mpt": "ffn.act",
     "starcoder2": "mlp.act",
 }
+EXPERTS, ROUTER = ".experts.", "gate"  # in the names of modules
 
 
 class ScaledActivation(nn.Module):
@@ -85,13 +86,21 @@ def published(directory, family: str, **changes):
             setattr(model.get_submodule(parent), leaf, ScaledActivation(module, scales))
     tensors: dict[str, np.ndarray] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and inside.search(name):
+        if isinstance(module, nn.Linear) and inside.search(name) and not name.endswith(ROUTER):
             parts, values = rounded(module.weight.detach().numpy())
             module.weight.data = torch.from_numpy(values)
             tensors |= {f"{name}.{ending}": array for ending, array in parts.items()}
+    for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
+        if EXPERTS in name:  # one by one, where transformers has all of a layer as [experts, N, K]
+            parts, _ = rounded(tensor.numpy())
+            tensors |= {f"{name.removesuffix('.weight')}.{ending}": array for ending, array in parts.items()}
+    for name, parameter in model.named_parameters():
+        if EXPERTS in name:
+            _, values = rounded(parameter.detach().flatten(0, 1).numpy())
+            parameter.data = torch.from_numpy(values).view(parameter.shape)
     quantized = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
     for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
-        if name.rpartition(".")[0] in quantized and name.endswith(".weight"):
+        if name.removesuffix(".weight") in quantized:
             continue
         if name in (model._tied_weights_keys or {}) and model.config.tie_word_embeddings:
             continue
@@ -99,6 +108,8 @@ def published(directory, family: str, **changes):
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors")
     how = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+    if any(EXPERTS in name for name in tensors):
+        how["modules_to_not_convert"] = [ROUTER]
     (directory / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16", "quantization_config": how}))
     return model
 
@@ -110,6 +121,7 @@ def test_what_is_published_gives_the_logits_of_its_numbers(family, tmp_path, rec
     assert source.quantization.method == "awq" and len(source.layer(0).qkv.segments) in (1, 3)
     assert all(segment.bits == 4 for name in LINEARS for segment in getattr(source.layer(0), name).segments)
     assert (source.layer(1).act_scale is not None) == (family in SCALED)
+    assert (source.layer(0).router is not None) == (family in MIXTURES)
     ids = tokens(23)
     want = theirs(model, ids)
     assert 0.2 < want.std() < 4

@@ -75,6 +75,9 @@ def run(*argv: str) -> int:
         ("qwen3-4b", 4_022_468_096),
         ("mpt-7b", 6_649_286_656),
         ("falcon-7b", 6_921_720_704),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("qwen1.5-moe-a2.7b", 14_315_784_192),
+        ("qwen3-30b-a3b", 30_532_122_624),
     ],
 )
 def test_shapes_are_those_of_the_published_models(name, parameters):

@@ -441,6 +441,7 @@ def parts(monkeypatch, tmp_path):
         n_quantized=0,
         bits=4,
         file_bytes=1001,
+        tokenizer=ByteTokenizer,
     )
 
     def open_(path, ignore_config=()):
@@ -462,7 +463,6 @@ def parts(monkeypatch, tmp_path):
 
     modules = {
         "checkpoint": SimpleNamespace(locate=lambda model, revision=None, offline=False: tmp_path, open=open_),
-        "tokenizer": SimpleNamespace(load=lambda path: ByteTokenizer()),
     }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, f"tinychat.{name}", module)

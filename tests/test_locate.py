@@ -110,6 +110,10 @@ def test_a_file_is_not_a_directory(tmp_path, hub):
         locate(str(tmp_path / "model.safetensors"))
     with pytest.raises(CheckpointError, match="local directory, which has no revision 'main'"):
         locate(str(tmp_path), revision="main")
+    (tmp_path / "a.gguf").write_bytes(b"")
+    assert locate(str(tmp_path / "a.gguf")) == tmp_path / "a.gguf"
+    with pytest.raises(CheckpointError, match="local file, which has no revision 'main'"):
+        locate(str(tmp_path / "a.gguf"), revision="main")
     with pytest.raises(CheckpointError, match="'pebble' ships with tinychat and has no revision 'main'"):
         locate("pebble", revision="main")
 

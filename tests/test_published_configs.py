@@ -4,7 +4,7 @@ known, and what is special of each is found."""
 import pytest
 
 from tinychat import architectures
-from tinychat.config import Activation, Block, QKNorm, RopeScaling
+from tinychat.config import Activation, Block, Experts, QKNorm, RopeScaling
 
 SAVED = {
     "bos_token_id": 1,
@@ -326,6 +326,34 @@ PUBLISHED = {
             **{"logits_scaling": 8.0, "mlp_bias": False, "residual_multiplier": 0.22, "rope_theta": 5e6},
         },
         {"logit_scale": 0.125, "embed_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.015625},
+    ),
+    "Mixtral 8x7B": (
+        {
+            **sizes(4096, 32, 32, 14336, 32000, 32768, model_type="mixtral", num_key_value_heads=8, rms_norm_eps=1e-5),
+            **{"attention_dropout": 0.0, "hidden_act": "silu", "num_experts_per_tok": 2, "num_local_experts": 8},
+            **{"output_router_logits": False, "rope_theta": 1e6, "router_aux_loss_coef": 0.02, "sliding_window": None},
+        },
+        {"experts": Experts(8, 2, 14336, frozenset(range(32))), "sliding_window": None},
+    ),
+    "Qwen 1.5 MoE A2.7B": (
+        {
+            **sizes(2048, 24, 16, 5632, 151936, 8192, model_type="qwen2_moe", num_key_value_heads=16),
+            **{"hidden_act": "silu", "decoder_sparse_step": 1, "max_window_layers": 21, "norm_topk_prob": False},
+            **{"moe_intermediate_size": 1408, "num_experts": 60, "num_experts_per_tok": 4, "rms_norm_eps": 1e-6},
+            **{"output_router_logits": False, "rope_theta": 1e6, "router_aux_loss_coef": 0.001},
+            **{"shared_expert_intermediate_size": 5632, "sliding_window": 32768, "use_sliding_window": False},
+        },
+        {"experts": Experts(60, 4, 1408, frozenset(range(24)), False, 5632), "biases": frozenset({"qkv"})},
+    ),
+    "Qwen 3 30B-A3B": (
+        {
+            **sizes(2048, 48, 32, 6144, 151936, 40960, model_type="qwen3_moe", num_key_value_heads=4, head_dim=128),
+            **{"attention_bias": False, "decoder_sparse_step": 1, "hidden_act": "silu", "max_window_layers": 48},
+            **{"mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 128},
+            **{"num_experts_per_tok": 8, "output_router_logits": False, "rms_norm_eps": 1e-6, "rope_scaling": None},
+            **{"rope_theta": 1e6, "router_aux_loss_coef": 0.001, "sliding_window": None, "use_sliding_window": False},
+        },
+        {"experts": Experts(128, 8, 768, frozenset(range(48))), "qk_norm": QKNorm.HEAD},
     ),
     "Command R": ({**COMMAND_R, "model_max_length": 131072}, {"logit_scale": 0.0625, "tied_head": True}),
     "Command R7B": (

@@ -34,6 +34,7 @@ def test_what_is_printed(capsys):
     text = capsys.readouterr().out
     assert all(f"{row.checkpoints}\n    {row.special}\n" in text for row in ROWS)
     assert "falcon or RefinedWeb or RefinedWebModel: Falcon" in text and "1e-4" in text
+    assert "Of GGUF files: llama, qwen2, qwen3." in text
     assert cli.main(["info", "--supported", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert [row["model_type"] for row in printed] == architectures.supported()
@@ -56,6 +57,8 @@ BASE = {
     "intermediate_size": 96,
     "max_position_embeddings": 64,
 }
+SOME_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32, "num_key_value_heads": 4}
+MORE = {"mixtral": {"num_key_value_heads": 4}, "qwen2_moe": SOME_EXPERTS, "qwen3_moe": SOME_EXPERTS}
 ABSENT = {"bloom": ("intermediate_size", "max_position_embeddings"), "mpt": ("intermediate_size",)}
 # model_type, a key that changes what such a model computes and is not implemented, the value that asks for it
 UNIMPLEMENTED = [
@@ -69,12 +72,15 @@ UNIMPLEMENTED = [
     ("gpt_neox", "activation_function", "gelu"),
     ("gpt_bigcode", "scale_attn_by_inverse_layer_idx", True),
     ("llama", "num_local_experts", 8),
+    ("mixtral", "shared_expert_intermediate_size", 64),
     ("mpt", "no_bias", False),
     ("olmo", "rope_scaling", {"type": "su2"}),
     ("opt", "_remove_final_layer_norm", True),
     ("opt", "layer_norm_elementwise_affine", False),
     ("phi", "qk_layernorm", True),
     ("phi3", "attention_bias", True),
+    ("qwen2_moe", "use_mrope", True),
+    ("qwen3_moe", "shared_expert_intermediate_size", 64),
     ("smollm3", "no_rope_layers", [1, 1, 1]),
     ("stablelm", "qk_layernorm", True),
     ("starcoder2", "norm_type", "rms_norm"),
@@ -84,7 +90,8 @@ UNIMPLEMENTED = [
 @pytest.mark.parametrize(("model_type", "key", "value"), UNIMPLEMENTED)
 def test_what_is_not_implemented_is_refused_by_name(model_type, key, value):
     absent = ABSENT.get(model_type, ())
-    config = {name: number for name, number in BASE.items() if name not in absent} | {"model_type": model_type}
+    config = {name: number for name, number in BASE.items() if name not in absent}
+    config |= MORE.get(model_type, {}) | {"model_type": model_type}
     architectures.translate(config)
     with pytest.raises(ConfigError, match=f"^config.json.*{key}"):
         architectures.translate({**config, key: value})

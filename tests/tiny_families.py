@@ -161,6 +161,8 @@ OWN_KEYS = {
     "falcon": {"hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96},
     "phi": {**WHOLE, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
     "stablelm": {**WHOLE, **QUARTER},
+    "qwen2_moe": {**WHOLE, "head_dim": 16, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {**WHOLE, "head_dim": 16, "moe_intermediate_size": 32},
 }
 
 

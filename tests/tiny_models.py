@@ -7,11 +7,13 @@ import torch
 from tiny_families import BASES as OTHERS
 from tiny_families import IDS
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from tinychat import architectures
 from tinychat.checkpoint import heads, vectors
+from tinychat.checkpoint.inventory import segments
 from tinychat.config import Block
-from tinychat.weights import Ends, Layer, Linear, MemoryWeights, norm_sizes
+from tinychat.weights import Ends, Layer, Linear, MemoryWeights, linears, norm_sizes
 
 # Awkward on purpose: nothing is a power of two or a multiple of 64 but what a test sets.
 BASE = {
@@ -28,6 +30,20 @@ BASE = {
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
+}
+
+# Of families with experts: as in BASE, and these.
+MIXTURES = {
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 7,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 21,
+        "shared_expert_intermediate_size": 50,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {"num_experts": 9, "num_experts_per_tok": 4, "moe_intermediate_size": 19},
 }
 
 # Families whose keys are their own.
@@ -53,8 +69,10 @@ def tiny(
 
     `scale` is the standard deviation of matrices; logits then have a standard deviation near 1.
     """
-    config = AutoConfig.for_model(model_type, **{**BASES.get(model_type, BASE), **overrides})
+    base = BASES.get(model_type) or {**BASE, **MIXTURES.get(model_type, {})}
+    config = AutoConfig.for_model(model_type, **{**base, **overrides})
     config._attn_implementation = attention
+    config._experts_implementation = "eager"  # the other ways want sizes of a multiple of 16 bytes
     config.dtype = torch.float32
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -69,7 +87,8 @@ def tiny(
 def memory_weights(model: AutoModelForCausalLM, hf_config: dict) -> MemoryWeights:
     """The model's weights under our names: every tensor of its state dict is used, or an assertion fails."""
     config, names = architectures.translate(hf_config)
-    state = {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
+    tensors = revert_weight_conversion(model, model.state_dict())  # as in files: experts one by one
+    state = {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
     if config.tied_head:
         assert np.array_equal(state.pop(f"{names.head}.weight"), state[f"{names.embed}.weight"])
 
@@ -83,20 +102,15 @@ def memory_weights(model: AutoModelForCausalLM, hf_config: dict) -> MemoryWeight
         return values + np.float32(names.norm_offset if values.ndim == 1 and tensor.endswith(".weight") else 0)
 
     def layer(index: int) -> Layer:
-        at = names.layer.format(index)
-        qkv = linear(*(at + m for m in names.qkv))
+        parts = {name: segments(config, names, name, index) for name in linears(config, index)}
+        made = {name: linear(*(part.module for part in found)) for name, found in parts.items()}
         norms = {name: np.ones(size, np.float32) for name, size in norm_sizes(config).items()}
         norms |= {name: norm(tensor) for name, (tensor, _) in vectors.vectors(config, names, index).items()}
-        made = Layer(
-            **norms,
-            qkv=heads.apart(qkv, config) if names.heads_interleaved else qkv,
-            out=linear(*(at + m for m in names.out)),
-            up=linear(*(at + m for m in names.up)),
-            down=linear(*(at + m for m in names.down)),
-        )
-        present = {n for n in ("qkv", "out", "up", "down") if getattr(made, n).bias is not None}
+        if names.heads_interleaved:
+            made["qkv"] = heads.apart(made["qkv"], config)
+        present = {name for name, found in made.items() if found.bias is not None}
         assert present == config.biases - {"head"}
-        return made
+        return Layer(**norms, **made)
 
     ends = {name: norm(tensor) for name, (tensor, _) in vectors.ends(config, names).items()}
     final = ends.pop("final_norm", None if config.block is Block.POST_NORM else np.ones(config.hidden_size, np.float32))

@@ -68,7 +68,10 @@ def whole(text: str) -> int:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL, as an argument or an option; `one_model` reads it."""
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help=f"a directory, a hub id or 'pebble' (default: {DEFAULT_MODEL})"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help=f"a directory, GGUF file or hub id, or 'pebble' (default: {DEFAULT_MODEL})",
     )
     parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same, as an option")
 

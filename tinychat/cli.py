@@ -104,7 +104,10 @@ def _generate_options(parser: Parser) -> None:
 The prompt is taken as it is, without a chat template, unless --chat asks for it; '-' or none reads it from stdin.
 The text is written as the model makes it; a terminal is shielded from escape sequences in it, a pipe is not."""
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help=f"a directory, a hub id or 'pebble' (default: {DEFAULT_MODEL})"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help=f"a directory, GGUF file or hub id, or 'pebble' (default: {DEFAULT_MODEL})",
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue (default: stdin)")
     parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the model, as an option")

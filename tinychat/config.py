@@ -96,6 +96,27 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP (arXiv 2101.03961): a row goes through n_used of n_experts small MLPs.
+
+    Their outputs are added, each times its probability: the softmax over all experts of the router's logits. Those of
+    the highest are used. A shared expert takes every row, its output times the sigmoid of a logit of its own.
+    """
+
+    n_experts: int
+    n_used: int
+    intermediate_size: int  # of each expert
+    layers: frozenset[int]  # that have them; the others have a plain MLP
+    normalized: bool = True  # the probabilities of the used ones are divided by their sum
+    shared_size: int = 0  # intermediate size of the shared expert; 0: there is none
+
+    @property
+    def router_size(self) -> int:
+        """Logits of a row: of the experts, and of the shared one."""
+        return self.n_experts + (1 if self.shared_size else 0)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer: blocks of grouped-query attention and an MLP."""
 
@@ -132,6 +153,7 @@ class ModelConfig:
     embed_norm: bool = False  # a norm of what enters the first block
     logit_scale: float = 1.0
     logit_cap: float | None = None  # logits become cap * tanh(logit / cap)
+    experts: Experts | None = None  # in place of the MLP of some layers
     # canonical linears that have a bias: qkv, out, up, down, head
     biases: frozenset[str] = field(default_factory=frozenset)
     tied_head: bool = False  # the output head is the embedding table
@@ -161,6 +183,22 @@ class ModelConfig:
     def up_size(self) -> int:
         """Rows of `up`."""
         return (2 if self.gated else 1) * self.intermediate_size
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """The experts of `layer`; None where its MLP is a plain one."""
+        return self.experts if self.experts is not None and layer in self.experts.layers else None
+
+    def mlp_sizes(self, layer: int) -> dict[str, int]:
+        """Weights of the MLP of `layer`, or of the parts of its mixture: 'router', 'shared', 'experts'."""
+        of_one = (3 if self.gated else 2) * self.hidden_size
+        experts = self.experts_of(layer)
+        if experts is None:
+            return {"mlp": of_one * self.intermediate_size}
+        return {
+            "router": experts.router_size * self.hidden_size,
+            "shared": of_one * experts.shared_size,
+            "experts": of_one * experts.intermediate_size * experts.n_experts,
+        }
 
     @property
     def q_size(self) -> int:

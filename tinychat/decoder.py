@@ -16,8 +16,8 @@ import torch
 
 from tinychat import rope
 from tinychat.cache import KVCache, Rows, dequantize_entries, quantize_entries
-from tinychat.config import Activation, Block, ModelConfig, Norm, QKNorm, Rope
-from tinychat.weights import LINEARS, NORMS, Ends, Layer, Linear, WeightSource
+from tinychat.config import Activation, Block, Experts, ModelConfig, Norm, QKNorm, Rope
+from tinychat.weights import LINEARS, NORMS, OF_EXPERTS, Ends, Layer, Linear, WeightSource
 
 Tensor = torch.Tensor
 
@@ -149,8 +149,8 @@ class PackedLayer:
 
     qkv: Any
     out: Any
-    up: Any
-    down: Any
+    up: Any  # of experts: a tuple, one for each
+    down: Any  # likewise
     norm1: Tensor | None = None
     norm2: Tensor | None = None
     out_norm: Tensor | None = None
@@ -162,11 +162,20 @@ class PackedLayer:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     act_scale: Tensor | None = None
+    router: Any = None
+    shared_up: Any = None
+    shared_down: Any = None
 
 
-def pack_layer(ops: Ops, layer: Layer) -> PackedLayer:
-    """Pack every linear of a layer."""
-    made: dict[str, Any] = {name: ops.pack(getattr(layer, name)) for name in LINEARS}
+def pack_layer(ops: Ops, layer: Layer, n_experts: int = 0) -> PackedLayer:
+    """Pack every linear of a layer; of one with experts, `n_experts` is their number."""
+    made: dict[str, Any] = {}
+    for name in (*LINEARS, *OF_EXPERTS):
+        linear: Linear | None = getattr(layer, name)
+        if linear is not None and n_experts and name in ("up", "down"):
+            made[name] = tuple(map(ops.pack, linear.parts(n_experts)))
+        elif linear is not None:
+            made[name] = ops.pack(linear)
     for name in NORMS:
         values = getattr(layer, name)
         made[name] = None if values is None else ops.vector(values)
@@ -194,11 +203,30 @@ def self_attention(
 
 
 def mlp(config: ModelConfig, ops: Ops, layer: PackedLayer, x: Tensor) -> Tensor:
-    """The MLP on normed rows, residual not included: [T, hidden_size] -> [T, hidden_size]."""
-    hidden = ops.activation(ops.linear(x, layer.up), config.activation, config.gated)
-    if layer.act_scale is not None:
-        hidden = hidden / layer.act_scale
-    return ops.linear(hidden, layer.down)
+    """The MLP, or the experts, on normed rows, residual not included: [T, hidden_size] -> [T, hidden_size]."""
+    if config.experts is not None and layer.router is not None:
+        return _mixture(config, config.experts, ops, layer, x)
+    return _mlp(config, ops, x, layer.up, layer.down, layer.act_scale)
+
+
+def _mlp(config: ModelConfig, ops: Ops, x: Tensor, up: Any, down: Any, act_scale: Tensor | None = None) -> Tensor:
+    hidden = ops.activation(ops.linear(x, up), config.activation, config.gated)
+    return ops.linear(hidden if act_scale is None else hidden / act_scale, down)
+
+
+def _mixture(config: ModelConfig, experts: Experts, ops: Ops, layer: PackedLayer, x: Tensor) -> Tensor:
+    logits = ops.linear(x, layer.router)  # [T, router_size]
+    probabilities, chosen = logits[:, : experts.n_experts].softmax(-1).topk(experts.n_used)  # [T, n_used]
+    if experts.normalized:
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    added = torch.zeros_like(x)
+    for index, (up, down) in enumerate(zip(layer.up, layer.down, strict=True)):
+        rows, place = torch.nonzero(chosen == index, as_tuple=True)
+        if len(rows):
+            added[rows] += probabilities[rows, place, None] * _mlp(config, ops, x[rows], up, down)
+    if layer.shared_up is not None:
+        added += logits[:, -1:].sigmoid() * _mlp(config, ops, x, layer.shared_up, layer.shared_down)
+    return added
 
 
 def block(config: ModelConfig, ops: Ops, layer: PackedLayer, index: int, x: Tensor, context: Context) -> Tensor:
@@ -280,7 +308,8 @@ class Decoder:
         self._entrance = Entrance(c, ops, embedding, ends)
         self._layers: list[PackedLayer] = []
         for index in range(c.n_layers):
-            self._layers.append(pack_layer(ops, source.layer(index)))
+            experts = c.experts_of(index)
+            self._layers.append(pack_layer(ops, source.layer(index), experts.n_experts if experts else 0))
             if progress:
                 progress(index + 1, c.n_layers)
         norm, norm_bias, head = source.norm(), source.norm_bias(), source.head()
@@ -295,8 +324,10 @@ class Decoder:
 
     def _layer_bytes(self, layer: PackedLayer) -> int:
         norms = [getattr(layer, name) for name in NORMS]
-        linears = [getattr(layer, name) for name in LINEARS]
-        return sum(n.nbytes for n in norms if n is not None) + sum(map(self._ops.packed_bytes, linears))
+        found = [getattr(layer, name) for name in (*LINEARS, *OF_EXPERTS)]
+        linears = [one for linear in found for one in (linear if isinstance(linear, tuple) else (linear,))]
+        sizes = [self._ops.packed_bytes(linear) for linear in linears if linear is not None]
+        return sum(n.nbytes for n in norms if n is not None) + sum(sizes)
 
     @torch.inference_mode()
     def step(self, rows: Rows) -> np.ndarray:

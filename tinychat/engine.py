@@ -50,7 +50,7 @@ def load(
     ignore_config: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Engine:
-    """The engine of `model`: a directory, a hub id, or "pebble", the model that ships with tinychat.
+    """The engine of `model`: a directory, a GGUF file, a hub id, or "pebble", the model that ships with tinychat.
 
     device         "auto", or a backend's name
     ctx_size       positions of the KV cache; by default the model's own maximum, at most 4096
@@ -67,7 +67,7 @@ def load(
     where the memory would not do (TINYCHAT_NO_MEMORY_CHECK=1 skips that check). On a backend slower than the best,
     taken because that one cannot run, a RuntimeWarning says why, once in a process.
     """
-    from tinychat import backends, checkpoint, tokenizer
+    from tinychat import backends, checkpoint
 
     for name, value in (("ctx_size", ctx_size), ("threads", threads), ("n_slots", n_slots)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -87,7 +87,7 @@ def load(
     itemsize = KV_ITEMSIZE[kv_dtype]
     needed = memory.estimate(*sizes, bits=source.bits, n_slots=n_slots, kv_itemsize=itemsize, head=head)
     memory.check(needed, size)
-    words = tokenizer.load(path)
+    words = source.tokenizer()
     runner = module.build(
         source,
         n_slots=n_slots,
@@ -100,7 +100,7 @@ def load(
     )
     if device == "auto" and module.__name__.rpartition(".")[2] != PREFERENCE[0]:
         _warn_once(f"the slow {module.__name__.rpartition('.')[2]} backend runs the model: {why}")
-    name = path.resolve().name if Path(model).is_dir() else Path(model).name
+    name = path.resolve().name if Path(model).exists() else Path(model).name
     n = source.n_parameters
     weights = f"{n / 1e9:.2f}B parameters" if n >= 1e9 else f"{n / 1e6:.1f}M parameters"
     return Engine(
@@ -432,7 +432,7 @@ def precision(checkpoint: Any) -> str:
     q = checkpoint.quantization
     if q is None:
         return str(checkpoint.config.dtype)
-    return f"{q.bits}-bit AWQ " + ("per row" if q.group_size == -1 else f"g{q.group_size}")
+    return f"{q.bits}-bit {q.method.upper()} " + ("per row" if q.group_size == -1 else f"g{q.group_size}")
 
 
 def _unusual(checkpoint: Any, head: int, activations: int) -> str:

@@ -10,14 +10,13 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
-from tinychat import architectures, backends, checkpoint, engine, memory, tokenizer
-from tinychat.checkpoint.inventory import Inventory, segments
-from tinychat.checkpoint.shards import Shards
+from tinychat import architectures, backends, checkpoint, engine, memory
+from tinychat.checkpoint import gguf
+from tinychat.checkpoint.inventory import segments
 from tinychat.errors import TemplateError, TokenizerError
-from tinychat.weights import LINEARS
+from tinychat.weights import linears
 
 TESTED = (
     "Each is tested on tiny random models of awkward sizes: logits within 1e-4 of Hugging Face transformers' (a prompt "
@@ -43,7 +42,7 @@ def gather(
     c = source.config
     size = engine.context_size(c, ctx_size)
     module, why = backends.choose(device)
-    shards = Shards(path)
+    shards = source.shards
     sizes = c, source.file_bytes, source.n_quantized, module.FOOTPRINT, size
     return {
         "model": model,
@@ -52,8 +51,8 @@ def gather(
         "n_parameters": source.n_parameters,
         **{name: getattr(c, name) for name in ("n_layers", "hidden_size", "n_heads", "n_kv_heads", "head_dim")},
         **{name: getattr(c, name) for name in ("intermediate_size", "vocab_size", "max_positions", "tied_head")},
-        "weights": _weights(source, shards),
-        "file_bytes": source.file_bytes,
+        "weights": _weights(source),
+        "file_bytes": shards.nbytes,
         "n_files": len(shards.files),
         "ctx_size": size,
         "kv_dtype": kv_dtype,
@@ -66,7 +65,7 @@ def gather(
             ),
             "available": memory.available(),
         },
-        **_text(path),
+        **_text(source),
         "backend": module.__name__.rpartition(".")[2],
         "backend_description": module.describe(),
         "backend_reason": why,
@@ -74,21 +73,22 @@ def gather(
 
 
 def families() -> str:
-    """The table of model families, each with the checkpoints it is known by, and how they are tested."""
+    """The table of model families, each with the checkpoints it is known by, how they are tested, and those that are
+    read from GGUF files."""
     lines = []
     for family in architectures.described():
         name = " or ".join((family.model_type, *family.also))
         lines += [f"{name}: {family.checkpoints}", f"    {family.special}"]
-    return "\n".join([*lines, "", *textwrap.wrap(TESTED, 100)])
+    return "\n".join([*lines, "", *textwrap.wrap(TESTED, 100), "", f"Of GGUF files: {', '.join(gguf.FAMILIES)}."])
 
 
-def _weights(source: checkpoint.Checkpoint, shards: Shards) -> dict[str, Any]:
+def _weights(source: checkpoint.Checkpoint) -> dict[str, Any]:
     """How many weights are quantized and how, how many are plain in which dtype, which linears the quantizer left."""
-    c, names, quantization = source.config, source.names, source.quantization
-    modules = Inventory(c, names, quantization, shards).quantized
+    c, names, quantization, shards = source.config, source.names, source.quantization, source.shards
+    modules = source.quantized
     left = []
     plain = Counter({_DTYPES[shards.info(f"{names.embed}.weight").dtype]: c.vocab_size * c.table_width})
-    places = [(linear, layer) for layer in range(c.n_layers) for linear in LINEARS]
+    places = [(linear, layer) for layer in range(c.n_layers) for linear in linears(c, layer)]
     for linear, layer in places if c.tied_head else [*places, ("head", 0)]:
         for segment in segments(c, names, linear, layer):
             if segment.module not in modules:
@@ -101,10 +101,10 @@ def _weights(source: checkpoint.Checkpoint, shards: Shards) -> dict[str, Any]:
     return facts
 
 
-def _text(path: Path) -> dict[str, Any]:
+def _text(source: checkpoint.Checkpoint) -> dict[str, Any]:
     """Whether there is a tokenizer and a chat template; what is wrong with them where they cannot be read."""
     try:
-        found = tokenizer.load(path)
+        found = source.tokenizer()
     except (TokenizerError, TemplateError) as error:
         return {"tokenizer": False, "chat_template": False, "tokenizer_error": str(error)}
     return {"tokenizer": found is not None, "chat_template": found is not None and found.chat_template is not None}

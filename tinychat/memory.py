@@ -62,7 +62,8 @@ def estimate(
     largest part takes beyond it, or in a step, whichever is more.
     """
     c = config
-    block = c.hidden_size * (2 * c.q_size + 2 * c.kv_size + c.up_size + c.intermediate_size)
+    mlp = max(sum(c.mlp_sizes(layer).values()) for layer in range(c.n_layers))
+    block = c.hidden_size * (2 * c.q_size + 2 * c.kv_size) + mlp
     kv_cache = n_slots * c.kv_bytes(ctx_size, kv_itemsize)
     table, itemsize = c.vocab_size * c.table_width, 4 if c.dtype == "float32" else 2
     weights = file_bytes + (footprint.kept(bits) - bits) * n_quantized // 8

@@ -15,7 +15,9 @@ import numpy as np
 from tinychat.config import Block, ModelConfig, QKNorm
 from tinychat.qtensor import Weight, round_symmetric
 
-LINEARS = ("qkv", "out", "up", "down")  # of a `Layer`
+LINEARS = ("qkv", "out", "up", "down")  # of every `Layer`
+OF_EXPERTS = ("router", "shared_up", "shared_down")  # more of one with experts
+QUANTIZED = ("qkv", "out", "up", "down", "shared_up", "shared_down")  # those that a quantizer takes: not the router
 ROW_NORMS = ("norm1", "norm2", "out_norm", "down_norm")  # of rows, each with perhaps a bias
 NORMS = (*ROW_NORMS, *(f"{name}_bias" for name in ROW_NORMS), "q_norm", "k_norm")  # likewise
 _ROW_NORMS_OF = {
@@ -38,6 +40,14 @@ def norm_sizes(config: ModelConfig) -> dict[str, int]:
     return sizes
 
 
+def linears(config: ModelConfig, layer: int) -> tuple[str, ...]:
+    """The linears of block `layer`, in the order of the forward pass."""
+    experts = config.experts_of(layer)
+    if experts is None:
+        return LINEARS
+    return ("qkv", "out", "router", *(OF_EXPERTS[1:] if experts.shared_size else ()), "up", "down")
+
+
 @dataclass(frozen=True, eq=False)
 class Linear:
     """y = x W^T + b. `segments` are stacked along the output axis; each has its own precision."""
@@ -50,6 +60,12 @@ class Linear:
         """(N, K) of the whole."""
         return sum(s.shape[0] for s in self.segments), self.segments[0].shape[1]
 
+    def parts(self, n: int) -> tuple[Linear, ...]:
+        """The linears of n experts that are stacked in this one."""
+        each = len(self.segments) // n
+        biases = [None] * n if self.bias is None else np.split(self.bias, n)
+        return tuple(Linear(self.segments[i * each : (i + 1) * each], biases[i]) for i in range(n))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the weights as they are stored in a file."""
@@ -61,12 +77,18 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One decoder block. Which norms it has and what they are applied to: see `config.Block` and `config.QKNorm`."""
+    """One decoder block. Which norms it has and what they are applied to: see `config.Block` and `config.QKNorm`.
+
+    In one with experts, `up` and `down` are those of all experts, stacked along the outputs.
+    """
 
     qkv: Linear  # q | k | v
     out: Linear
-    up: Linear  # gate | up, or up alone
+    up: Linear  # gate | up, or up alone; of experts: gate | up | gate | up ...
     down: Linear
+    router: Linear | None = None  # [n_experts, hidden_size], and a row for the shared expert's gate
+    shared_up: Linear | None = None  # of the shared expert, as `up`
+    shared_down: Linear | None = None
     norm1: np.ndarray | None = None  # fp32 [hidden_size], as all row norms and their biases
     norm2: np.ndarray | None = None
     out_norm: np.ndarray | None = None  # of what attention adds

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tinychat.config import Activation, ModelConfig, Rope, RopeScaling
+from tinychat.config import Activation, Experts, ModelConfig, Rope, RopeScaling
 from tinychat.errors import ConfigError
 
 REQUIRED: Any = object()  # the default of a key that has none
@@ -28,9 +28,10 @@ _BOOKKEEPING = """
     forced_eos_token_id gradient_checkpointing hidden_dropout hidden_dropout_prob id2label init_config init_device
     init_std initializer_range is_decoder is_llama_config label2id layerdrop length_penalty max_length
     max_new_tokens max_sequence_length min_length model_max_length model_name no_repeat_ngram_size num_beam_groups
-    num_beams num_logits_to_keep num_return_sequences output_attentions output_hidden_states output_scores
-    pad_token_id prefix pretraining_tp problem_type quantization_config remove_invalid_values repetition_penalty
-    resid_pdrop residual_dropout return_dict return_dict_in_generate sep_token_id seq_length suppress_tokens
+    num_beams num_logits_to_keep num_return_sequences output_attentions output_hidden_states
+    output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type quantization_config
+    remove_invalid_values repetition_penalty resid_pdrop residual_dropout return_dict return_dict_in_generate
+    router_aux_loss_coef router_jitter_noise sep_token_id seq_length suppress_tokens
     task_specific_params temperature tf_legacy_loss tokenizer_class tokenizer_name top_k top_p torchscript
     transformers.js_config transformers_version trust_remote_code typical_p unsloth_fixed unsloth_version
     use_bfloat16 use_cache verbose
@@ -212,6 +213,24 @@ class ConfigReader:
             **fields,
         )
 
+    def experts(self, *, n_used: int, normalized: bool, shared_size: int = 0) -> Experts:
+        """The keys of Qwen's mixtures; `n_used` and `normalized` are the family's defaults."""
+        n_layers = self.n_layers()
+        spelled = "num_experts" if "num_experts" in self._values else "num_local_experts"  # as transformers 5 writes it
+        n_experts = self.integer(spelled, high=2**12)
+        dense = self.get("mlp_only_layers", [])
+        if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+            raise self.error("mlp_only_layers", "a list of layers")
+        step = self.integer("decoder_sparse_step", 1, high=2**10)
+        return Experts(
+            n_experts,
+            self.integer("num_experts_per_tok", n_used, high=n_experts),
+            self.integer("moe_intermediate_size", high=2**20),
+            frozenset(range(step - 1, n_layers, step)) - frozenset(dense),
+            self.flag("norm_topk_prob", normalized),
+            shared_size,
+        )
+
     def activation(self, default: str) -> Activation:
         """Of the MLP."""
         return ACTIVATIONS[self.text("hidden_act", default, choices=tuple(ACTIVATIONS))]
@@ -262,9 +281,8 @@ class ConfigReader:
     def windows(self) -> tuple[int | None, frozenset[int]]:
         """(window, layers it applies to), for families that switch it on by `use_sliding_window`: in `layer_types`
         where given, else from layer `max_window_layers` on."""
-        window = self.sliding_window(4096)
-        if not self.flag("use_sliding_window", False):
-            window = None
+        window = self.sliding_window(4096) if self.flag("use_sliding_window", False) else None
+        self.get("sliding_window", None)
         first = self.integer("max_window_layers", 28, low=0, high=2**20)
         given = self.get("layer_types", None) is not None
         layers = self.sliding_layers(lambda layer: layer >= first)

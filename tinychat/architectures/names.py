@@ -31,6 +31,11 @@ class TensorNames:
     down_norm: str = ""
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: tuple[str, ...] = ("mlp.down_proj",)
+    router: tuple[str, ...] = ("mlp.gate", "mlp.shared_expert_gate")  # the second where there is a shared expert
+    shared_up: tuple[str, ...] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+    shared_down: tuple[str, ...] = ("mlp.shared_expert.down_proj",)
+    expert_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")  # {}: the expert's index
+    expert_down: tuple[str, ...] = ("mlp.experts.{}.down_proj",)
     act_scale: str = "mlp.act.scales"  # AWQ's, where there is one: a tensor, not a module
     heads_interleaved: bool = False  # rows of a fused qkv: for each key-value head its queries, its key, its value
     norm_offset: float = 0.0  # a stored weight w of a norm stands for norm_offset + w

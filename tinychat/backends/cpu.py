@@ -20,7 +20,7 @@ from tinychat.config import Block, ModelConfig, QKNorm
 from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
-from tinychat.qtensor import HEAD_GROUP, AwqWords, Weight, bfloat16
+from tinychat.qtensor import HEAD_GROUP, AwqWords, QTensor, Weight, bfloat16
 from tinychat.weights import NORMS, ROW_NORMS, Ends, Layer, Linear, WeightSource, norm_sizes
 
 _cpu: Any = None
@@ -147,7 +147,7 @@ class CpuRunner:
         self._decoder = _cpu.Decoder(isa=isa, n_threads=n_threads, shape=_shape(config))
         self._rotary = rope.Tables(config.ropes, cache.capacity)
         for index in range(config.n_layers):
-            self._add_layer(source.layer(index))
+            self._add_layer(index, source.layer(index))
             if progress:
                 progress(index + 1, config.n_layers)
         self._add_ends(source, head)
@@ -204,7 +204,7 @@ class CpuRunner:
             project_out=none if back is None else self._linear(back, width, hidden, "project_out", keep),
         )
 
-    def _add_layer(self, layer: Layer) -> None:
+    def _add_layer(self, index: int, layer: Layer) -> None:
         config = self.config
         keep: list[np.ndarray] = []
         sizes = norm_sizes(config)
@@ -213,17 +213,41 @@ class CpuRunner:
         if given != set(sizes):
             raise ValueError(f"a layer has the norms {sorted(given)}, and the config has {sorted(sizes)}")
         norms = {name: _vector(values, sizes.get(name, 0), name, keep) for name, values in found.items()}
-        hidden, inter, q_size = config.hidden_size, config.intermediate_size, config.q_size
+        hidden, q_size = config.hidden_size, config.q_size
         self._decoder.add_layer(
             **{name: (norms[name], norms[f"{name}_bias"]) for name in ROW_NORMS},
             q_norm=norms["q_norm"],
             k_norm=norms["k_norm"],
             qkv=self._linear(layer.qkv, q_size + 2 * config.kv_size, hidden, "qkv", keep),
             out=self._linear(layer.out, hidden, q_size, "out", keep),
-            up=self._linear(layer.up, config.up_size, hidden, "up", keep),
-            down=self._linear(layer.down, hidden, inter, "down", keep),
-            act_scale=_vector(layer.act_scale, inter, "act_scale", keep),
+            **self._mlp(index, layer, keep),
         )
+
+    def _mlp(self, index: int, layer: Layer, keep: list[np.ndarray]) -> dict[str, Any]:
+        """What `_cpu.Decoder` takes for the MLP of a layer, or for its experts."""
+        hidden, experts, factor = self.config.hidden_size, self.config.experts_of(index), 2 if self.config.gated else 1
+        if experts is None:
+            return {
+                "up": self._linear(layer.up, self.config.up_size, hidden, "up", keep),
+                "down": self._linear(layer.down, hidden, self.config.intermediate_size, "down", keep),
+                "act_scale": _vector(layer.act_scale, self.config.intermediate_size, "act_scale", keep),
+            }
+        found = [linear for linear in (layer.router, layer.shared_up, layer.up) if linear]
+        if any(linear.bias is not None for linear in found):
+            raise BackendError("experts with biases; the cpu backend has none")
+        stacked = (segment for linear in (*found, layer.down) for segment in linear.segments)
+        if any(isinstance(segment, QTensor) and segment.permutation is not None for segment in stacked):
+            raise BackendError("experts whose inputs are permuted (GPTQ's act-order); the cpu backend has none")
+        rows = experts.router_size + factor * (experts.shared_size + experts.n_experts * experts.intermediate_size)
+        together = Linear(tuple(segment for linear in found for segment in linear.segments))  # all read the same rows
+        made: dict[str, Any] = {
+            "experts": True,
+            "up": self._linear(together, rows, hidden, "router, shared_up, up", keep),
+            "down": self._linear(layer.down, experts.n_experts * hidden, experts.intermediate_size, "down", keep),
+        }
+        if layer.shared_down is not None:
+            made["shared_down"] = self._linear(layer.shared_down, hidden, experts.shared_size, "shared_down", keep)
+        return made
 
     def _linear(
         self, linear: Linear, n: int, k: int, name: str, keep: list[np.ndarray], bits: int = 16
@@ -294,6 +318,8 @@ def _shape(config: ModelConfig) -> Any:
     shape.embed_size = c.table_width
     shape.windows = [c.window(layer) for layer in range(c.n_layers)]
     shape.ropes = [c.rope_index(layer) for layer in range(c.n_layers)]
+    if (e := c.experts) is not None:
+        shape.experts = _cpu.ExpertsShape(e.n_experts, e.n_used, e.intermediate_size, e.shared_size, e.normalized)
     return shape
 
 

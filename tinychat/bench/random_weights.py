@@ -10,6 +10,7 @@ input, so that a residual stream to which every block adds its part grows like t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +23,7 @@ from tinychat.checkpoint.vectors import ends
 from tinychat.config import Block, ModelConfig
 from tinychat.errors import UsageError
 from tinychat.qtensor import AwqWords, QTensor, Weight
-from tinychat.weights import LINEARS, NORMS, Ends, Layer, Linear, norm_sizes
+from tinychat.weights import LINEARS, NORMS, QUANTIZED, Ends, Layer, Linear, linears, norm_sizes
 
 PLACES = 1 << 20  # at which a window may begin
 TABLE_POOL = PLACES + 7  # numbers that a table repeats: odd, so that its rows differ
@@ -43,7 +44,9 @@ class RandomWeights:
         self.group_size = group_size
         self.bits = bits
         self._rng = np.random.default_rng(seed)
-        shapes = [segment.shape for linear in LINEARS for segment in segments(config, names, linear, 0)]
+        kinds = [config.experts_of(layer) is not None for layer in range(config.n_layers)]
+        self._like = {kinds.index(kind): kinds.count(kind) for kind in set(kinds)}  # a layer: how many are as it is
+        shapes = [shape for layer in self._like for name, shape in self._shapes(layer) if name != "router"]
         for shape in shapes:
             if group_size is not None and (reason := awq.fits(shape, group_size)):
                 raise UsageError(f"a linear of {shape[0]} outputs and {shape[1]} inputs cannot be quantized: {reason}")
@@ -71,7 +74,7 @@ class RandomWeights:
     def layer(self, index: int) -> Layer:
         """See `WeightSource`."""
         c = self.config
-        made: dict[str, Any] = {name: self._linear(name, index) for name in LINEARS}
+        made: dict[str, Any] = {name: self._linear(name, index) for name in linears(c, index)}
         for name, size in norm_sizes(c).items():
             made[name] = (np.zeros if name.endswith("_bias") else np.ones)(size, np.float32)
         return Layer(**made)
@@ -109,7 +112,7 @@ class RandomWeights:
     @property
     def n_quantized(self) -> int:
         """Weights of `bits`."""
-        return 0 if self.group_size is None else self.config.n_layers * self._in_linears()
+        return 0 if self.group_size is None else self._of_all(self._in_quantized)
 
     @property
     def n_parameters(self) -> int:
@@ -117,28 +120,47 @@ class RandomWeights:
         c = self.config
         tables = c.vocab_size * c.table_width * (1 if c.tied_head else 2)
         others = sum(math.prod(shape) for _, shape in ends(c, self.names).values())
-        return c.n_layers * (self._in_linears() + self._in_vectors()) + tables + others
+        return self._of_all(lambda layer: self._in_linears(layer) + self._in_vectors(layer)) + tables + others
 
     @property
     def file_bytes(self) -> int:
         """Of the tensors, were they in files."""
-        c = self.config
-        quantized = 0 if self.group_size is None else c.n_layers * self.linear_bytes
-        return quantized + 2 * (self.n_parameters - self.n_quantized)
+        return self.quantized_bytes + 2 * (self.n_parameters - self.n_quantized)
 
     @property
-    def linear_bytes(self) -> int:
-        """Of one block's linears, were they in files."""
-        layer = self.layer(0)
-        return sum(getattr(layer, name).nbytes for name in LINEARS)
+    def quantized_bytes(self) -> int:
+        """Of the quantized linears, were they in files."""
+        return 0 if self.group_size is None else self._of_all(lambda layer: self._bytes(layer, QUANTIZED))
 
-    def _in_linears(self) -> int:
-        """Weights in one block."""
-        return sum(math.prod(s.shape) for name in LINEARS for s in segments(self.config, self.names, name, 0))
+    @property
+    def expert_bytes(self) -> int:
+        """Of all experts, were they in files; not of the shared ones."""
+        sparse = self.config.experts.layers if self.config.experts else ()
+        return self._of_all(lambda layer: self._bytes(layer, ("up", "down")) if layer in sparse else 0)
 
-    def _in_vectors(self) -> int:
-        """Norms and biases in one block."""
-        layer = self.layer(0)
+    def _of_all(self, size: Callable[[int], int]) -> int:
+        """size(layer), summed over all layers."""
+        return sum(size(layer) * count for layer, count in self._like.items())
+
+    def _shapes(self, layer: int) -> list[tuple[str, tuple[int, int]]]:
+        """Of every segment of a block: its canonical linear, and (N, K)."""
+        names = linears(self.config, layer)
+        return [(name, part.shape) for name in names for part in segments(self.config, self.names, name, layer)]
+
+    def _bytes(self, layer: int, names: Collection[str]) -> int:
+        linears = (getattr(self.layer(layer), name) for name in names)
+        return sum(linear.nbytes for linear in linears if linear is not None)
+
+    def _in_linears(self, layer: int) -> int:
+        """Weights in a block."""
+        return sum(math.prod(shape) for _, shape in self._shapes(layer))
+
+    def _in_quantized(self, layer: int) -> int:
+        return sum(math.prod(shape) for name, shape in self._shapes(layer) if name in QUANTIZED)
+
+    def _in_vectors(self, index: int) -> int:
+        """Norms and biases in a block."""
+        layer = self.layer(index)
         norms = (getattr(layer, name) for name in NORMS)
         biases = (getattr(layer, name).bias for name in LINEARS)
         return sum(values.size for values in (*norms, *biases) if values is not None)
@@ -148,6 +170,8 @@ class RandomWeights:
         bias = None
         if name in self.config.biases:
             bias = self._normal(sum(part.shape[0] for part in parts)).astype(np.float32)
+        if name not in QUANTIZED:
+            return Linear(tuple(self._normal(math.prod(part.shape)).reshape(part.shape) for part in parts), bias)
         return Linear(tuple(self._weight(*part.shape) for part in parts), bias)
 
     def _weight(self, n: int, k: int) -> Weight:

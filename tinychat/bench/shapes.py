@@ -121,6 +121,53 @@ SHAPES = {
     ),
     "qwen3-0.6b": Shape(_qwen3(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16)),
     "qwen3-4b": Shape(_qwen3(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32)),
+    "mixtral-8x7b": Shape(
+        _llama(
+            architectures=["MixtralForCausalLM"],
+            model_type="mixtral",
+            attention_bias=None,  # no such keys here: null is as good as absent
+            mlp_bias=None,
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=32768,
+            rope_theta=1e6,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+        )
+    ),
+    "qwen1.5-moe-a2.7b": Shape(
+        {
+            **_qwen3(hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, num_attention_heads=16),
+            "architectures": ["Qwen2MoeForCausalLM"],
+            "model_type": "qwen2_moe",
+            "attention_bias": None,  # no such keys here
+            "head_dim": None,
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": False,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        }
+    ),
+    "qwen3-30b-a3b": Shape(
+        {
+            **_qwen3(hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32),
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": False,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+        }
+    ),
     "mpt-7b": Shape(
         {
             "architectures": ["MPTForCausalLM"],

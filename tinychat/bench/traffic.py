@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from tinychat import checkpoint
 from tinychat.bench.random_weights import RandomWeights
+from tinychat.checkpoint.inventory import segments
 from tinychat.checkpoint.safetensors_file import DTYPES
-from tinychat.checkpoint.shards import Shards
 from tinychat.config import ModelConfig
 from tinychat.engine import KV_ITEMSIZE
 from tinychat.qtensor import HEAD_GROUP
@@ -27,6 +27,7 @@ class Traffic:
     head       the output head, a tied table included
     row        one token's embedding
     table      the embedding table where it is not the head: resident, not read
+    idle       of the body, experts that a token does not use: resident, not read
     """
 
     config: ModelConfig
@@ -36,11 +37,12 @@ class Traffic:
     row: float
     table: float
     kv_itemsize: int
+    idle: float = 0
 
     @property
     def weights(self) -> float:
         """What every token reads."""
-        return self.body + self.head + self.row
+        return self.body - self.idle + self.head + self.row
 
     def kv(self, context: float) -> float:
         """Keys and values that a token sees which is the `context`-th of its text (itself included)."""
@@ -57,31 +59,38 @@ def of(source: RandomWeights | checkpoint.Checkpoint, *, head_bits: int = 16, kv
     """The traffic of `source`. `head_bits` 8: a head that is not quantized is rounded to 8 bits at load."""
     c = source.config
     sizes = _of_random(source) if isinstance(source, RandomWeights) else _of_files(source)
-    body, quantized, head, table = sizes
+    body, quantized, head, table, experts = sizes
+    idle = experts * (1 - c.experts.n_used / c.experts.n_experts) if c.experts else 0
     if head_bits == 8 and head == c.vocab_size * c.table_width * 2:  # not one that the file holds in 4 bits
         head = c.vocab_size * c.table_width * (1 + 2 / HEAD_GROUP)
-    return Traffic(c, body, quantized, head, table / c.vocab_size, 0 if c.tied_head else table, KV_ITEMSIZE[kv_dtype])
+    return Traffic(
+        c, body, quantized, head, table / c.vocab_size, 0 if c.tied_head else table, KV_ITEMSIZE[kv_dtype], idle
+    )
 
 
-def _of_random(source: RandomWeights) -> tuple[float, float, float, float]:
+def _of_random(source: RandomWeights) -> tuple[float, float, float, float, float]:
     """See `_of_files`."""
     c = source.config
     table = c.vocab_size * c.table_width * 2
     body = source.file_bytes - table * (1 if c.tied_head else 2)
-    return body, c.n_layers * source.linear_bytes if source.n_quantized else 0, table, table
+    return body, source.quantized_bytes, table, table, source.expert_bytes
 
 
-def _of_files(source: checkpoint.Checkpoint) -> tuple[float, float, float, float]:
-    """Bytes of the body, of what is quantized in it, of the head, and of the embedding table, from the headers."""
-    shards, names = Shards(source.path), source.names
-    sizes = {}
-    for name in shards.names:
-        info = shards.info(name)
-        sizes[name] = math.prod(info.shape) * DTYPES[info.dtype].itemsize
-    table = sizes.pop(f"{names.embed}.weight")
+def _of_files(source: checkpoint.Checkpoint) -> tuple[float, float, float, float, float]:
+    """Bytes of the body, of what is quantized in it, of the head, of the embedding table and of the experts."""
+    shards, names = source.shards, source.names
+    infos = {name: shards.info(name) for name in shards.names}
+    sizes = {name: info.end - info.begin for name, info in infos.items()}
+    sizes.pop(f"{names.embed}.weight")
+    embed = infos[f"{names.embed}.weight"]
+    table = math.prod(embed.shape) * DTYPES[embed.dtype].itemsize  # as it is held: in GGUF it may be stored otherwise
     sizes.pop(f"{names.positions}.weight", None)  # one row is read
     head = sum(sizes.pop(name) for name in list(sizes) if name.startswith(f"{names.head}."))
     body = {name: size for name, size in sizes.items() if not name.endswith(names.ignored)}
-    endings = source.quantization.endings if source.quantization else ()
-    quantized = sum(size for name, size in body.items() if name.rpartition(".")[2] in endings)
-    return sum(body.values()), quantized, table if source.config.tied_head else head, table
+    parts = (name for name in body if not name.endswith(".bias"))
+    quantized = sum(body[name] for name in parts if name.rpartition(".")[0] in source.quantized)
+    sparse = source.config.experts.layers if source.config.experts else ()
+    places = [(linear, layer) for layer in sparse for linear in ("up", "down")]
+    modules = {part.module for place in places for part in segments(source.config, names, *place)}
+    experts = sum(size for name, size in body.items() if name.rpartition(".")[0] in modules)
+    return sum(body.values()), quantized, table if source.config.tied_head else head, table, experts

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tinychat.architectures.names import TensorNames
 from tinychat.bench.random_weights import RandomWeights
 from tinychat.bench.shapes import Shape
 from tinychat.checkpoint import AwqFormat, CheckpointWriter, awq, vectors
-from tinychat.config import ModelConfig
+from tinychat.checkpoint.inventory import segments
 from tinychat.qtensor import AwqWords
-from tinychat.weights import LINEARS, Layer, Linear
+from tinychat.weights import Linear, linears
 
 
 def write(
@@ -40,22 +39,22 @@ def _groups(weights: RandomWeights) -> Iterator[Iterator[tuple[str, np.ndarray]]
     names = weights.names
     yield iter([(f"{names.embed}.weight", weights.embed())])
     for index in range(weights.config.n_layers):
-        yield _layer(weights.layer(index), weights.config, names, index)
+        yield _layer(weights, index)
     end = [(name, values.astype(np.float16)) for name, values in vectors.of_ends(weights, names)]
     if head := weights.head():
         end.append((f"{names.head}.weight", np.asarray(head.segments[0])))
     yield iter(end)
 
 
-def _layer(layer: Layer, config: ModelConfig, names: TensorNames, index: int) -> Iterator[tuple[str, np.ndarray]]:
-    prefix = names.layer.format(index)
+def _layer(weights: RandomWeights, index: int) -> Iterator[tuple[str, np.ndarray]]:
+    config, names, layer = weights.config, weights.names, weights.layer(index)
     for tensor, values in vectors.of_layer(layer, config, names, index):
         yield tensor, values.astype(np.float16)
-    for name in LINEARS:
+    for name in linears(config, index):
         linear: Linear = getattr(layer, name)
         first = 0
-        for part, segment in zip(getattr(names, name), linear.segments, strict=True):
-            module, after = prefix + part, first + segment.shape[0]
+        for part, segment in zip(segments(config, names, name, index), linear.segments, strict=True):
+            module, after = part.module, first + segment.shape[0]
             if isinstance(segment, AwqWords):
                 yield from ((f"{module}.{ending}", getattr(segment, ending)) for ending in awq.ENDINGS)
             else:

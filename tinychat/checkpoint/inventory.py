@@ -16,7 +16,7 @@ from tinychat.checkpoint.shards import Shards
 from tinychat.checkpoint.vectors import ends, vectors
 from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError
-from tinychat.weights import LINEARS
+from tinychat.weights import linears
 
 MAX_FAULTS = 12  # reported at once: where config.json is wrong, every tensor is
 _FLOATS = ("F16", "BF16", "F32")
@@ -31,19 +31,32 @@ class Segment:
 
 
 def segments(config: ModelConfig, names: TensorNames, linear: str, layer: int) -> list[Segment]:
-    """The row segments of a canonical linear: qkv, out, up, down of `layer`, or the head (`layer` is ignored)."""
+    """The row segments of a canonical linear: of `weights.linears` of `layer`, or the head (`layer` is ignored)."""
     c = config
     if linear == "head":
         return [Segment(names.head, (c.vocab_size, c.table_width))]
+    modules: tuple[str, ...] = getattr(names, linear)
+    copies, inner, experts = 1, c.intermediate_size, c.experts_of(layer)
+    if experts is not None and linear in ("up", "down"):
+        modules, copies, inner = getattr(names, f"expert_{linear}"), experts.n_experts, experts.intermediate_size
+    elif experts is not None and linear == "router":
+        logits = (experts.n_experts, *((1,) if experts.shared_size else ()))
+        return _placed(names, layer, modules[: len(logits)], logits, c.hidden_size)
+    elif experts is not None and linear in ("shared_up", "shared_down"):
+        linear, inner = linear.removeprefix("shared_"), experts.shared_size
     rows, k = {
         "qkv": ((c.q_size, c.kv_size, c.kv_size), c.hidden_size),
         "out": ((c.hidden_size,), c.q_size),
-        "up": ((c.intermediate_size,) * (2 if c.gated else 1), c.hidden_size),
-        "down": ((c.hidden_size,), c.intermediate_size),
+        "up": ((inner,) * (2 if c.gated else 1), c.hidden_size),
+        "down": ((c.hidden_size,), inner),
     }[linear]
-    modules: tuple[str, ...] = getattr(names, linear)
     if len(modules) == 1:  # stored fused
         rows = (sum(rows),)
+    of_all = tuple(module.format(copy) for copy in range(copies) for module in modules)
+    return _placed(names, layer, of_all, rows * copies, k)
+
+
+def _placed(names: TensorNames, layer: int, modules: tuple[str, ...], rows: tuple[int, ...], k: int) -> list[Segment]:
     prefix = names.layer.format(layer)
     return [Segment(prefix + module, (n, k)) for module, n in zip(modules, rows, strict=True)]
 
@@ -90,7 +103,7 @@ class Inventory:
                 yield from self._tensor(name, (size,))
             if (scale := names.vector("act_scale", layer)) in self._unseen:
                 yield from self._tensor(scale, (c.intermediate_size,), n_parameters=0)
-            for linear in LINEARS:
+            for linear in linears(c, layer):
                 yield from self._linear(linear, layer)
         if not c.tied_head:
             yield from self._linear("head", 0)

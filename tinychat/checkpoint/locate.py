@@ -13,6 +13,7 @@ from tinychat.checkpoint.quoting import quote
 from tinychat.errors import CheckpointError
 
 SHIPPED = "pebble"
+GGUF = ".gguf"
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SHIPPED_AT = (_PACKAGE / "models" / SHIPPED, _PACKAGE.parent / "models" / SHIPPED / "checkpoint")  # wheel, clone
 
@@ -25,7 +26,8 @@ _UNWANTED = ("*/*", "consolidated*.safetensors")  # folders hold other formats; 
 
 
 def locate(model: str | Path, *, revision: str | None = None, offline: bool = False) -> Path:
-    """The directory of `model`: "pebble" (the model that ships with tinychat), an existing directory, or a hub id.
+    """The directory of `model`: "pebble" (the model that ships with tinychat), an existing directory or GGUF file, or a
+    hub id.
 
     A hub id is "owner/name"; its files are downloaded into huggingface_hub's cache with progress bars, at `revision`
     (branch, tag or commit) if given. `offline`, or HF_HUB_OFFLINE in the environment, takes what the cache has.
@@ -45,10 +47,13 @@ def locate(model: str | Path, *, revision: str | None = None, offline: bool = Fa
     except (OSError, RuntimeError):  # a name too long, no right to look, a ~user that is not there
         exists = False
     if exists:
-        if not path.is_dir():
-            raise CheckpointError(f"{quote(name)} is a file; give the directory that holds config.json and the weights")
+        if not path.is_dir() and path.suffix != GGUF:
+            raise CheckpointError(
+                f"{quote(name)} is a file; give the directory that holds config.json and the weights, or a {GGUF} file"
+            )
         if revision is not None:
-            raise CheckpointError(f"{quote(name)} is a local directory, which has no revision '{quote(revision)}'")
+            kind = "directory" if path.is_dir() else "file"
+            raise CheckpointError(f"{quote(name)} is a local {kind}, which has no revision '{quote(revision)}'")
         return path
     if isinstance(model, Path) or _PATH_LIKE.match(name):
         raise CheckpointError(

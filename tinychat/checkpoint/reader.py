@@ -16,19 +16,22 @@ from typing import Any
 
 import numpy as np
 
+from tinychat import tokenizer
 from tinychat.architectures import translate
 from tinychat.architectures.names import TensorNames
 from tinychat.checkpoint import heads, layouts
 from tinychat.checkpoint.inventory import Inventory, Segment, segments
 from tinychat.checkpoint.json_file import read_object
 from tinychat.checkpoint.layouts import Layout
+from tinychat.checkpoint.locate import GGUF
 from tinychat.checkpoint.quoting import quote
 from tinychat.checkpoint.shards import Shards
 from tinychat.checkpoint.vectors import ends, vectors
 from tinychat.config import Block, ModelConfig
 from tinychat.errors import CheckpointError, ConfigError
 from tinychat.qtensor import Weight
-from tinychat.weights import LINEARS, Ends, Layer, Linear, norm_sizes
+from tinychat.tokenizer import Tokenizer
+from tinychat.weights import Ends, Layer, Linear, linears, norm_sizes
 
 MAX_CONFIG_BYTES = 4 << 20
 _OLD_QUANT_CONFIGS = ("quant_config.json", "quantize_config.json")  # engines before they wrote into config.json
@@ -53,38 +56,48 @@ class Checkpoint:
     quantization       None where no linear is quantized
     n_parameters       of the model; a tied head is not counted again
     n_quantized        weights of `bits` among them
+    quantized          modules that are
+    shards             the tensors
     bits               of a quantized weight
-    file_bytes         of the weight files
+    file_bytes         of the weight files, or of what they would be with tables in 16 bits
     """
 
-    def __init__(self, path: Path, hf_config: dict[str, Any], config: ModelConfig, names: TensorNames):
+    def __init__(
+        self,
+        path: Path,
+        hf_config: dict[str, Any],
+        config: ModelConfig,
+        names: TensorNames,
+        shards: Shards | None = None,
+    ):
+        """`shards` holds the tensors where they are not in the directory `path`."""
         self.path = path
         self.hf_config = hf_config
         self.config = config
         self.generation_config = _optional(path / "generation_config.json")
         self.quantization = _quantization(path, hf_config)
         self.bits = 4 if self.quantization is None else self.quantization.bits
-        self._shards = Shards(path)
-        self._present = self._shards.names
+        self.shards = Shards(path) if shards is None else shards
+        self._present = self.shards.names
         self.names = names = names.as_stored(self._present)
-        inventory = Inventory(config, names, self.quantization, self._shards)
-        self._quantized = inventory.quantized
+        inventory = Inventory(config, names, self.quantization, self.shards)
+        self.quantized = inventory.quantized
         self.n_parameters = inventory.n_parameters
         self.n_quantized = inventory.n_quantized
-        self.file_bytes = self._shards.nbytes
+        self.file_bytes = self.shards.nbytes
 
     def embed(self) -> np.ndarray:
         """The embedding table [vocab_size, table_width], read-only on the mapped file."""
         table = self._read(f"{self.names.embed}.weight")
-        self._shards.release()  # looked through whole; a reader may want few rows of it
+        self.shards.release()  # looked through whole; a reader may want few rows of it
         return table
 
     def layer(self, index: int) -> Layer:
         """Block `index`. Weights are read-only on the mapped file, as they lie there."""
         if not 0 <= index < self.config.n_layers:
             raise IndexError(f"layer {index} of {self.config.n_layers}")
-        self._shards.release()
-        made: dict[str, Any] = {name: self._linear(name, index) for name in LINEARS}
+        self.shards.release()
+        made: dict[str, Any] = {name: self._linear(name, index) for name in linears(self.config, index)}
         stored = vectors(self.config, self.names, index)
         for name, size in norm_sizes(self.config).items():
             made[name] = self._norm(stored[name][0]) if name in stored else np.ones(size, np.float32)
@@ -115,7 +128,7 @@ class Checkpoint:
 
     def head(self) -> Linear | None:
         """The output head; None where the embedding table serves, `CheckpointError` where a stored copy differs."""
-        self._shards.release()
+        self.shards.release()
         if not self.config.tied_head:
             return self._linear("head", 0)
         copy = f"{self.names.head}.weight"
@@ -128,7 +141,11 @@ class Checkpoint:
 
     def release(self) -> None:
         """Give back the memory of the pages read so far; arrays stay valid and read them again."""
-        self._shards.release()
+        self.shards.release()
+
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the directory; None where it has none."""
+        return tokenizer.load(self.path)
 
     def _linear(self, linear: str, layer: int) -> Linear:
         parts = segments(self.config, self.names, linear, layer)
@@ -148,7 +165,7 @@ class Checkpoint:
 
     def _weight(self, segment: Segment) -> Weight:
         module, layout = segment.module, self.quantization
-        if layout is None or module not in self._quantized:
+        if layout is None or module not in self.quantized:
             return self._read(f"{module}.weight")
         names = {ending: f"{module}.{ending}" for ending in layout.endings}
         tensors = {ending: self._read(name) for ending, name in names.items() if name in self._present}
@@ -165,26 +182,30 @@ class Checkpoint:
         return self._read(name).astype(np.float32)
 
     def _where(self, name: str) -> str:
-        return f"{quote(str(self.path))}: {self._shards.where(name)}"
+        return f"{quote(str(self.path))}: {self.shards.where(name)}"
 
     def _read(self, name: str) -> np.ndarray:
-        array = self._shards.read(name)
+        array = self.shards.read(name)
         if array.dtype.name in _NOT_FINITE and not _all_finite(array):
             raise CheckpointError(
-                f"{quote(str(self.path))}: {self._shards.where(name)} holds NaN or infinity; the file is damaged"
+                f"{quote(str(self.path))}: {self.shards.where(name)} holds NaN or infinity; the file is damaged"
             )
         return array
 
 
 def open(path: Path | str, *, ignore_config: Collection[str] = ()) -> Checkpoint:
-    """The checkpoint in directory `path`. Keys of config.json in `ignore_config` are passed over.
+    """The checkpoint in directory `path`, or in a GGUF file. Keys of config.json in `ignore_config` are passed over.
 
     `ConfigError` where config.json is damaged or asks for what is not implemented, `CheckpointError` where the weights
     are not exactly those of the model.
     """
     path = Path(path)
+    if path.suffix == GGUF and path.is_file():
+        from tinychat.checkpoint import gguf
+
+        return gguf.open(path, ignore_config)
     if not path.is_dir():
-        what = "is a file; give the directory that holds it" if path.exists() else "does not exist"
+        what = f"is a file; give the directory that holds it, or a {GGUF} file" if path.exists() else "does not exist"
         raise CheckpointError(f"{quote(str(path))} {what}")
     hf_config = read_object(path / "config.json", ConfigError, MAX_CONFIG_BYTES)
     config, names = translate(hf_config, ignore_config)

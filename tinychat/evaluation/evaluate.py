@@ -229,8 +229,8 @@ class _Subject:
             return
         self.name = str(model)
         path = checkpoint.locate(self.name, revision=where["revision"], offline=where["offline"])
-        self.config = checkpoint.open(path, ignore_config=where["ignore_config"]).config
-        self.tokenizer = tokenizer.load(path)
+        source = checkpoint.open(path, ignore_config=where["ignore_config"])
+        self.config, self.tokenizer = source.config, source.tokenizer()
         self.limit = engine.max_context_size(self.config)
 
     def loaded(self, options: dict[str, Any], progress: bool) -> AbstractContextManager[Engine]:

@@ -16,7 +16,7 @@ from tinychat.backends.reference import TorchOps
 from tinychat.config import ModelConfig
 from tinychat.decoder import Context, Entrance, PackedLayer, block
 from tinychat.errors import CheckpointError
-from tinychat.quantize.dense import Dense, DenseOps
+from tinychat.quantize.dense import Dense, DenseOps, linears_of
 from tinychat.weights import Ends
 
 NO_ENDS = Ends()
@@ -45,7 +45,7 @@ class Sample:
 class Observed:
     """What the linears of one block see.
 
-    magnitude  fp32 [K] by canonical linear: mean |x| of each channel over all tokens
+    magnitude  fp32 [K] by canonical linear: mean |x| of each channel over all tokens, or those that an expert took
     samples    for searches
     held_out   others, to judge what was found on `samples`; none where the calibration set is one sequence
     grams      fp32 [K, K] by canonical linear: the sum of x^T x over all tokens, where it was asked for
@@ -73,6 +73,7 @@ class Activations:
 
         Half of them are held out.
         """
+        self.unseen: list[str] = []  # linears of experts that no token went to in the last block, or no sampled one
         self._config = config
         sample_tokens = max(sample_tokens, SAMPLED_NUMBERS // config.hidden_size)
         use = _drawn(sequences, sample_tokens, seed)
@@ -108,11 +109,13 @@ class Activations:
         """Run block `index` on all tokens and say what its linears saw. CheckpointError where they are not finite."""
         found = Observed({}, [], [], {})
         totals: dict[str, torch.Tensor] = {}
+        counts: dict[str, int] = {}
         for rows, context, use in self._chunks:
             sample = None if use is Use.STATISTICS else Sample(context, self._x[rows].clone())
 
             def watch(linear: Dense, x: torch.Tensor, sample: Sample | None = sample) -> None:
                 _add(totals, linear.name, x.abs().sum(0, dtype=torch.float64))
+                counts[linear.name] = counts.get(linear.name, 0) + len(x)
                 if grams:
                     _add(found.grams, linear.name, x.T @ x)
                 if sample:
@@ -126,7 +129,9 @@ class Activations:
                 f"layer {index} turns the calibration text into values that are not finite; "
                 f"its weights are damaged, or the model does not run in fp32"
             )
-        found.magnitude.update({name: (total / self.n_tokens).float() for name, total in totals.items()})
+        found.magnitude.update({name: (total / counts[name]).float() for name, total in totals.items()})
+        seen = found.grams if grams else {name for sample in found.samples for name in sample.inputs}
+        self.unseen = [name for name in linears_of(layer) if name not in seen]
         return found
 
 

@@ -6,7 +6,8 @@ alpha = 0 is the identity, plain rounding to nearest. Then the scaled weights ar
 
 Scales and limits are found on `Observed.samples` and kept only where they disturb the output of the block around the
 group less on `Observed.held_out` too, so that no group ends up worse than rounding to nearest by either measure.
-Statistics are of all tokens. Everything is fp32.
+Statistics are of all tokens; an expert's are of the tokens that went to it, and one that no sampled token went to keeps
+plain rounding. Everything is fp32.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ from tinychat.config import ModelConfig
 from tinychat.decoder import PackedLayer, block, mlp, self_attention
 from tinychat.quantize import clip
 from tinychat.quantize.activations import Observed, Sample
-from tinychat.quantize.dense import Dense, DenseOps, changed
+from tinychat.quantize.dense import Dense, DenseOps, changed, linears_of, part
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.groups import Group, scaling_groups
 from tinychat.quantize.report import BLOCK, GroupResult
-from tinychat.weights import LINEARS
 
 NEEDS_CALIBRATION = True
 STEPS = 20
@@ -43,8 +43,9 @@ def transform(
     """`layer` with the best scales of each group folded in, and limits: the same function, easier to round."""
     results = []
     folded = layer
-    for group in scaling_groups(config):
-        if any(getattr(layer, name).quantized for name in group.consumers):
+    for group in scaling_groups(config, config.experts_of(index)):
+        seen = any(group.consumers[0] in sample.inputs for sample in observed.samples)
+        if seen and any(part(layer, name).quantized for name in group.consumers):
             folded, result = _search(config, layer, folded, index, group, observed, grid)
             results.append(result)
     if not results:
@@ -63,16 +64,21 @@ def _search(
     grid: Grid,
 ) -> tuple[PackedLayer, GroupResult]:
     """`folded` with what is best for one group of `layer`."""
-    consumers: Consumers = {name: getattr(layer, name) for name in group.consumers}
-    loss = _loss(config, layer, index, group, observed.samples)
-    many = sum(sample.x.numel() for sample in observed.samples) > MANY
-    coarse = _loss(config, layer, index, group, observed.samples[::2]) if many else loss
-    judged = _loss(config, layer, index, group, observed.held_out) if observed.held_out else loss
+    consumers: Consumers = {name: part(layer, name) for name in group.consumers}
+    seen, others = (
+        [sample for sample in some if group.consumers[0] in sample.inputs]
+        for some in (observed.samples, observed.held_out)
+    )
+    many = sum(sample.x.numel() for sample in seen) > MANY
+    loss = _loss(config, layer, index, group, seen)
+    coarse = _loss(config, layer, index, group, seen[::2]) if many else loss
+    judged = _loss(config, layer, index, group, others) if others else loss
     identity = {name: linear.rounded(grid) for name, linear in consumers.items()}
     rtn, allowed = loss(identity), judged(identity)
 
     magnitude = group.pooled(observed.magnitude[group.consumers[0]])  # all read the same
-    inputs = {name: torch.cat([sample.inputs[name] for sample in observed.samples]) for name in consumers}
+    taken = {name: [sample.inputs[name] for sample in observed.samples if name in sample.inputs] for name in consumers}
+    inputs = {name: torch.cat(parts) for name, parts in taken.items() if parts}
 
     def scaled(step: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The scales of a step, of the producer's channels and of the consumers'."""
@@ -98,7 +104,7 @@ def _search(
     if scales is not None:
         folded = group.fold(folded, scales)
     if limits is not None:
-        folded = changed(folded, **{name: replace(getattr(folded, name), limits=limits[name]) for name in limits})
+        folded = changed(folded, **{name: replace(part(folded, name), limits=limits[name]) for name in limits})
     return folded, GroupResult(index, group.name, alpha, rtn, best, limits is not None)
 
 
@@ -135,7 +141,7 @@ def _rounded(
     made = {}
     for name, linear in consumers.items():
         scaled = _scaled(linear, columns)
-        rounded = replace(scaled, limits=limits[name] if limits else None).rounded(grid)
+        rounded = replace(scaled, limits=limits.get(name) if limits else None).rounded(grid)
         made[name] = rounded if columns is None else replace(rounded, weight=rounded.weight / columns)
     return made
 
@@ -147,11 +153,12 @@ def _limits(
     columns: torch.Tensor | None,
     inputs: dict[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Of the scaled consumers, by one of the searches of `clip`."""
+    """Of the scaled consumers, by one of the searches of `clip`; not of routers, nor of experts that saw no sample."""
     found = {}
-    for name, linear in consumers.items():
-        x = inputs[name] if columns is None else inputs[name] / columns
-        found[name] = search(grid, _scaled(linear, columns).weight, x, linear.modules[0])
+    for name, x in inputs.items():
+        if consumers[name].quantized:
+            scaled = _scaled(consumers[name], columns)
+            found[name] = search(grid, scaled.weight, x if columns is None else x / columns, scaled.modules[0])
     return found
 
 
@@ -159,7 +166,7 @@ def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, sam
     """How far the output of attention, MLP or both moves when the group's consumers are replaced."""
     if group.ends_block:
         (name,) = group.consumers
-        quadratic = _quadratic_loss(getattr(layer, name), torch.cat([sample.inputs[name] for sample in samples]))
+        quadratic = _quadratic_loss(part(layer, name), torch.cat([s.inputs[name] for s in samples if name in s.inputs]))
         return lambda consumers: quadratic(consumers[name])
     ops = DenseOps()
 
@@ -170,12 +177,12 @@ def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, sam
             parts = []
             if "qkv" in consumers:
                 parts.append(self_attention(config, ops, replaced, index, sample.inputs["qkv"], sample.context))
-            if "up" in consumers:
-                parts.append(mlp(config, ops, replaced, sample.inputs["up"]))
+            for name in {"up", "router"} & consumers.keys():  # one of them
+                parts.append(mlp(config, ops, replaced, sample.inputs[name]))
             outputs.append(sum(parts[1:], start=parts[0]))
         return outputs
 
-    expected = run({name: getattr(layer, name) for name in group.consumers})
+    expected = run({name: part(layer, name) for name in group.consumers})
     power = _power(expected)
     return lambda consumers: (
         sum(float((a - b).square().sum()) for a, b in zip(run(consumers), expected, strict=True)) / power
@@ -207,7 +214,9 @@ def _block_losses(
 
     By what is held out, where anything is.
     """
-    rounded = [changed(one, **{name: getattr(one, name).rounded(grid) for name in LINEARS}) for one in layers]
+    rounded = [
+        changed(one, **{name: linear.rounded(grid) for name, linear in linears_of(one).items()}) for one in layers
+    ]
     ops = DenseOps()
     errors, power = [0.0] * len(layers), 0.0
     for sample in observed.held_out or observed.samples:

@@ -18,7 +18,7 @@ from tinychat.decoder import PackedLayer
 from tinychat.errors import CheckpointError, UsageError
 from tinychat.qtensor import QTensor, Weight
 from tinychat.quantize.grid import FP16_MAX, Grid, as_float
-from tinychat.weights import LINEARS, NORMS, Layer, Linear
+from tinychat.weights import LINEARS, NORMS, OF_EXPERTS, QUANTIZED, Layer, Linear
 
 # For segment i of a canonical linear, of shape (N, K): its name for the user, and why it stays in 16 bits (None: it
 # is quantized).
@@ -29,7 +29,7 @@ Plan = Callable[[str, int, tuple[int, int]], tuple[str, str | None]]
 class Dense:
     """A fused linear. For each segment: its outputs, its name, and why it stays in 16 bits (None: quantized)."""
 
-    name: str  # canonical: qkv, out, up, down
+    name: str  # canonical: qkv, out, up, down; of expert 3: up.3, down.3
     weight: torch.Tensor  # fp32 [N, K]
     bias: torch.Tensor | None  # fp32 [N]
     rows: tuple[int, ...]
@@ -87,11 +87,11 @@ class DenseOps(TorchOps):
 def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:
     """`layer` in fp32, each linear a `Dense`. UsageError where it is quantized already."""
 
-    def linear(name: str) -> Dense:
-        found: Linear = getattr(layer, name)
+    def linear(name: str, found: Linear, expert: int | None = None) -> Dense:
         parts, modules, kept = [], [], []
-        for i, segment in enumerate(found.segments):
+        for i, segment in enumerate(found.segments, (expert or 0) * len(found.segments)):
             module, reason = plan(name, i, segment.shape)
+            reason = reason if name in QUANTIZED else "a router chooses experts, and takes little room"
             if not isinstance(segment, np.ndarray):
                 raise UsageError(
                     f"{module} is quantized already, to {segment.bits} bits; quantize the original checkpoint instead"
@@ -101,9 +101,17 @@ def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:
             kept.append(reason)
         bias = None if found.bias is None else as_float(found.bias)
         weight = torch.cat(parts) if len(parts) > 1 else parts[0]
+        name = name if expert is None else f"{name}.{expert}"
         return Dense(name, weight, bias, tuple(len(p) for p in parts), tuple(modules), tuple(kept))
 
-    made: dict[str, Any] = {name: linear(name) for name in LINEARS}
+    made: dict[str, Any] = {}
+    for name in (*LINEARS, *OF_EXPERTS):
+        found: Linear | None = getattr(layer, name)
+        if found is not None and layer.router is not None and name in ("up", "down"):
+            experts = found.parts(layer.router.segments[0].shape[0])
+            made[name] = tuple(linear(name, one, index) for index, one in enumerate(experts))
+        elif found is not None:
+            made[name] = linear(name, found)
     for name in NORMS:
         values = getattr(layer, name)
         made[name] = None if values is None else as_float(values)
@@ -114,7 +122,9 @@ def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:
 def quantized_layer(layer: PackedLayer, quantize: Callable[[Dense], QTensor]) -> Layer:
     """`layer` as it is written: what `quantize` makes of quantized segments, fp16 values everywhere else."""
 
-    def linear(dense: Dense) -> Linear:
+    def linear(dense: Dense | tuple[Dense, ...]) -> Linear:
+        if isinstance(dense, tuple):  # of experts
+            return Linear(tuple(segment for one in dense for segment in linear(one).segments))
         segments: list[Weight] = [
             quantize(part) if part.kept[0] is None else half(part.weight.numpy(), part.modules[0])
             for part in dense.parts()
@@ -125,7 +135,8 @@ def quantized_layer(layer: PackedLayer, quantize: Callable[[Dense], QTensor]) ->
         return Linear(tuple(segments), bias)
 
     where = f"of the layer of {layer.qkv.modules[0]}"
-    made: dict[str, Any] = {name: linear(getattr(layer, name)) for name in LINEARS}
+    found = {name: getattr(layer, name) for name in (*LINEARS, *OF_EXPERTS)}
+    made: dict[str, Any] = {name: linear(dense) for name, dense in found.items() if dense is not None}
     for name in NORMS:
         values = getattr(layer, name)
         made[name] = None if values is None else half(values.numpy(), f"{name} {where}").astype(np.float32)
@@ -134,9 +145,30 @@ def quantized_layer(layer: PackedLayer, quantize: Callable[[Dense], QTensor]) ->
     return Layer(**made)
 
 
+def part(layer: PackedLayer, name: str) -> Any:
+    """A linear or norm of `layer`; "up.3" is that of expert 3."""
+    name, _, expert = name.partition(".")
+    found = getattr(layer, name)
+    return found[int(expert)] if expert else found
+
+
+def linears_of(layer: PackedLayer) -> dict[str, Dense]:
+    """All linears of `layer`, those of experts one by one."""
+    found = {name: getattr(layer, name) for name in (*LINEARS, *OF_EXPERTS)}
+    stacks = (stack if isinstance(stack, tuple) else (stack,) for stack in found.values() if stack is not None)
+    return {linear.name: linear for stack in stacks for linear in stack}
+
+
 def changed(layer: PackedLayer, **parts: torch.Tensor | Dense) -> PackedLayer:
-    """`layer` with some of its linears and norms replaced."""
-    replaced: dict[str, Any] = dict(parts)
+    """`layer` with some of its linears and norms replaced; names are those of `part`."""
+    replaced: dict[str, Any] = {}
+    for name, made in parts.items():
+        name, _, expert = name.partition(".")
+        if expert:
+            stack = replaced.get(name, getattr(layer, name))
+            replaced[name] = (*stack[: int(expert)], made, *stack[int(expert) + 1 :])
+        else:
+            replaced[name] = made
     return replace(layer, **replaced)
 
 

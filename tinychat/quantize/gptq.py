@@ -42,6 +42,9 @@ def round_layer(
     solvers: dict[str, Solver] = {}
 
     def quantize(part: Dense) -> QTensor:
+        if part.name not in observed.grams:  # an expert that no token went to
+            return grid.quantize(part.weight, part.modules[0], part.limits)
+        linear = part.name.partition(".")[0]  # of all experts
         if part.name not in solvers:
             solvers.clear()  # of the linear before
             gram = observed.grams[part.name]
@@ -49,7 +52,7 @@ def round_layer(
                 gram = gram / part.columns / part.columns[:, None]
             solvers[part.name] = Solver(gram, act_order, part.modules[0])
         made, found = solvers[part.name].quantize(part, grid)
-        losses[part.name] = [a + b for a, b in zip(losses.get(part.name, [0.0] * 3), found, strict=True)]
+        losses[linear] = [a + b for a, b in zip(losses.get(linear, [0.0] * 3), found, strict=True)]
         return made
 
     made = quantized_layer(layer, quantize)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tinychat.config import Activation, Block, ModelConfig
+from tinychat.config import Activation, Block, Experts, ModelConfig
 from tinychat.decoder import PackedLayer
-from tinychat.quantize.dense import Dense, changed
+from tinychat.quantize.dense import Dense, changed, part
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Group:
 
     producer   a norm (its weight and bias are divided), a linear: its last rows, and their bias (v; up), or
                "act_scale": a vector that what `down` reads is divided by, where nothing before it can be
-    consumers  the linears whose columns are multiplied: two where attention and MLP read one norm
+    consumers  the linears whose columns are multiplied: two where attention and MLP read one norm; of experts the
+               router and all of them, as they read one norm, which is how the router takes the inverse
     repeat     consumer channels that read one producer channel: query heads per key-value head
     head_dim   channels that are repeated as a whole; 0 where repeat is 1
     """
@@ -34,12 +35,13 @@ class Group:
     @property
     def name(self) -> str:
         """For reports."""
-        return f"{ {'qkv': 'v'}.get(self.producer, self.producer) } -> {', '.join(self.consumers)}"
+        names = [name.partition(".")[0] for name in (self.producer, *self.consumers)]  # experts are of one name
+        return f"{ {'qkv': 'v'}.get(names[0], names[0]) } -> {', '.join(dict.fromkeys(names[1:]))}"
 
     @property
     def ends_block(self) -> bool:
         """Whether the block's output is the consumer's: the loss then is quadratic in the weight's error."""
-        return self.consumers[0] in ("out", "down")
+        return self.consumers[0].partition(".")[0] in ("out", "down", "shared_down")
 
     def pooled(self, statistic: torch.Tensor) -> torch.Tensor:
         """A statistic of the consumer's channels [K], averaged over those that share a producer channel: [C]."""
@@ -62,7 +64,7 @@ class Group:
         if self.producer == "act_scale":
             before = 1.0 if layer.act_scale is None else layer.act_scale
             return (before * scales).to(torch.float16).float() / before
-        norm = getattr(layer, self.producer)
+        norm = part(layer, self.producer)
         if isinstance(norm, Dense):
             return scales
         folded = (norm / scales).to(torch.float16).float()
@@ -71,7 +73,7 @@ class Group:
 
     def fold(self, layer: PackedLayer, scales: torch.Tensor) -> PackedLayer:
         """`layer` with the producer divided by `scales` [C] and the consumer multiplied."""
-        producer = getattr(layer, self.producer)
+        producer = part(layer, self.producer)
         made: torch.Tensor | Dense
         if self.producer == "act_scale":
             made = scales if producer is None else producer * scales
@@ -84,7 +86,7 @@ class Group:
                 layer = changed(layer, **{f"{self.producer}_bias": bias / scales})
         layer = changed(layer, **{self.producer: made})
         columns = self.spread(scales)
-        return changed(layer, **{name: getattr(layer, name).scaled(columns) for name in self.consumers})
+        return changed(layer, **{name: part(layer, name).scaled(columns) for name in self.consumers})
 
 
 def _divided(producer: Dense, scales: torch.Tensor) -> Dense:
@@ -99,20 +101,27 @@ def _divided(producer: Dense, scales: torch.Tensor) -> Dense:
     return replace(producer, **parts)  # type: ignore[arg-type]
 
 
-def scaling_groups(config: ModelConfig) -> tuple[Group, ...]:
-    """The groups of one block, in the order of the forward pass."""
+def scaling_groups(config: ModelConfig, experts: Experts | None = None) -> tuple[Group, ...]:
+    """The groups of one block, in the order of the forward pass; of one with experts, these are `experts`."""
     repeat = config.n_heads // config.n_kv_heads
     # What else reads a norm must be scaled with it: the residual stream of the other blocks, or nothing at all.
     folds = config.norm_weight and config.block not in (Block.NORM_AFTER, Block.POST_NORM)
+    each = range(experts.n_experts) if experts else ()
+    shared = bool(experts and experts.shared_size)
+    reading = ("router", *(["shared_up"] if shared else []), *(f"up.{i}" for i in each)) if experts else ("up",)
     groups = []
     if folds:
-        groups.append(Group("norm1", ("qkv", "up") if config.block is Block.PARALLEL_ONE_NORM else ("qkv",)))
+        groups.append(Group("norm1", ("qkv", *reading) if config.block is Block.PARALLEL_ONE_NORM else ("qkv",)))
     if config.clip_qkv is None:  # clipping knows no scales
         groups.append(Group("qkv", ("out",), repeat, config.head_dim))
     if folds and config.block is not Block.PARALLEL_ONE_NORM:
-        groups.append(Group("norm2", ("up",)))
+        groups.append(Group("norm2", reading))
     # down(act(gate) * up) is linear in up, and relu(x / s) is relu(x) / s; what passes through another non-linearity
     # could not be scaled exactly.
     linear = config.gated or config.activation is Activation.RELU
-    groups.append(Group("up" if linear else "act_scale", ("down",)))
+    if experts is None:
+        groups.append(Group("up" if linear else "act_scale", ("down",)))
+    elif linear:
+        groups += [Group("shared_up", ("shared_down",))] if shared else []
+        groups += [Group(f"up.{i}", (f"down.{i}",)) for i in each]
     return tuple(groups)

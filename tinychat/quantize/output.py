@@ -24,7 +24,7 @@ from tinychat.errors import CheckpointError, UsageError
 from tinychat.qtensor import QTensor, canonical
 from tinychat.quantize.dense import half
 from tinychat.quantize.report import Report, size
-from tinychat.weights import LINEARS, Layer, Linear
+from tinychat.weights import QUANTIZED, Layer, Linear, linears
 
 LEAST_GROUP = 32  # that a group size is lowered to, where it does not divide the inputs of a linear
 _PART_BYTES = 1 << 24  # of a table converted at a time
@@ -45,8 +45,7 @@ class Output:
 
     def plan(self, index: int, linear: str, i: int, shape: tuple[int, int]) -> tuple[str, str | None]:
         """The name of segment `i` of a canonical linear of layer `index`, and why it stays in 16 bits, if it does."""
-        names = self.source.names
-        return names.layer.format(index) + getattr(names, linear)[i], self.layout.misfit(shape)
+        return segments(self.source.config, self.source.names, linear, index)[i].module, self.layout.misfit(shape)
 
     def predicted_bytes(self) -> int:
         """Of the weight files."""
@@ -72,19 +71,17 @@ class Output:
     def add_layer(self, writer: CheckpointWriter, index: int, layer: Layer) -> None:
         """Write block `index`."""
         names = self.source.names
-        prefix = names.layer.format(index)
         for tensor, values in vectors.of_layer(layer, self.source.config, names, index):
             writer.add(tensor, self._stored(tensor, values))
         if layer.act_scale is not None:
             writer.add(names.vector("act_scale", index), half(layer.act_scale, "act_scale"))
-        for name in LINEARS:
+        for name in linears(self.source.config, index):
             linear: Linear = getattr(layer, name)
             if name == "qkv" and names.heads_interleaved:
                 linear = heads.together(linear, self.source.config)
             first = 0
-            for part, segment in zip(getattr(names, name), linear.segments, strict=True):
-                module = prefix + part
-                segment = canonical(segment)
+            for part, segment in zip(segments(self.source.config, names, name, index), linear.segments, strict=True):
+                module, segment = part.module, canonical(segment)
                 if isinstance(segment, QTensor):
                     for ending, array in self.layout.pack(segment).items():
                         writer.add(f"{module}.{ending}", array)
@@ -142,11 +139,12 @@ def plain_head(head: Linear) -> np.ndarray:
 
 
 def _linears(config: ModelConfig, names: TensorNames) -> list[tuple[str, tuple[int, int]]]:
-    """(module within its layer, (N, K)) of all linears of all layers."""
+    """(module within its layer, (N, K)) of all linears of all layers, routers apart."""
     found = []
     for index in range(config.n_layers):
         at = names.layer.format(index)
-        parts = [part for linear in LINEARS for part in segments(config, names, linear, index)]
+        quantized = [linear for linear in linears(config, index) if linear in QUANTIZED]
+        parts = [part for linear in quantized for part in segments(config, names, linear, index)]
         found += [(part.module.removeprefix(at), part.shape) for part in parts]
     return found
 

@@ -24,13 +24,13 @@ from tinychat.errors import UsageError
 from tinychat.quantize import calibration as calibrating
 from tinychat.quantize import identity
 from tinychat.quantize.activations import Activations
-from tinychat.quantize.dense import dense_layer, half
+from tinychat.quantize.dense import dense_layer, half, linears_of
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.method import Method, find
 from tinychat.quantize.output import Output, plain_head
 from tinychat.quantize.progress import Progress
 from tinychat.quantize.report import Report
-from tinychat.weights import LINEARS, Layer, Linear, MemoryWeights, WeightSource
+from tinychat.weights import Layer, Linear, MemoryWeights, WeightSource
 
 SAMPLED, FROM_FILE = 128, 512  # tokens of a calibration sequence
 SEARCH_TOKENS = 4096  # of the calibration set, on which losses are measured; statistics take all of it
@@ -82,6 +82,8 @@ def quantize(
     chosen = find(method, act_order)
     Grid(bits, group_size, symmetric)  # checks them
     opened = checkpoint.open(checkpoint.locate(source, revision=revision, offline=offline), ignore_config=ignore_config)
+    if opened.path.is_file():
+        raise UsageError(f"{opened.path} is a GGUF file; quantize the original checkpoint, a directory, instead")
     if opened.quantization is not None:
         raise UsageError(f"{opened.path} is quantized already; quantize the original checkpoint instead")
     made = Output(opened, bits, group_size, symmetric)
@@ -252,8 +254,11 @@ def _layer(
     progress.doing(method.name)
     changed, done, results = method.apply(source.config, layer, index, activations, grid)
     report.groups += results
-    for name in LINEARS:
-        report.kept |= {module: reason for _, module, reason in getattr(layer, name).segments() if reason}
+    if activations is not None and (idle := [name for name in activations.unseen if name.startswith("down.")]):
+        experts = ", ".join(name.removeprefix("down.") for name in idle)
+        report.notes.append(f"layer {index}: rounded to nearest for want of tokens that go there: experts {experts}")
+    for linear in linears_of(layer).values():
+        report.kept |= {module: reason for _, module, reason in linear.segments() if reason}
     report.count(changed, done)
     return done
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from tinychat.decoder import PackedLayer
 from tinychat.qtensor import QTensor
-from tinychat.weights import LINEARS, Layer
+from tinychat.weights import QUANTIZED, Layer
 
 BLOCK = "whole block"
 _ROWS = 32  # of a weight compared at a time: what stays in the cache
@@ -61,11 +61,15 @@ class Report:
 
     def count(self, exact: PackedLayer, layer: Layer) -> None:
         """Add the linears of a quantized layer, `exact` before it was rounded, to the totals."""
-        for name in LINEARS:
+        for name in QUANTIZED:
             error = power = 0.0
-            for (weight, _, _), segment in zip(
-                getattr(exact, name).segments(), getattr(layer, name).segments, strict=True
-            ):
+            linear, stack = getattr(layer, name), getattr(exact, name)
+            if linear is None:
+                continue
+            weights = (
+                found[0] for one in (stack if isinstance(stack, tuple) else (stack,)) for found in one.segments()
+            )
+            for weight, segment in zip(weights, linear.segments, strict=True):
                 if isinstance(segment, QTensor):
                     self.quantized_weights += segment.codes.size
                     self.quantized_bits += segment.bits_per_weight * segment.codes.size

@@ -12,7 +12,7 @@ import numpy as np
 
 from tinychat.qtensor import QTensor, Weight
 from tinychat.quantize.grid import Grid, as_float
-from tinychat.weights import LINEARS, Ends, Layer, Linear, WeightSource
+from tinychat.weights import QUANTIZED, Ends, Layer, Linear, WeightSource
 
 GRID = Grid(bits=4, group_size=32)  # 4.6 bits a weight; this text need not be cheap to the last bit
 _ROWS = 1024
@@ -32,8 +32,9 @@ class Rounded:
     def layer(self, index: int) -> Layer:
         """See `WeightSource`."""
         layer = self.source.layer(index)
-        rounded = {name: _rounded(getattr(layer, name), f"layer {index}, {name}") for name in LINEARS}
-        return replace(layer, **rounded)  # type: ignore[arg-type]  # LINEARS are its linears
+        found = {name: getattr(layer, name) for name in QUANTIZED}
+        rounded = {name: _rounded(linear, f"layer {index}, {name}") for name, linear in found.items() if linear}
+        return replace(layer, **rounded)  # type: ignore[arg-type]  # QUANTIZED are linears of it
 
     def ends(self) -> Ends:
         """See `WeightSource`."""

@@ -118,13 +118,13 @@ class Tokenizer:
             raise TokenizerError(
                 f"the text is not valid Unicode: a lone surrogate {text[error.start]!a} at character {error.start}"
             ) from None
-        with _library_errors("cannot encode the text"):
+        with library_errors("cannot encode the text"):
             return self._core.encode(text, add_special_tokens=add_bos).ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of token ids, bytes that are no UTF-8 as U+FFFD. Ids beyond the vocabulary stand for no text."""
         checked = [_token_id(token_id) for token_id in ids]
-        with _library_errors("cannot decode the token ids"):
+        with library_errors("cannot decode the token ids"):
             return self._core.decode(checked, skip_special_tokens=skip_special)
 
     def decoder(self, *, skip_special: bool = True) -> IncrementalDecoder:
@@ -246,7 +246,7 @@ def _from_json(path: Path) -> tuple[tokenizers.Tokenizer, _Settings]:
     from tokenizers import Tokenizer as Core
 
     _check_size(path)
-    with _library_errors(f"{path} is not a tokenizer, or is damaged"):
+    with library_errors(f"{path} is not a tokenizer, or is damaged"):
         core = Core.from_file(str(path))
         settings = _Settings(path.parent, is_byte_level=_is_byte_level(core))
         if settings.class_name == "LlamaTokenizer":
@@ -266,7 +266,7 @@ def _from_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, _Settings]:
     settings = _Settings(path.parent, is_byte_level=False)
     ids = {piece.text: token_id for token_id, piece in enumerate(source.pieces)}
     merges = bpe_merges(ids)
-    with _library_errors(f"cannot build a tokenizer from {path}"):
+    with library_errors(f"cannot build a tokenizer from {path}"):
         if settings.class_name == "LlamaTokenizer":
             core = Core(models.BPE(vocab=ids, merges=merges, fuse_unk=True, byte_fallback=True))
             _set_llama_pipeline(core, settings.config)
@@ -371,7 +371,7 @@ def _check_size(path: Path) -> None:
 
 
 @contextmanager
-def _library_errors(what: str) -> Iterator[None]:
+def library_errors(what: str) -> Iterator[None]:
     """Whatever the tokenizers library raises, its panics (which are no Exception) included, as TokenizerError."""
     try:
         yield
