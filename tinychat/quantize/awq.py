@@ -50,7 +50,8 @@ def transform(
             results.append(result)
     if not results:
         return layer, []
-    results.append(GroupResult(index, BLOCK, None, *_block_losses(config, (layer, folded), index, grid, observed)))
+    before, after = _block_losses(config, (layer, folded), index, grid, observed)
+    results.append(GroupResult(index, BLOCK, None, before, after))
     return folded, results
 
 
