@@ -198,7 +198,7 @@ def test_the_loss_reported_is_the_loss_of_what_is_written():
     )
     rounded = dense_layer(plain, lambda n, i, s: (n, None))
     error = power = 0.0
-    for sample in observed.samples + observed.held_out:
+    for sample in observed.held_out:
         expected = block(config, DenseOps(), layer, 0, sample.x, sample.context)
         found = block(config, DenseOps(), rounded, 0, sample.x, sample.context)
         error += float((found - expected).square().sum())

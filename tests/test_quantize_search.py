@@ -112,7 +112,7 @@ def test_the_search_is_the_papers(name):
             return weights, limits
 
         def glanced(i, loss=loss, searched=searched, scales=scales):
-            return loss(searched(scales(i / 20), [(1, 1)], [1 - 0.1 * k for k in range(6)])[0])
+            return loss(searched(scales(i / 20), [(1, 1)], [0.9, 0.75, 0.6])[0])
 
         found = {i: glanced(i) for i in range(0, 21, 2)}
         best = min(found, key=found.get)

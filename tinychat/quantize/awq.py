@@ -29,6 +29,7 @@ from tinychat.quantize.report import BLOCK, GroupResult
 
 NEEDS_CALIBRATION = True
 STEPS = 20
+MANY = 2**21  # numbers in the samples of which half choose alpha; all of them choose limits, and what is kept
 LARGEST = 2.0**10  # no channel is scaled by more, or by less than its inverse: fp16 must hold the folded weights
 
 Consumers = dict[str, Dense]  # of a group, by canonical name
@@ -49,7 +50,7 @@ def transform(
             results.append(result)
     if not results:
         return layer, []
-    before, after = (_block_loss(config, layer, other, index, grid, observed) for other in (layer, folded))
+    before, after = _block_losses(config, (layer, folded), index, grid, observed)
     results.append(GroupResult(index, BLOCK, None, before, after))
     return folded, results
 
@@ -66,6 +67,9 @@ def _search(
     """`folded` with what is best for one group of `layer`."""
     consumers: Consumers = {name: part(layer, name) for name in group.consumers}
     loss = _loss(config, layer, index, group, observed.samples)
+    many = sum(sample.x.numel() for sample in observed.samples) > MANY
+    seen = [sample for sample in observed.samples if group.consumers[0] in sample.inputs]  # an expert sees some
+    coarse = _loss(config, layer, index, group, seen[::2]) if many else loss
     others = [sample for sample in observed.held_out if group.consumers[0] in sample.inputs]
     judged = _loss(config, layer, index, group, others) if others else loss
     identity = {name: linear.rounded(grid) for name, linear in consumers.items()}
@@ -84,7 +88,7 @@ def _search(
 
     def at(step: int) -> float:
         columns = scaled(step)[1]
-        return loss(_rounded(grid, consumers, columns, _limits(clip.glance, grid, consumers, columns, inputs)))
+        return coarse(_rounded(grid, consumers, columns, _limits(clip.glance, grid, consumers, columns, inputs)))
 
     best, alpha, scales, limits = rtn, 0.0, None, None
     for step in dict.fromkeys((_least(at), 0)):  # clipping alone where scales do not hold what they promised
@@ -202,16 +206,20 @@ def _power(outputs: list[torch.Tensor]) -> float:
     return max(sum(float(y.square().sum()) for y in outputs), torch.finfo(torch.float32).tiny)
 
 
-def _block_loss(
-    config: ModelConfig, layer: PackedLayer, other: PackedLayer, index: int, grid: Grid, observed: Observed
-) -> float:
-    """The relative error of what block `index` adds to its input, once all linears of `other` are on the grid."""
-    rounded = changed(other, **{name: linear.rounded(grid) for name, linear in linears_of(other).items()})
+def _block_losses(
+    config: ModelConfig, layers: tuple[PackedLayer, ...], index: int, grid: Grid, observed: Observed
+) -> list[float]:
+    """The relative errors of what block `index` adds to its input, each of `layers` on the grid; the first says what.
+
+    By what is held out, where anything is.
+    """
+    on_grid = ({name: linear.rounded(grid) for name, linear in linears_of(one).items()} for one in layers)
+    rounded = [changed(one, **made) for one, made in zip(layers, on_grid, strict=True)]
     ops = DenseOps()
-    error = power = 0.0
-    for sample in (*observed.samples, *observed.held_out):
-        expected = block(config, ops, layer, index, sample.x, sample.context)
-        found = block(config, ops, rounded, index, sample.x, sample.context)
-        error += float((found - expected).square().sum())
+    errors, power = [0.0] * len(layers), 0.0
+    for sample in observed.held_out or observed.samples:
+        expected = block(config, ops, layers[0], index, sample.x, sample.context)
         power += float((expected - sample.x).square().sum())
-    return error / max(power, torch.finfo(torch.float32).tiny)
+        for i, one in enumerate(rounded):
+            errors[i] += float((block(config, ops, one, index, sample.x, sample.context) - expected).square().sum())
+    return [error / max(power, torch.finfo(torch.float32).tiny) for error in errors]

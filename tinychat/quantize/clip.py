@@ -20,7 +20,9 @@ import torch
 from tinychat.quantize.grid import Grid
 
 SHRINK = tuple(1 - i / 20 for i in range(12))  # of the range that the weights have
+GLANCE = (0.9, 0.75, 0.6)
 TOGETHER, LOW, HIGH = (True, True), (True, False), (False, True)  # which ends are moved in a pass over the groups
+GLANCED = 2**19  # numbers of the inputs that a glance takes
 ROWS = 2048  # at a time: bounds what is in memory
 
 
@@ -31,8 +33,9 @@ def search(grid: Grid, weight: torch.Tensor, inputs: torch.Tensor, name: str = "
 
 
 def glance(grid: Grid, weight: torch.Tensor, inputs: torch.Tensor, name: str = "weight") -> torch.Tensor:
-    """The same by a first pass in wider steps: near enough to tell which scales leave something to clip."""
-    return torch.cat([_search(grid, rows, inputs, name, (TOGETHER,), SHRINK[::2]) for rows in weight.split(ROWS)])
+    """The same by a first pass in wider steps on some of the inputs: near enough to tell what scales leave to clip."""
+    inputs = inputs[:: max(1, inputs.numel() // GLANCED)]
+    return torch.cat([_search(grid, rows, inputs, name, (TOGETHER,), GLANCE) for rows in weight.split(ROWS)])
 
 
 def _search(
@@ -45,7 +48,7 @@ def _search(
 ) -> torch.Tensor:
     grouped, scales, zeros = grid.fitted(weight, name)
     width = grouped.shape[2]
-    own = torch.stack(grouped.aminmax(dim=-1), dim=-1)  # [N, groups, 2]
+    own = torch.stack((grouped.amin(-1), grouped.amax(-1)), dim=-1)  # [N, groups, 2]
     limits = own.clone()
     error = grid.nearest(grouped, scales, zeros).sub_(grouped)  # [N, groups, width]
     if short := -weight.shape[1] % width:  # what pads the last group of a row is multiplied by nothing

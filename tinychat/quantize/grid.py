@@ -99,7 +99,7 @@ class Grid:
         CheckpointError, with `name`, where a weight is not finite.
         """
         grouped = self.grouped(weight)
-        low, high = grouped.aminmax(dim=-1)
+        low, high = grouped.amin(-1), grouped.amax(-1)
         if not (torch.isfinite(low) & torch.isfinite(high)).all():
             bad = int((~torch.isfinite(weight)).sum())
             raise CheckpointError(
