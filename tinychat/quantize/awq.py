@@ -78,8 +78,9 @@ def _search(
     rtn, allowed = loss(identity), judged(identity)
 
     magnitude = group.pooled(observed.magnitude[group.consumers[0]])  # all read the same
-    taken = {name: [sample.inputs[name] for sample in observed.samples if name in sample.inputs] for name in consumers}
-    inputs = {name: torch.cat(parts) for name, parts in taken.items() if parts}
+    taken = {name: [sample.inputs[name] for sample in seen if name in sample.inputs] for name in consumers}
+    whole = {name: torch.cat(parts) for name, parts in taken.items() if parts}
+    some, inputs = ({name: few(x) for name, x in whole.items()} for few in (clip.some, clip.condensed))
 
     def scaled(step: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The scales of a step, of the producer's channels and of the consumers'."""
@@ -90,7 +91,7 @@ def _search(
 
     def at(step: int) -> float:
         columns = scaled(step)[1]
-        return coarse(_rounded(grid, consumers, columns, _limits(clip.glance, grid, consumers, columns, inputs)))
+        return coarse(_rounded(grid, consumers, columns, _limits(clip.glance, grid, consumers, columns, some)))
 
     best, alpha, scales, limits = rtn, 0.0, None, None
     for step in dict.fromkeys((_least(at), 0)):  # clipping alone where scales do not hold what they promised

@@ -27,15 +27,27 @@ ROWS = 2048  # at a time: bounds what is in memory
 
 
 def search(grid: Grid, weight: torch.Tensor, inputs: torch.Tensor, name: str = "weight") -> torch.Tensor:
-    """Limits [N, groups, 2] for `Grid.fitted` of fp32 [N, K], by inputs X [T, K]. `name` is for its errors."""
+    """Limits [N, groups, 2] for `Grid.fitted` of fp32 [N, K], by inputs X [T, K]. `name` is for its errors.
+
+    Of X only X^T X matters here: see `condensed`.
+    """
     passes = (TOGETHER,) if grid.symmetric else (TOGETHER, LOW, HIGH)
     return torch.cat([_search(grid, rows, inputs, name, passes, SHRINK) for rows in weight.split(ROWS)])
 
 
 def glance(grid: Grid, weight: torch.Tensor, inputs: torch.Tensor, name: str = "weight") -> torch.Tensor:
-    """The same by a first pass in wider steps on some of the inputs: near enough to tell what scales leave to clip."""
-    inputs = inputs[:: max(1, inputs.numel() // GLANCED)]
+    """The same by a first pass in wider steps: near enough to tell what scales leave to clip."""
     return torch.cat([_search(grid, rows, inputs, name, (TOGETHER,), GLANCE) for rows in weight.split(ROWS)])
+
+
+def condensed(x: torch.Tensor) -> torch.Tensor:
+    """At most K rows R with R^T R = X^T X of fp32 X [T, K]."""
+    return torch.linalg.qr(x, mode="r").R if len(x) > x.shape[1] else x
+
+
+def some(x: torch.Tensor) -> torch.Tensor:
+    """The rows of X [T, K], condensed, that are enough for a glance."""
+    return condensed(x[:: max(1, x.numel() // GLANCED)])
 
 
 def _search(
