@@ -114,9 +114,10 @@ def test_the_search_is_the_papers(name):
         def glanced(i, loss=loss, searched=searched, scales=scales):
             return loss(searched(scales(i / 20), [(1, 1)], [0.9, 0.75, 0.6])[0])
 
-        found = {i: glanced(i) for i in range(0, 21, 2)}
-        best = min(found, key=found.get)
-        found |= {i: glanced(i) for i in (best - 1, best + 1) if 0 < i < 20}
+        found = {i: glanced(i) for i in range(0, 21, 4)}
+        for distance in (2, 1):
+            best = min(found, key=found.get)
+            found |= {i: glanced(i) for i in (best - distance, best + distance) if 0 <= i <= 20}
         best = min(found, key=found.get)
         weights, limits = searched(scales(best / 20), [(1, 1), (1, 0), (0, 1)], [1 - 0.05 * k for k in range(12)])
         rtn = {n: plain(w, bits) for n, w in exact.items()}

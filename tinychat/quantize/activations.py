@@ -20,7 +20,7 @@ from tinychat.quantize.dense import Dense, DenseOps, linears_of
 from tinychat.weights import Ends
 
 NO_ENDS = Ends()
-SAMPLED_NUMBERS = 2**23  # of a block's input: what narrow models are sampled to
+SAMPLED_NUMBERS = 2**22  # of a block's input: what narrow models are sampled to
 CHUNK_TOKENS = 4096  # run at once: bounds the memory of intermediate activations
 
 

@@ -29,7 +29,7 @@ from tinychat.quantize.report import BLOCK, GroupResult
 
 NEEDS_CALIBRATION = True
 STEPS = 20
-MANY = 2**21  # numbers in the samples of which half choose alpha; all of them choose limits, and what is kept
+MANY = 2**20  # numbers in the samples of which half choose alpha; all of them choose limits, and what is kept
 LARGEST = 2.0**10  # no channel is scaled by more, or by less than its inverse: fp16 must hold the folded weights
 
 Consumers = dict[str, Dense]  # of a group, by canonical name
@@ -80,7 +80,9 @@ def _search(
     magnitude = group.pooled(observed.magnitude[group.consumers[0]])  # all read the same
     taken = {name: [sample.inputs[name] for sample in seen if name in sample.inputs] for name in consumers}
     whole = {name: torch.cat(parts) for name, parts in taken.items() if parts}
-    some, inputs = ({name: few(x) for name, x in whole.items()} for few in (clip.some, clip.condensed))
+    some, inputs = (
+        {name: clip.condensed(x, numbers) for name, x in whole.items()} for numbers in (clip.GLANCED, clip.SEARCHED)
+    )
 
     def scaled(step: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The scales of a step, of the producer's channels and of the consumers'."""
@@ -111,15 +113,14 @@ def _search(
 
 
 def _least(loss: Callable[[int], float]) -> int:
-    """The step of least loss: among every second of them, and then the neighbours of the best."""
+    """The step of least loss: among every fourth of them, then beside the best at a half and a quarter of that."""
     found: dict[int, float] = {}
-
-    def best_of(steps: Iterable[int]) -> int:
-        found.update({step: loss(step) for step in steps})
-        return min(found, key=lambda step: found[step] if math.isfinite(found[step]) else math.inf)
-
-    best = best_of(range(0, STEPS + 1, 2))
-    return best_of(step for step in (best - 1, best + 1) if 0 < step < STEPS)
+    steps: Iterable[int] = range(0, STEPS + 1, 4)
+    for nearer in (2, 1, 0):
+        found.update({step: loss(step) for step in steps if 0 <= step <= STEPS})
+        best = min(found, key=lambda step: found[step] if math.isfinite(found[step]) else math.inf)
+        steps = (best - nearer, best + nearer)
+    return best
 
 
 def candidate(magnitude: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -22,7 +22,7 @@ from tinychat.quantize.grid import Grid
 SHRINK = tuple(1 - i / 20 for i in range(12))  # of the range that the weights have
 GLANCE = (0.9, 0.75, 0.6)
 TOGETHER, LOW, HIGH = (True, True), (True, False), (False, True)  # which ends are moved in a pass over the groups
-GLANCED = 2**19  # numbers of the inputs that a glance takes
+SEARCHED, GLANCED = 2**21, 2**19  # numbers of the inputs that a search and a glance take
 ROWS = 2048  # at a time: bounds what is in memory
 
 
@@ -40,14 +40,10 @@ def glance(grid: Grid, weight: torch.Tensor, inputs: torch.Tensor, name: str = "
     return torch.cat([_search(grid, rows, inputs, name, (TOGETHER,), GLANCE) for rows in weight.split(ROWS)])
 
 
-def condensed(x: torch.Tensor) -> torch.Tensor:
-    """At most K rows R with R^T R = X^T X of fp32 X [T, K]."""
+def condensed(x: torch.Tensor, numbers: int) -> torch.Tensor:
+    """Of fp32 X [T, K] as many rows as have so many numbers, X'; then at most K rows R with R^T R = X'^T X'."""
+    x = x[:: max(1, x.numel() // numbers)]
     return torch.linalg.qr(x, mode="r").R if len(x) > x.shape[1] else x
-
-
-def some(x: torch.Tensor) -> torch.Tensor:
-    """The rows of X [T, K], condensed, that are enough for a glance."""
-    return condensed(x[:: max(1, x.numel() // GLANCED)])
 
 
 def _search(
