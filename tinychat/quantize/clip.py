@@ -69,18 +69,23 @@ def _search(
             gram = part.T @ part
             before = error[:, g].clone()
             pull = output @ part - before @ gram  # of the other groups' errors
-            best = _loss(before, gram, pull)
+            best, chosen = _loss(before, gram, pull), limits[:, g]
             for shrink in shrinks:
                 tried = torch.where(moved, own[:, g] * shrink, limits[:, g])  # [N, 2]
-                scales, zeros = grid.parameters(tried[:, 0], tried[:, 1], name)
-                found = grid.nearest(grouped[:, g], scales, zeros).sub_(grouped[:, g])
-                loss = _loss(found, gram, pull)
+                loss = _loss(_error(grid, grouped[:, g], tried, name), gram, pull)
                 better = loss < best
                 best = torch.where(better, loss, best)
-                limits[:, g] = torch.where(better[:, None], tried, limits[:, g])
-                error[:, g] = torch.where(better[:, None], found, error[:, g])
+                chosen = torch.where(better[:, None], tried, chosen)
+            limits[:, g] = chosen
+            error[:, g] = _error(grid, grouped[:, g], chosen, name)
             output.addmm_(error[:, g] - before, part.T)
     return limits
+
+
+def _error(grid: Grid, group: torch.Tensor, limits: torch.Tensor, name: str) -> torch.Tensor:
+    """Of weights [N, width] rounded within limits [N, 2]."""
+    scales, zeros = grid.parameters(limits[:, 0], limits[:, 1], name)
+    return grid.nearest(group, scales, zeros).sub_(group)
 
 
 def _loss(error: torch.Tensor, gram: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
