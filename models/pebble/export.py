@@ -1,7 +1,7 @@
 """Turn what train.py saved into a checkpoint that tinychat, transformers and the rest of the field read.
 
 python models/pebble/export.py build/pebble-fp32 --tokenizer build/pebble -o build/pebble-fp16
-tinychat quantize build/pebble-fp16 -o models/pebble/checkpoint --group-size 128 --overwrite
+tinychat quantize build/pebble-fp16 -o models/pebble/checkpoint --method awq+gptq --overwrite
 """
 
 from __future__ import annotations
