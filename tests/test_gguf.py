@@ -23,7 +23,7 @@ from tinychat.errors import CheckpointError, ConfigError, TokenizerError, UsageE
 from tinychat.quantize import quantize
 from tinychat.tokenizer.gguf_vocabulary import Vocabulary
 
-gguf = pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (pip install 'tinychat[test]')")
 Kind = gguf.GGMLQuantizationType
 
 NAMES = {
