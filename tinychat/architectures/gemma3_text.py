@@ -1,15 +1,10 @@
 """Gemma 3 270M and 1B: Gemma 2 with norms of queries and keys instead of caps, and two rotary bases."""
 
+from tinychat.architectures import gemma2
 from tinychat.architectures.config_reader import ConfigReader
-from tinychat.architectures.names import TensorNames
 from tinychat.config import Block, ModelConfig, QKNorm
 
-NAMES = TensorNames(
-    out_norm="post_attention_layernorm",
-    norm2="pre_feedforward_layernorm",
-    down_norm="post_feedforward_layernorm",
-    norm_offset=1.0,
-)
+NAMES = gemma2.NAMES
 
 
 def translate(reader: ConfigReader) -> ModelConfig:

@@ -1,6 +1,6 @@
 """Activation-aware weight quantization: per-channel scales, and clipping (arXiv 2306.00978, sections 3.2 and 5.1).
 
-For each scaling group: s = s_x ** alpha (equation 5) with s_x = mean|x|, alpha among i / 20 for i = 0 .. 20, and the s is
+For each scaling group: s = s_x ** alpha (equation 5) with s_x = mean|x|, alpha among i / 20 for i = 0 .. 20: the s is
 kept whose rounding, Q(W diag(s)) diag(s)^-1, disturbs the output of the block around the group least (equation 4).
 alpha = 0 is the identity, plain rounding to nearest. Then the scaled weights are clipped: see `clip`.
 
