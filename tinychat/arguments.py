@@ -97,6 +97,22 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def source_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_source`'s options give, as the functions that open a checkpoint take it."""
+    return {"revision": args.revision, "offline": args.offline, "ignore_config": tuple(args.ignore_config)}
+
+
+def device_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_device`'s options give, but for threads, as the functions that run a model take it."""
+    return {
+        "device": args.device,
+        "ctx_size": args.ctx_size,
+        "kv_dtype": args.kv_type,
+        "activations": args.activations,
+        "head": args.head,
+    }
+
+
 def add_device(
     parser: argparse.ArgumentParser,
     *,

@@ -25,8 +25,10 @@ from tinychat.arguments import (
     add_model,
     add_sampling,
     add_source,
+    device_options,
     given_settings,
     one_model,
+    source_options,
     whole,
 )
 from tinychat.bench import command as bench
@@ -219,15 +221,9 @@ def _load(args: argparse.Namespace, model: str) -> Engine:
     with Loading(model) as loading:
         return engine.load(
             model,
-            device=args.device,
-            ctx_size=args.ctx_size,
             threads=args.threads,
-            kv_dtype=args.kv_type,
-            activations=args.activations,
-            head=args.head,
-            revision=args.revision,
-            offline=args.offline,
-            ignore_config=tuple(args.ignore_config),
+            **device_options(args),
+            **source_options(args),
             progress=loading,
         )
 
@@ -331,9 +327,7 @@ def _quantize(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             restart=args.restart,
             threads=args.threads,
-            revision=args.revision,
-            offline=args.offline,
-            ignore_config=tuple(args.ignore_config),
+            **source_options(args),
         )
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -355,9 +349,7 @@ def _info(args: argparse.Namespace) -> int:
         device=args.device,
         ctx_size=args.ctx_size,
         kv_dtype=args.kv_type,
-        revision=args.revision,
-        offline=args.offline,
-        ignore_config=tuple(args.ignore_config),
+        **source_options(args),
     )
     print(json.dumps(facts) if args.json else info.table(facts))
     return 0

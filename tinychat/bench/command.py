@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-from tinychat.arguments import add_device, add_model, add_source, one_model, whole
+from tinychat.arguments import add_device, add_model, add_source, device_options, one_model, source_options, whole
 from tinychat.errors import BackendError, UsageError
 from tinychat.progress import Loading, Status
 
@@ -102,18 +102,12 @@ def _options(args: argparse.Namespace) -> Options:
         shape=args.shape,
         bits=args.bits or 4,
         group_size=args.group_size,
-        device=args.device,
-        ctx_size=args.ctx_size,
-        kv_dtype=args.kv_type,
-        activations=args.activations,
-        head=args.head,
+        **device_options(args),
         repeats=args.repeats,
         tokens=args.tokens,
         contexts=None if args.contexts is None else tuple(args.contexts),
         min_probe=args.min_probe,
-        revision=args.revision,
-        offline=args.offline,
-        ignore_config=tuple(args.ignore_config),
+        **source_options(args),
     )
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from tinychat.arguments import add_device, add_model, add_source, one_model, whole
+from tinychat.arguments import add_device, add_model, add_source, device_options, one_model, source_options, whole
 
 
 def fill(parser: argparse.ArgumentParser) -> None:
@@ -45,15 +45,9 @@ def run(args: argparse.Namespace) -> int:
         against=args.against,
         window=args.window,
         max_tokens=args.max_tokens,
-        device=args.device,
-        ctx_size=args.ctx_size,
         threads=args.threads,
-        kv_dtype=args.kv_type,
-        activations=args.activations,
-        head=args.head,
-        revision=args.revision,
-        offline=args.offline,
-        ignore_config=tuple(args.ignore_config),
+        **device_options(args),
+        **source_options(args),
         progress=True,
     )
     print(found)
