@@ -19,7 +19,7 @@ LEVELS: dict[str, dict[str, tuple[str, ...]]] = {
         "avxvnni": ("avx_vnni", "avx2"),
         "avx2": ("avx2", "fma", "f16c"),
     },
-    "aarch64": {"i8mm": ("i8mm",), "dotprod": ("asimddp",), "neon": ("asimd",)},
+    "aarch64": {"i8mm": ("i8mm", "asimddp"), "dotprod": ("asimddp",), "neon": ("asimd",)},
 }
 _TOLD = {"x86_64": "sse2", "aarch64": "asimd"}  # every processor has it: where it is not listed, nothing can be read
 
