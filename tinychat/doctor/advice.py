@@ -26,7 +26,7 @@ def advise(facts: dict[str, Any]) -> list[str]:
 def _kernels(facts: dict[str, Any]) -> Iterator[str]:
     kernels = facts["kernels"]
     if kernels["backend"] is None:
-        yield f"tinychat cannot run a model here: {kernels['reason']}."
+        yield "tinychat cannot run a model here; why is said above, under 'backend'."
     elif kernels["backend"] == "reference":
         yield f"The slow PyTorch reference would run the model: {kernels['reason']}."
     if asked := kernels["forced"].get("TINYCHAT_ISA"):

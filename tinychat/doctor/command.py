@@ -9,7 +9,7 @@ from typing import Any
 
 from tinychat.arguments import add_device, add_source, source_options
 
-DOES_NOT_FIT = 1
+CANNOT_RUN = 1  # a model: the one asked for, or any
 
 
 def fill(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
         **source_options(args),
     )
     print(json.dumps(facts) if args.json else report(facts))
-    return DOES_NOT_FIT if facts["model"] and not facts["model"]["fits"] else 0
+    runs = facts["kernels"]["backend"] is not None and (facts["model"] is None or facts["model"]["fits"])
+    return 0 if runs else CANNOT_RUN
 
 
 def gather(
