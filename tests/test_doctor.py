@@ -12,6 +12,7 @@ from tinychat import cli, memory
 from tinychat.backends import cpu
 from tinychat.bench import probe
 from tinychat.doctor import models, speed, throttling
+from tinychat.doctor.advice import _gpu
 from tinychat.doctor.command import gather
 from tinychat.doctor.report import report
 
@@ -22,7 +23,7 @@ def ours(supported, **changed):
     """What tinychat would say of itself where these levels run."""
     used = supported.split()[0]
     found = {"backend": "cpu", "description": f"cpu ({used}, 4 threads)", "reason": "the fastest available"}
-    found |= {"used": used, "supported": supported.split(), "threads": None, "forced": {}}
+    found |= {"used": used, "supported": supported.split(), "threads": None, "forced": {}, "device_memory": None}
     return {**found, **changed}
 
 
@@ -105,6 +106,12 @@ def test_a_server_and_a_container_on_it(tmp_path):
     assert facts["gpus"] == [{"name": "NVIDIA H100 PCIe", "driver": "550.54.15", "shared_memory": False}]
     assert facts["processor"]["cache_bytes"] == 60 << 20
     assert "governor" not in advice(facts), "intel_pstate's powersave is no cap"
+    facts |= {
+        "backends": ["cuda", "cpu"],
+        "kernels": ours("amx scalar", reason="cuda not used: its kernels are not built"),
+    }
+    assert any("GPU (NVIDIA H100 PCIe) and it is not used" in line for line in _gpu(facts))
+    assert any("runs models on the CPU only" in line for line in _gpu({**facts, "backends": ["cpu"]}))
     assert all(row["longest_context"] == row["limit"] for row in facts["models"])
     inside = facts_of(machines.CONTAINER, tmp_path / "container", "avx512vnni scalar")
     assert inside["processor"]["quota"] == 1.5 and inside["processor"]["threads"] == 1

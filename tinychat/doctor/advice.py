@@ -108,8 +108,13 @@ def _power_mode(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _gpu(facts: dict[str, Any]) -> Iterator[str]:
-    if facts["gpus"] and facts["kernels"]["backend"] == "cpu" and "cuda" not in facts["backends"]:
-        yield f"There is a GPU ({facts['gpus'][0]['name']}); this version of tinychat runs models on the CPU only."
+    if not facts["gpus"] or facts["kernels"]["backend"] != "cpu":
+        return
+    name = facts["gpus"][0]["name"]
+    if "cuda" not in facts["backends"]:
+        yield f"There is a GPU ({name}); this version of tinychat runs models on the CPU only."
+    elif "cuda not used" in facts["kernels"]["reason"]:
+        yield f"There is a GPU ({name}) and it is not used; why is said above, under 'backend'."
 
 
 def _memory(facts: dict[str, Any]) -> Iterator[str]:

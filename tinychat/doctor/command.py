@@ -91,7 +91,8 @@ def gather(
     processor["threads"] = processor["threads"] if threads is None else threads
     measured = speed.measure(n_threads, activations) if probe and found["used"] is not None else None
     footprint = cpu.FOOTPRINT if found["backend"] in (None, "cpu") else backends.backend(found["backend"]).FOOTPRINT
-    free, cache = memory["available"], processor["cache_bytes"]
+    cache = processor["cache_bytes"]
+    free = memory["available"] if found["device_memory"] is None else found["device_memory"]
     judged = None
     if model is not None:
         path = checkpoint.locate(model, revision=revision, offline=offline)
@@ -106,6 +107,7 @@ def gather(
         "backends": list(backends.PREFERENCE),
         "kernels": found,
         "memory": memory,
+        "free": free,
         "speed": measured,
         "throttling": throttling.facts(root),
         "model": judged,

@@ -30,9 +30,11 @@ def here(device: str = "auto") -> dict[str, Any]:
     backend, description, reason  the one that would run, its words, and why it is taken; None and why where none can
     used, supported               levels of the cpu backend: the one in use, all that run, best first; None and []
     threads                       that it would run; None where it is not the cpu backend
+    device_memory                 bytes that are free on a device with memory of its own, else None
     forced                        environment variables that decide in its place
     """
     found: dict[str, Any] = {"backend": None, "description": None, "used": None, "supported": [], "threads": None}
+    found["device_memory"] = None
     found["forced"] = {n: v for n in ("TINYCHAT_ISA", "TINYCHAT_THREADS") if (v := os.environ.get(n))}
     try:
         module, found["reason"] = backends.choose(device)
@@ -42,6 +44,8 @@ def here(device: str = "auto") -> dict[str, Any]:
 
             supported = cpu_linear.supported_isas()
             found |= {"used": cpu_linear.extension().isa(), "supported": supported, "threads": cpu.thread_count(None)}
+        elif hasattr(module, "free_bytes"):
+            found["device_memory"] = module.free_bytes()
         found |= {"backend": name, "description": module.describe()}
     except TinychatError as error:
         found["reason"] = str(error)

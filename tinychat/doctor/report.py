@@ -39,6 +39,8 @@ def _kernels(facts: dict[str, Any]) -> Rows:
     if k["backend"] is None:
         return [("backend", f"none: {k['reason']}")]
     rows = [("backend", f"{k['description']}: {k['reason']}")]
+    if k["device_memory"] is not None:
+        rows.append(("", f"{megabytes(k['device_memory'])} of its memory are free"))
     if k["used"] is None:
         return rows
     asked = "TINYCHAT_ISA asks for it" if k["forced"].get("TINYCHAT_ISA") else "the best of those that run here"
@@ -101,7 +103,7 @@ def _model(facts: dict[str, Any]) -> list[str]:
     second = (
         f"  {verdict} at a context of {m['context']}: about {megabytes(m['needs']['total'])} "
         f"({megabytes(m['needs']['weights'])} weights, {megabytes(m['needs']['kv_cache'])} KV cache), "
-        f"{_size(facts['memory']['available'])} available"
+        f"{_size(facts['free'])} available"
     )
     speed = _tokens(m["tokens_per_s"])
     return [first, second] + ([f"  {speed} tokens/s at most"] if speed else [])
