@@ -1,0 +1,14 @@
+// The linears of a packed weight (linear_layout.h). None checks shapes or alignment: the Python that calls does.
+#pragma once
+#include "linear_layout.h"
+
+namespace tinychat::cuda {
+
+// 1 to 8 rows, waiting for memory. `warps` that share a tile's inputs, a power of two to 16; 0 chooses.
+constexpr int kGemvRows = 8;
+void gemv(const LinearCall& call, int warps, Stream stream);
+
+// W [n, k] in `dtype`, rounded once.
+void dequantize(const PackedWeight& weight, Dtype dtype, void* values, Stream stream);
+
+}  // namespace tinychat::cuda
