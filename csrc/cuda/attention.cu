@@ -91,201 +91,259 @@ __device__ inline void put(const AttentionArguments& a, size_t at, float value) 
     }
 }
 
-template <class E, int LANES, int HEADS>
-__global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArguments a) {
-    constexpr int kGroups = kThreads / LANES, kWidth = LANES * 8;
-    constexpr int kUnroll = HEADS > 4 ? 2 : 4;  // as registers allow
-    __shared__ float q[HEADS][kWidth];
-    __shared__ float fresh[2][kWidth];  // the row's own key and value
-    __shared__ float joined[kGroups][HEADS][kWidth];
-    __shared__ float largest[kGroups][HEADS], sums[kGroups][HEADS];
-    __shared__ float weights[HEADS][kMostSplits];
-    __shared__ bool last;
+// What the threads of a block share.
+template <int LANES, int HEADS>
+struct Shared {
+    static constexpr int kGroups = kThreads / LANES;  // of lanes
+    static constexpr int kWidth = LANES * 8;
+    float q[HEADS][kWidth];
+    float own[2][kWidth];  // the row's own key and value
+    float mixed[kGroups][HEADS][kWidth];
+    float largest[kGroups][HEADS];
+    float sums[kGroups][HEADS];
+    float weights[HEADS][kMostSplits];
+    int last;
+};
 
+// What a block is to do: heads [first_head, first_head + n_heads) of `row`, positions [begin, end) of its slot.
+struct Work {
+    int row, kv_head, first_head, n_heads;
+    int share, shares;  // it is one of so many blocks
+    Index position, begin, end;
+    size_t entries;  // the first of the slot's head
+    bool own;        // it has the row's own position, which is not in the cache yet
+    bool first_tile;
+};
+
+template <int HEADS>
+__device__ inline Work work_of(const AttentionArguments& a) {
     const Heads& heads = a.heads;
-    const int row = blockIdx.z, group = heads.n_heads / heads.n_kv_heads, tiles = (group + HEADS - 1) / HEADS;
-    const int kv_head = blockIdx.y / tiles, tile = blockIdx.y % tiles, first_head = kv_head * group + tile * HEADS;
-    const int n_heads = group - tile * HEADS < HEADS ? group - tile * HEADS : HEADS;
-    const Index position = heads.positions[row], slot = heads.slots[row];
-    const Index first = a.window && position >= a.window ? position + 1 - a.window : 0;
-    const Index count = position + 1 - first;
-    const int shares = count > static_cast<Index>(kLeast) * a.splits ? a.splits
-                                                                                                                                    : static_cast<int>((count + kLeast - 1) / kLeast);
-    const int share = blockIdx.x;
-    if (share >= shares) return;
-    const Index each = (count + shares - 1) / shares, begin = first + share * each;
-    const Index end = begin + each < position + 1 ? begin + each : position + 1;
-    const bool own = a.append && end == position + 1 && begin < end;
+    const int group = heads.n_heads / heads.n_kv_heads, tiles = divide_up(group, HEADS), tile = blockIdx.y % tiles;
+    Work work;
+    work.row = blockIdx.z;
+    work.kv_head = blockIdx.y / tiles;
+    work.first_head = work.kv_head * group + tile * HEADS;
+    work.n_heads = group - tile * HEADS < HEADS ? group - tile * HEADS : HEADS;
+    work.first_tile = tile == 0;
+    work.position = heads.positions[work.row];
+    work.entries = entry_of(a.cache, heads, heads.slots[work.row], work.kv_head, 0);
+    const Index first = a.window && work.position >= a.window ? work.position + 1 - a.window : 0;
+    const Index count = work.position + 1 - first, worth = divide_up(count, static_cast<Index>(kLeast));
+    work.share = blockIdx.x;
+    work.shares = worth < a.splits ? static_cast<int>(worth) : a.splits;
+    const Index each = divide_up(count, static_cast<Index>(work.shares));
+    work.begin = first + work.share * each;
+    work.end = work.begin + each < work.position + 1 ? work.begin + each : work.position + 1;
+    work.own = a.append && work.end == work.position + 1 && work.begin < work.end;
+    return work;
+}
 
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % LANES, lanes = threadIdx.x / LANES;
-    const int from = lane * 8;
-    const bool active = from < a.cache.padded;
-    for (int i = threadIdx.x; i < HEADS * kWidth; i += kThreads) q[i / kWidth][i % kWidth] = 0;
+// The queries, and where they are needed the row's own key and value, into shared memory; these into the cache as well.
+template <int LANES, int HEADS>
+__device__ inline void take(const AttentionArguments& a, const Work& work, Shared<LANES, HEADS>& shared) {
+    constexpr int kWidth = Shared<LANES, HEADS>::kWidth;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, padded = a.cache.padded;
+    for (int i = threadIdx.x; i < HEADS * kWidth; i += kThreads) shared.q[i / kWidth][i % kWidth] = 0;
     __syncthreads();
-    for (int h = warp; h < n_heads; h += kThreads / 32) {
+    for (int h = warp; h < work.n_heads; h += kThreads / kWarp) {
         if (a.append) {
-            take_head(heads, Part::q, row, first_head + h, a.cache.padded, q[h]);
+            take_head(a.heads, Part::q, work.row, work.first_head + h, padded, shared.q[h]);
         } else {
-            const size_t at = (static_cast<size_t>(row) * heads.n_heads + first_head + h) * a.cache.padded;
-            for (int j = threadIdx.x % 32; j < heads.head_dim; j += 32) {
-                q[h][j] = to_float(static_cast<const Half*>(heads.q)[at + j]);
+            const size_t at = (static_cast<size_t>(work.row) * a.heads.n_heads + work.first_head + h) * padded;
+            for (int j = lane; j < a.heads.head_dim; j += kWarp) {
+                shared.q[h][j] = to_float(static_cast<const Half*>(a.heads.q)[at + j]);
             }
         }
     }
-    const size_t slot_head = entry_of(a.cache, heads, slot, kv_head, 0);
-    if (own && warp < 2) {
-        const Part part = warp ? Part::v : Part::k;
-        take_head(heads, part, row, kv_head, a.cache.padded, fresh[warp]);
-        keep_head(a.cache, part, slot_head + position, fresh[warp], tile == 0);
+    if (work.own && warp < 2) {
+        const Part which = warp ? Part::v : Part::k;
+        take_head(a.heads, which, work.row, work.kv_head, padded, shared.own[warp]);
+        keep_head(a.cache, which, work.entries + work.position, shared.own[warp], work.first_tile);
     }
     __syncthreads();
+}
 
-    float mine[HEADS][8], slopes[HEADS];
+// The sum over the lanes that share a head's vectors.
+template <int LANES>
+__device__ inline float lanes_sum(float value) {
+#pragma unroll
+    for (int step = LANES / 2; step; step >>= 1) value += __shfl_xor_sync(kAllLanes, value, step);
+    return value;
+}
+
+// Each group of lanes over its entries.
+template <class E, int LANES, int HEADS>
+__device__ inline void attend(const AttentionArguments& a, const Work& work, const Shared<LANES, HEADS>& shared,
+                              Running<HEADS>& run) {
+    constexpr int kGroups = Shared<LANES, HEADS>::kGroups;
+    constexpr int kUnroll = HEADS > 4 ? 2 : 4;  // as registers allow
+    const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, padded = a.cache.padded;
+    const bool active = lane * 8 < padded;
+    float q[HEADS][8], slopes[HEADS];
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) mine[h][j] = a.scale * q[h][from + j];
-        slopes[h] = a.slopes && h < n_heads ? a.slopes[first_head + h] : 0.0f;
-    }
-    Running<HEADS> run;
-#pragma unroll
-    for (int h = 0; h < HEADS; ++h) {
+        for (int j = 0; j < 8; ++j) {
+            q[h][j] = a.scale * shared.q[h][lane * 8 + j];
+            run.mixed[h][j] = 0;
+        }
+        slopes[h] = a.slopes && h < work.n_heads ? a.slopes[work.first_head + h] : 0.0f;
         run.largest[h] = kLowest;
         run.sum[h] = 0;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) run.mixed[h][j] = 0;
     }
-
-    const E* keys = static_cast<const E*>(a.cache.keys) + slot_head * a.cache.padded + from;
-    const E* values = static_cast<const E*>(a.cache.values) + slot_head * a.cache.padded + from;
-    const Index stored = own ? end - 1 : end;
-    for (Index base = begin; base < stored; base += kGroups * kUnroll) {
+    const E* keys = static_cast<const E*>(a.cache.keys) + work.entries * padded + lane * 8;
+    const E* values = static_cast<const E*>(a.cache.values) + work.entries * padded + lane * 8;
+    const Index stored = work.own ? work.end - 1 : work.end;
+    for (Index base = work.begin; base < stored; base += kGroups * kUnroll) {
         float key[kUnroll][8], value[kUnroll][8], scores[kUnroll][HEADS], factors[kUnroll];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-            const Index p = base + u * kGroups + lanes;
+            const Index p = base + u * kGroups + group;
 #pragma unroll
             for (int j = 0; j < 8; ++j) key[u][j] = value[u][j] = 0;
             if (active && p < stored) {
-                load_entry(keys + p * a.cache.padded, key[u]);
-                load_entry(values + p * a.cache.padded, value[u]);
+                load_entry(keys + p * padded, key[u]);
+                load_entry(values + p * padded, value[u]);
             }
         }
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-            const Index p = base + u * kGroups + lanes;
+            const Index p = base + u * kGroups + group;
             const bool there = p < stored;
-            const float key_factor = a.cache.key_scales && there ? a.cache.key_scales[slot_head + p] : 1.0f;
-            factors[u] = a.cache.value_scales && there ? a.cache.value_scales[slot_head + p] : 1.0f;
+            const float key_factor = a.cache.key_scales && there ? a.cache.key_scales[work.entries + p] : 1.0f;
+            factors[u] = a.cache.value_scales && there ? a.cache.value_scales[work.entries + p] : 1.0f;
 #pragma unroll
             for (int h = 0; h < HEADS; ++h) {
                 float dot = 0;
 #pragma unroll
-                for (int j = 0; j < 8; ++j) dot += mine[h][j] * key[u][j];
-                for (int step = LANES / 2; step; step >>= 1) dot += __shfl_xor_sync(kAllLanes, dot, step);
-                scores[u][h] = there ? score(a, dot * key_factor, slopes[h], position - p) : -INFINITY;
+                for (int j = 0; j < 8; ++j) dot += q[h][j] * key[u][j];
+                dot = lanes_sum<LANES>(dot) * key_factor;
+                scores[u][h] = there ? score(a, dot, slopes[h], work.position - p) : -INFINITY;
             }
         }
         take_in<HEADS, kUnroll>(run, scores, factors, value);
     }
-    if (own) {  // by the first group; the other lanes of its warp go along for the sum
-        float scores[1][HEADS], factors[1] = {1.0f}, value[1][8];
+    if (!work.own) return;
+    // The row's own entry is the first group's; the other lanes of its warp go along for the sum.
+    float scores[1][HEADS], factors[1] = {1.0f}, value[1][8];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) value[0][j] = active ? fresh[1][from + j] : 0.0f;
+    for (int j = 0; j < 8; ++j) value[0][j] = active ? shared.own[1][lane * 8 + j] : 0.0f;
 #pragma unroll
-        for (int h = 0; h < HEADS; ++h) {
-            float dot = 0;
+    for (int h = 0; h < HEADS; ++h) {
+        float dot = 0;
 #pragma unroll
-            for (int j = 0; j < 8; ++j) dot += active ? mine[h][j] * fresh[0][from + j] : 0.0f;
-            for (int step = LANES / 2; step; step >>= 1) dot += __shfl_xor_sync(kAllLanes, dot, step);
-            scores[0][h] = lanes == 0 ? score(a, dot, slopes[h], 0) : -INFINITY;
-        }
-        take_in<HEADS, 1>(run, scores, factors, value);
+        for (int j = 0; j < 8; ++j) dot += active ? q[h][j] * shared.own[0][lane * 8 + j] : 0.0f;
+        dot = lanes_sum<LANES>(dot);
+        scores[0][h] = group == 0 ? score(a, dot, slopes[h], 0) : -INFINITY;
     }
+    take_in<HEADS, 1>(run, scores, factors, value);
+}
 
+// The groups' softmaxes become one: the row's result, or where several blocks share the row, this block's part of it,
+// [padded] weighted values, the largest score and the sum.
+template <int LANES, int HEADS>
+__device__ inline void join_groups(const AttentionArguments& a, const Work& work, const Running<HEADS>& run,
+                                   Shared<LANES, HEADS>& shared) {
+    constexpr int kGroups = Shared<LANES, HEADS>::kGroups;
+    const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) joined[lanes][h][from + j] = run.mixed[h][j];
+        for (int j = 0; j < 8; ++j) shared.mixed[group][h][lane * 8 + j] = run.mixed[h][j];
         if (lane == 0) {
-            largest[lanes][h] = run.largest[h];
-            sums[lanes][h] = run.sum[h];
+            shared.largest[group][h] = run.largest[h];
+            shared.sums[group][h] = run.sum[h];
         }
     }
     __syncthreads();
-    const int dim = heads.head_dim, stride = a.cache.padded + 2;
-    const size_t out = (static_cast<size_t>(row) * heads.n_heads + first_head) * dim;
-    const size_t partial = (static_cast<size_t>(row) * heads.n_heads + first_head) * a.splits;
-    for (int i = threadIdx.x; i < n_heads * dim; i += kThreads) {
+    const int dim = a.heads.head_dim, padded = a.cache.padded;
+    const size_t head = static_cast<size_t>(work.row) * a.heads.n_heads + work.first_head;
+    for (int i = threadIdx.x; i < work.n_heads * dim; i += kThreads) {
         const int h = i / dim, j = i % dim;
-        float most = kLowest, total = 0, mixed = 0;
+        float largest = kLowest, sum = 0, mixed = 0;
 #pragma unroll
-        for (int g = 0; g < kGroups; ++g) most = fmaxf(most, largest[g][h]);
+        for (int g = 0; g < kGroups; ++g) largest = fmaxf(largest, shared.largest[g][h]);
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
-            const float weight = power_of_two(largest[g][h] - most);
-            total += weight * sums[g][h];
-            mixed += weight * joined[g][h][j];
+            const float weight = power_of_two(shared.largest[g][h] - largest);
+            sum += weight * shared.sums[g][h];
+            mixed += weight * shared.mixed[g][h][j];
         }
-        if (shares == 1) {
-            put(a, out + i, mixed / total);
-        } else {
-            float* mine_of_all = a.partial + (partial + static_cast<size_t>(h) * a.splits + share) * stride;
-            mine_of_all[j] = mixed;
-            if (j == 0) {
-                mine_of_all[a.cache.padded] = most;
-                mine_of_all[a.cache.padded + 1] = total;
-            }
+        if (work.shares == 1) {
+            put(a, head * dim + i, mixed / sum);
+            continue;
+        }
+        float* mine = a.partial + ((head + h) * a.splits + work.share) * (padded + 2);
+        mine[j] = mixed;
+        if (j == 0) {
+            mine[padded] = largest;
+            mine[padded + 1] = sum;
         }
     }
-    if (shares == 1) return;
+}
 
-    // Each block makes what it wrote visible before it is counted, so that the last sees the parts of all.
-    __threadfence();
+// The parts of all blocks become the row's result, in the block that comes last.
+template <int LANES, int HEADS>
+__device__ inline void join_blocks(const AttentionArguments& a, const Work& work, Shared<LANES, HEADS>& shared) {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, padded = a.cache.padded, stride = padded + 2;
+    const size_t head = static_cast<size_t>(work.row) * a.heads.n_heads + work.first_head;
+    __threadfence();  // what this block wrote is there before it is counted
     __syncthreads();
     if (threadIdx.x == 0) {
-        int* arrived = a.arrived + static_cast<size_t>(row) * heads.n_heads + first_head;
-        last = atomicAdd(arrived, 1) == shares - 1;
-        if (last) *arrived = 0;
+        shared.last = atomicAdd(a.arrived + head, 1) == work.shares - 1;
+        if (shared.last) a.arrived[head] = 0;
     }
     __syncthreads();
-    if (!last) return;
+    if (!shared.last) return;
     __threadfence();
-    for (int h = warp; h < n_heads; h += kThreads / 32) {
-        const float* parts = a.partial + (partial + static_cast<size_t>(h) * a.splits) * stride + a.cache.padded;
-        float most = kLowest, total = 0;
-        for (int s = threadIdx.x % 32; s < shares; s += 32) most = fmaxf(most, read_anew(parts + s * stride));
-        most = warp_max(most);
-        for (int s = threadIdx.x % 32; s < shares; s += 32) {
-            weights[h][s] = power_of_two(read_anew(parts + s * stride) - most);
-            total += weights[h][s] * read_anew(parts + s * stride + 1);
+    for (int h = warp; h < work.n_heads; h += kThreads / kWarp) {
+        const float* ends = a.partial + (head + h) * a.splits * stride + padded;
+        float largest = kLowest, sum = 0;
+        for (int s = lane; s < work.shares; s += kWarp) largest = fmaxf(largest, read_anew(ends + s * stride));
+        largest = warp_max(largest);
+        for (int s = lane; s < work.shares; s += kWarp) {
+            shared.weights[h][s] = power_of_two(read_anew(ends + s * stride) - largest);
+            sum += shared.weights[h][s] * read_anew(ends + s * stride + 1);
         }
-        total = warp_sum(total);
-        for (int s = threadIdx.x % 32; s < shares; s += 32) weights[h][s] /= total;
+        sum = warp_sum(sum);
+        for (int s = lane; s < work.shares; s += kWarp) shared.weights[h][s] /= sum;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < n_heads * dim; i += kThreads) {
-        const int h = i / dim, j = i % dim;
-        const float* parts = a.partial + (partial + static_cast<size_t>(h) * a.splits) * stride + j;
+    const int dim = a.heads.head_dim;
+    for (int i = threadIdx.x; i < work.n_heads * dim; i += kThreads) {
+        const int h = i / dim;
+        const float* parts = a.partial + (head + h) * a.splits * stride + i % dim;
         float mixed = 0;
-        for (int s = 0; s < shares; ++s) mixed += weights[h][s] * read_anew(parts + s * stride);
-        put(a, out + i, mixed);
+        for (int s = 0; s < work.shares; ++s) mixed += shared.weights[h][s] * read_anew(parts + s * stride);
+        put(a, head * dim + i, mixed);
     }
+}
+
+template <class E, int LANES, int HEADS>
+__global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArguments a) {
+    auto& shared = *dynamic_shared<Shared<LANES, HEADS>>();
+    const Work work = work_of<HEADS>(a);
+    if (work.share >= work.shares) return;
+    take(a, work, shared);
+    Running<HEADS> run;
+    attend<E>(a, work, shared, run);
+    join_groups(a, work, run, shared);
+    if (work.shares > 1) join_blocks(a, work, shared);
 }
 
 template <class E, int LANES>
 void launch_heads(const AttentionArguments& a, Stream stream) {
     const int group = a.heads.n_heads / a.heads.n_kv_heads;
-    const auto run = [&](auto* kernel, int heads) {
+    const auto run = [&](auto* kernel, int heads, size_t shared) {
         const dim3 blocks(a.splits, a.heads.n_kv_heads * divide_up(group, heads), a.heads.rows);
-        launch("attention", kernel, {blocks, dim3(kThreads)}, stream, a);
+        launch("attention", kernel, {blocks, dim3(kThreads), shared}, stream, a);
     };
     if (group == 1) {
-        run(attention_kernel<E, LANES, 1>, 1);
+        run(attention_kernel<E, LANES, 1>, 1, sizeof(Shared<LANES, 1>));
     } else if (group <= 4) {
-        run(attention_kernel<E, LANES, 4>, 4);
+        run(attention_kernel<E, LANES, 4>, 4, sizeof(Shared<LANES, 4>));
     } else {
-        run(attention_kernel<E, LANES, 8>, 8);
+        run(attention_kernel<E, LANES, 8>, 8, sizeof(Shared<LANES, 8>));
     }
 }
 

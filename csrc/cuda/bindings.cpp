@@ -14,6 +14,7 @@ namespace py = pybind11;
 using namespace tinychat::cuda;
 
 void bind_linear(py::module_&);  // bind_linear.cpp
+void bind_ops(py::module_&);     // bind_ops.cpp
 
 PYBIND11_MODULE(TINYCHAT_CUDA_MODULE, m) {
     m.def("device_count", &device_count, "Devices that the driver shows; 0 without one.");
@@ -34,4 +35,5 @@ PYBIND11_MODULE(TINYCHAT_CUDA_MODULE, m) {
     m.def("reverse", [](bool on) { host::reverse = on; }, py::arg("on"), "Run threads and blocks from the last to the first.");
 #endif
     bind_linear(m);
+    bind_ops(m);
 }

@@ -39,7 +39,7 @@ __device__ float block_sum(float value, float* scratch) {
 
 template <class T, int N, int ITEMS>
 __global__ void __launch_bounds__(kThreads, 1) norm_kernel(NormArguments a) {
-    __shared__ float scratch[2][33];
+    float(*scratch)[33] = dynamic_shared<float[33]>();  // of each sum
     const size_t row = blockIdx.x;
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
     float values[ITEMS][N];
@@ -91,7 +91,7 @@ void launch_norm(const NormArguments& a, Stream stream) {
     const bool vectors = a.width % 8 == 0 && a.x_stride % 8 == 0 && aligned(a.x, a.added[0], a.added[1], a.sum, a.y);
     const int at_once = vectors ? 8 : 1, needed = divide_up(a.width, at_once);
     const int threads = needed < kThreads ? divide_up(needed, kWarp) * kWarp : kThreads;
-    const auto run = [&](auto* kernel) { launch("norm", kernel, {dim3(a.rows), dim3(threads)}, stream, a); };
+    const auto run = [&](auto* kernel) { launch("norm", kernel, {dim3(a.rows), dim3(threads), 2 * sizeof(float[33])}, stream, a); };
     if (vectors) {
         if (needed <= kThreads) return run(norm_kernel<T, 8, 1>);
         if (needed <= 2 * kThreads) return run(norm_kernel<T, 8, 2>);

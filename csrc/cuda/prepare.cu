@@ -10,10 +10,9 @@ namespace {
 constexpr int kWarps = 4;
 
 __global__ void prepare_kernel(Heads a, Cache cache, Half* q) {
-    __shared__ float all[kWarps][kWidestHead];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.x;
     const int head = blockIdx.y * kWarps + warp;
-    float* x = all[warp];
+    float* x = dynamic_shared<float>() + warp * cache.padded;
     if (head < a.n_heads) {
         take_head(a, Part::q, row, head, cache.padded, x);
         const size_t at = (static_cast<size_t>(row) * a.n_heads + head) * cache.padded;
@@ -32,7 +31,8 @@ __global__ void prepare_kernel(Heads a, Cache cache, Half* q) {
 void prepare(const Heads& heads, const Cache& cache, void* q, Stream stream) {
     if (!heads.rows) return;
     const int n = heads.n_heads + 2 * heads.n_kv_heads;
-    launch("prepare", prepare_kernel, {dim3(heads.rows, divide_up(n, kWarps)), dim3(kWarp * kWarps)}, stream, heads, cache, static_cast<Half*>(q));
+    const Grid grid{dim3(heads.rows, divide_up(n, kWarps)), dim3(kWarp * kWarps), kWarps * cache.padded * sizeof(float)};
+    launch("prepare", prepare_kernel, grid, stream, heads, cache, static_cast<Half*>(q));
 }
 
 }  // namespace tinychat::cuda
