@@ -49,7 +49,7 @@ def test_norm_of_a_sum(device, dtype, kind, width):
     parts = random(ops, rows, width, seed=1), random(ops, rows, width, seed=2)
     weight, bias = np.random.default_rng(0).normal(1, 0.5, (2, width)).astype(np.float32)
     for added, scale, use_bias in (((), 1.0, True), (parts[:1], 0.3, False), (parts, 1.0, True)):
-        bias_of = (lambda o: o.vector(bias)) if use_bias else (lambda o: None)  # noqa: B023
+        bias_of = (lambda o: o.vector(bias)) if use_bias else (lambda o: None)
         total, got = ops.add_norm(x, added, scale, ops.vector(weight), 1e-5, kind, bias_of(ops))
         wide = [tensor.double().cpu() for tensor in (x, *added)]
         want_total, want = exact.add_norm(

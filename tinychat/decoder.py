@@ -57,6 +57,10 @@ class Ops(Protocol):
         """y = x W^T + b: [T, K] -> [T, N]."""
         ...
 
+    def logits(self, x: Tensor, weight: Any) -> Tensor:
+        """The same of the output head, in fp32 at least."""
+        ...
+
     def norm(self, x: Tensor, weight: Tensor, eps: float, kind: Norm = Norm.RMS, bias: Tensor | None = None) -> Tensor:
         """A norm over the last axis."""
         ...
@@ -228,7 +232,9 @@ def self_attention(config: ModelConfig, ops: Ops, layer: PackedLayer, index: int
     q = q.unflatten(-1, (c.n_heads, c.head_dim))
     k = k.unflatten(-1, (c.n_kv_heads, c.head_dim))
     v = v.unflatten(-1, (c.n_kv_heads, c.head_dim))
-    norms = (layer.q_norm, layer.k_norm) if c.qk_norm is QKNorm.HEAD else None
+    norms = None
+    if c.qk_norm is QKNorm.HEAD and layer.q_norm is not None and layer.k_norm is not None:
+        norms = layer.q_norm, layer.k_norm
     return ops.linear(ops.attention(q, k, v, c, index, context, norms), layer.out)
 
 
@@ -421,7 +427,7 @@ class Decoder:
             x = ops.add_norm(x, added, c.residual_scale, self._norm, c.norm_eps, c.norm, self._norm_bias)[1]
         if self._project is not None:
             x = ops.linear(x, self._project)
-        logits = ops.linear(x, self._head)
+        logits = ops.logits(x, self._head)
         if c.logit_scale != 1:
             logits = logits * c.logit_scale
         return logits if c.logit_cap is None else c.logit_cap * torch.tanh(logits / c.logit_cap)

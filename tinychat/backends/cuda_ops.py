@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tinychat.backends.cuda_cache import DeviceAngles, DeviceCache, DeviceContext, Stretch, stretches
+from tinychat.backends.cuda_linear import CudaLinear
 from tinychat.cache import KVCache, Rows
 from tinychat.config import Activation, ModelConfig, Norm
 from tinychat.decoder import Added
@@ -74,8 +75,10 @@ class CudaOps:
 
     # ---- at load
 
-    def pack(self, linear: Linear) -> Any:
-        """Plain segments as one matrix in the activations' dtype."""
+    def pack(self, linear: Linear) -> Dense | CudaLinear:
+        """Plain segments as one matrix in the activations' dtype, others in the kernels' layout."""
+        if not all(isinstance(segment, np.ndarray) for segment in linear.segments):
+            return CudaLinear.pack(linear, self.device, self.dtype)
         bias = None if linear.bias is None else self._sent(linear.bias).to(self.dtype)
         if self._table is not None and len(linear.segments) == 1 and linear.segments[0] is self._table[0]:
             return Dense(self._table[1], bias)
@@ -94,6 +97,8 @@ class CudaOps:
 
     def packed_bytes(self, packed: Any) -> int:
         """Bytes on the device."""
+        if isinstance(packed, CudaLinear):
+            return packed.nbytes
         return packed.weight.nbytes + (0 if packed.bias is None else packed.bias.nbytes)
 
     def _sent(self, values: Any) -> Tensor:
@@ -119,7 +124,13 @@ class CudaOps:
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
         """y = x W^T + b: [T, K] -> [T, N]."""
+        if isinstance(weight, CudaLinear):
+            return weight(x)
         return torch.nn.functional.linear(x, weight.weight, weight.bias)
+
+    def logits(self, x: Tensor, weight: Any) -> Tensor:
+        """The same in fp32: of the head."""
+        return weight(x, wide=True) if isinstance(weight, CudaLinear) else self.linear(x, weight).float()
 
     def norm(self, x: Tensor, weight: Tensor, eps: float, kind: Norm = Norm.RMS, bias: Tensor | None = None) -> Tensor:
         """See `decoder.Ops.norm`; x [T, width], rows as far apart as they like."""
@@ -181,9 +192,7 @@ class CudaOps:
             self.stream,
         )
 
-    def activation(
-        self, up: Tensor, kind: Activation, gated: bool = True, act_scale: Tensor | None = None
-    ) -> Tensor:
+    def activation(self, up: Tensor, kind: Activation, gated: bool = True, act_scale: Tensor | None = None) -> Tensor:
         """See `decoder.Ops.activation`."""
         rows, width = len(up), up.shape[1] // (2 if gated else 1)
         _check(up, (rows, width * (2 if gated else 1)), self.dtype)
@@ -299,9 +308,7 @@ class CudaOps:
             **told,
         )
 
-    def _prompt(
-        self, q: Tensor, stretch: Stretch, config: ModelConfig, index: int, context: DeviceContext
-    ) -> Tensor:
+    def _prompt(self, q: Tensor, stretch: Stretch, config: ModelConfig, index: int, context: DeviceContext) -> Tensor:
         """torch's attention of a stretch's rows of q [T, n_heads, padded]: [n, n_heads * head_dim]."""
         c, start, n = config, stretch.start, stretch.end - stretch.begin
         keys, values = context.cache.entries(index, stretch.slot, start + n, q.dtype)  # [n_kv_heads, L, padded]
@@ -310,7 +317,9 @@ class CudaOps:
         attend = torch.nn.functional.scaled_dot_product_attention
         if not start and self._slopes is None and not (window and window < n):
             grouped = c.n_kv_heads < c.n_heads
-            mixed = attend(q[None], keys[None], values[None], is_causal=True, scale=c.score_scale, enable_gqa=grouped)[0]
+            mixed = attend(q[None], keys[None], values[None], is_causal=True, scale=c.score_scale, enable_gqa=grouped)[
+                0
+            ]
         else:
             group = c.n_heads // c.n_kv_heads
             if group > 1:

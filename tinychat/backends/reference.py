@@ -144,6 +144,10 @@ class TorchOps:
         y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         return y if weight.bias is None else y + weight.bias
 
+    def logits(self, x: torch.Tensor, weight: TorchLinear) -> torch.Tensor:
+        """The same."""
+        return self.linear(x, weight)
+
     def norm(
         self,
         x: torch.Tensor,
