@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tinychat import memory
-from tinychat.backends import PREFERENCE, Runner
+from tinychat.backends import FASTEST, DrawingRunner, Runner
 from tinychat.cache import Rows
 from tinychat.config import ModelConfig, RopeScaling
 from tinychat.errors import BackendError, ContextOverflowError, TokenizerError, UsageError
@@ -86,7 +86,7 @@ def load(
     head = head or (8 if source.n_quantized else 16)
     itemsize = KV_ITEMSIZE[kv_dtype]
     needed = memory.estimate(*sizes, bits=source.bits, n_slots=n_slots, kv_itemsize=itemsize, head=head)
-    memory.check(needed, size)
+    memory.check(needed, size, getattr(module, "free_bytes", memory.available)())
     words = source.tokenizer()
     runner = module.build(
         source,
@@ -98,8 +98,9 @@ def load(
         head=head,
         progress=progress,
     )
-    if device == "auto" and module.__name__.rpartition(".")[2] != PREFERENCE[0]:
-        _warn_once(f"the slow {module.__name__.rpartition('.')[2]} backend runs the model: {why}")
+    if device == "auto" and why != FASTEST:
+        backend = module.__name__.rpartition(".")[2]
+        _warn_once(f"the {'slow ' if backend == 'reference' else ''}{backend} backend runs the model: {why}")
     name = path.resolve().name if Path(model).exists() else Path(model).name
     n = source.n_parameters
     weights = f"{n / 1e9:.2f}B parameters" if n >= 1e9 else f"{n / 1e6:.1f}M parameters"
@@ -154,7 +155,7 @@ class Engine:
         description: str = "",
         generation_config: Mapping[str, Any] | None = None,
         eos_ids: frozenset[int] = frozenset(),
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
     ):
         self.config = runner.config
         self.tokenizer = tokenizer
@@ -164,7 +165,7 @@ class Engine:
         self.generation_config = dict(generation_config or {})
         self.eos_ids = eos_ids
         self._runner: Runner | None = runner
-        self._prefill_chunk = prefill_chunk
+        self._prefill_chunk: int = prefill_chunk or getattr(runner, "prefill_chunk", PREFILL_CHUNK)
         self._lock = threading.Lock()
         self._holder: int | None = None  # the thread that last advanced the open stream
         self._slots: list[list[int]] = [[] for _ in range(runner.cache.n_slots)]  # the tokens whose keys each holds
@@ -310,22 +311,29 @@ class Engine:
         pending: list[int] = []  # sampled, not yet run
         history = History(self.config.vocab_size, prompt)
         rng = np.random.default_rng(params.seed)
+        follow = runner.drawing(slot, params, rng) if isinstance(runner, DrawingRunner) else None
         limit = min(params.max_tokens, self.ctx_size - len(prompt))
         while True:
             if cancelled():
                 yield last(text.flush(), "cancelled")
                 return
             begun = time.perf_counter()
-            if pending:
-                logits = self._run(runner, slot, pending, wanted="last")
-            assert logits is not None  # cancelled() did not change its mind: prefill ran to the end
-            if not np.isfinite(logits).all():
+            if pending and follow is not None:
+                drawn = follow(pending[0])
+                self._slots[slot] += pending
+                finite = drawn >= 0
+            else:
+                if pending:
+                    logits = self._run(runner, slot, pending, wanted="last")
+                assert logits is not None  # cancelled() did not change its mind: prefill ran to the end
+                drawn, finite = None, np.isfinite(logits).all()
+            if not finite:
                 self._keep(runner, slot, 0)
                 raise BackendError(
                     f"the model's output is not finite after {len(prompt) + n_tokens} tokens: the checkpoint is "
                     "damaged, or its activations do not fit the backend's number format; try another device"
                 )
-            token, logprob = sample(logits[0], params, history, rng)
+            token, logprob = (drawn, None) if drawn is not None else sample(logits[0], params, history, rng)
             if pending:
                 decode_s += time.perf_counter() - begun
                 n_decoded += 1

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 # torch, CUDA's context and cuBLAS; codes as the kernels keep them; the largest weight in 16 bits while it is prefilled.
 FOOTPRINT = Footprint(program=768 << 20, widths=(4, 8), step_bytes=0)
-KV_DTYPES = ("fp16", "int8")
+# What the cache holds: activations have 16 bits, so fp32 would keep of them what fp16 does, but for the last bits of a
+# rotation.
+KV_DTYPES = {"fp16": "fp16", "fp32": "fp16", "int8": "int8"}
 
 # What NVIDIA's driver shows: of a card, under WSL, and on a Jetson.
 _TRACES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-ctrl-gpu", "/dev/nvgpu")
@@ -90,7 +92,7 @@ def build(
 ) -> CudaRunner:
     """A runner of `source` with `n_slots` caches of `ctx_size` positions each.
 
-    threads: not used; kv_dtype fp16 or int8; activations: 16 alone; head: 16 for the output head as it is stored, 8 to
+    threads: not used; kv_dtype fp16, int8, or fp32, which is kept as fp16; activations: 16 alone; head: 16 for the output head as it is stored, 8 to
     round it; dtype: of activations, fp16 or bf16, by default bf16 where the checkpoint's own is; graphs: decoding steps
     are captured once and replayed; progress(done, total): called after each layer. Raises UsageError for another
     option, BackendError where the GPU cannot hold or run the model.
@@ -104,7 +106,7 @@ def build(
     check_options(kv_dtype, activations, dtype)
     kernels = importlib.import_module("tinychat._cuda")
     where = torch.device("cuda", torch.cuda.current_device())
-    options: dict[str, Any] = {"kv_dtype": kv_dtype, "head": head, "dtype": dtype, "graphs": graphs}
+    options: dict[str, Any] = {"kv_dtype": KV_DTYPES[kv_dtype], "head": head, "dtype": dtype, "graphs": graphs}
     try:
         return build_on(kernels, where, source, ctx_size=ctx_size, n_slots=n_slots, progress=progress, **options)
     except torch.cuda.OutOfMemoryError:

@@ -223,9 +223,9 @@ class CudaOps:
     ) -> Tensor:
         """See `decoder.Ops.attention`.
 
-        Rows that are each alone on their slot take one kernel: norms, rotation, the cache's extension and all. Of others
-        the cache is extended first; then torch's attention takes them where a mask says who sees whom, and our kernel
-        of single rows where scores are capped, or rows are few.
+        Rows that are each alone on their slot take one kernel: norms, rotation, the cache's extension and all. Of
+        others the cache is extended first; then torch's attention takes them where a mask says who sees whom, and our
+        kernel of single rows where scores are capped, or rows are few.
         """
         told = self._told(q, k, v, config, index, context, norms)
         rows, heads = len(q), config.n_heads * config.head_dim
@@ -261,7 +261,6 @@ class CudaOps:
                 raise ValueError(f"heads of {tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}")
         table = c.rope_index(index)
         cos, sin, angles = context.angles[table] if table >= 0 else (None, None, None)
-        scaled = cache.key_scales is not None
         return {
             "type": TYPES[self.dtype],
             "q": q.data_ptr(),
@@ -286,8 +285,8 @@ class CudaOps:
             "slots": context.slots.data_ptr(),
             "keys": cache.keys[index].data_ptr(),
             "values": cache.values[index].data_ptr(),
-            "key_scales": cache.key_scales[index].data_ptr() if scaled else 0,
-            "value_scales": cache.value_scales[index].data_ptr() if scaled else 0,
+            "key_scales": 0 if cache.key_scales is None else cache.key_scales[index].data_ptr(),
+            "value_scales": 0 if cache.value_scales is None else cache.value_scales[index].data_ptr(),
             "capacity": cache.capacity,
             "padded": cache.padded,
         }
@@ -317,9 +316,8 @@ class CudaOps:
         attend = torch.nn.functional.scaled_dot_product_attention
         if not start and self._slopes is None and not (window and window < n):
             grouped = c.n_kv_heads < c.n_heads
-            mixed = attend(q[None], keys[None], values[None], is_causal=True, scale=c.score_scale, enable_gqa=grouped)[
-                0
-            ]
+            everything = q[None], keys[None], values[None]
+            mixed = attend(*everything, is_causal=True, scale=c.score_scale, enable_gqa=grouped)[0]
         else:
             group = c.n_heads // c.n_kv_heads
             if group > 1:
@@ -334,7 +332,7 @@ class CudaOps:
         return mixed.transpose(0, 1)[..., : c.head_dim].flatten(1)
 
     def _mask(self, begin: int, end: int, window: int, context: DeviceContext) -> Tensor:
-        """Who of the rows at positions begin .. end - 1 sees whom: bool [n, end], or what ALiBi adds, [n_heads, n, end]."""
+        """Who of the rows at positions begin .. end - 1 sees whom: bool [n, end]; or ALiBi's bias, [n_heads, n, end]."""
         key = (begin, end, window)
         if key not in context.masks:
             distance = torch.arange(begin, end, device=self.device)[:, None] - torch.arange(end, device=self.device)

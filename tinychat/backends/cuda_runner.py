@@ -1,8 +1,8 @@
 """A model on a GPU: prompts through the decoder as they come, decoded tokens through a graph that is captured once.
 
-Decoding is one launch a token. What changes from token to token lies in tensors of the device: the step itself moves the
-position on and puts the token it drew where the next step reads it. So a step can be launched before the host has seen
-the token that it continues: the GPU computes the next token while Python spells out the last.
+Decoding is one launch a token. What changes from token to token lies in tensors of the device: the step itself moves
+the position on and puts the token it drew where the next step reads it. So a step can be launched before the host has
+seen the token that it continues: the GPU computes the next token while Python spells out the last.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def build_on(
         dtype = "bf16" if config.dtype == "bfloat16" else "fp16"
     if head == 8:
         source = RoundedHead(source)
+    cache = DeviceCache(config, n_slots, ctx_size, kv_dtype, device)
     with torch.inference_mode():
-        cache = DeviceCache(config, n_slots, ctx_size, kv_dtype, device)
         ops = CudaOps(kernels, config, cache, torch.bfloat16 if dtype == "bf16" else torch.float16)
         decoder = Decoder(source, ops, cache, progress)
     source.release()
@@ -102,9 +102,8 @@ class CudaRunner:
         """A function that runs a token at the end of `slot` and draws the next one, on the device: see `backends`."""
         return Drawing(self, slot, params, rng) if draws(params) else None
 
-    def check(self, tokens: np.ndarray | None) -> None:
+    def check(self, tokens: np.ndarray) -> None:
         """ValueError where a token is not in the vocabulary."""
-        assert tokens is not None
         if not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
             raise ValueError(f"token ids must lie in 0..{self.config.vocab_size - 1}")
 
@@ -224,8 +223,9 @@ class Drawing:
         lengths = cache.check(rows)
         at = int(rows.positions[0])
         if self._ahead != (token, at):
-            runner.check(rows.tokens)
-            runner.single.tell(rows.tokens, rows.positions, rows.slots)
+            tokens = np.array([token])
+            runner.check(tokens)
+            runner.single.tell(tokens, rows.positions, rows.slots)
             self._launch()
         mine = (self._launches - 1) % 2
         ahead = at + 1 < cache.capacity

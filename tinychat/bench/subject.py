@@ -97,7 +97,8 @@ class Subject:
         """
         o = self.options
         if isinstance(self.source, RandomWeights):
-            memory.check(self.memory(ctx_size), ctx_size)
+            free = getattr(self.backend, "free_bytes", memory.available)()
+            memory.check(self.memory(ctx_size), ctx_size, free)
             runner = self.backend.build(
                 self.source,
                 ctx_size=ctx_size,
