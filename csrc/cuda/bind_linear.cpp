@@ -15,9 +15,9 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-LinearCall call_of(const PackedWeight& weight, uintptr_t x, uintptr_t bias, uintptr_t y, int rows, int y_stride, Dtype dtype,
-                   bool wide_output) {
-    return {weight, pointer(x), pointer<const float>(bias), pointer(y), rows, y_stride, dtype, wide_output};
+LinearCall call_of(const PackedWeight& weight, uintptr_t x, uintptr_t bias, uintptr_t y, int rows, int x_stride,
+                   int y_stride, Dtype dtype, bool wide_output) {
+    return {weight, pointer(x), pointer<const float>(bias), pointer(y), rows, x_stride, y_stride, dtype, wide_output};
 }
 
 }  // namespace
@@ -35,12 +35,23 @@ void bind_linear(py::module_& m) {
     m.attr("GEMV_ROWS") = kGemvRows;
     m.def(
         "gemv",
-        [](const PackedWeight& weight, uintptr_t x, uintptr_t bias, uintptr_t y, int rows, int y_stride, Dtype dtype,
-           bool wide_output, uintptr_t stream, int warps) {
-            gemv(call_of(weight, x, bias, y, rows, y_stride, dtype, wide_output), warps, pointer(stream));
+        [](const PackedWeight& weight, uintptr_t x, uintptr_t bias, uintptr_t y, int rows, int x_stride, int y_stride,
+           Dtype dtype, bool wide_output, uintptr_t stream, int warps) {
+            gemv(call_of(weight, x, bias, y, rows, x_stride, y_stride, dtype, wide_output), warps, pointer(stream));
         },
-        py::arg("weight"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("rows"), py::arg("y_stride"), py::arg("dtype"),
-        py::arg("wide_output"), py::arg("stream"), py::arg("warps") = 0, "y = x W^T + bias for 1 .. GEMV_ROWS rows.");
+        py::arg("weight"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("rows"), py::arg("x_stride"),
+        py::arg("y_stride"), py::arg("dtype"), py::arg("wide_output"), py::arg("stream"), py::arg("warps") = 0,
+        "y = x W^T + bias for 1 .. GEMV_ROWS rows; see csrc/cuda/linear.h, as for all here.");
+    m.def(
+        "gemm",
+        [](const PackedWeight& weight, uintptr_t x, uintptr_t bias, uintptr_t y, int rows, int x_stride, int y_stride,
+           Dtype dtype, bool wide_output, uintptr_t stream, uintptr_t workspace, int64_t workspace_bytes) {
+            gemm(call_of(weight, x, bias, y, rows, x_stride, y_stride, dtype, wide_output), pointer<float>(workspace),
+                 workspace_bytes, pointer(stream));
+        },
+        py::arg("weight"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("rows"), py::arg("x_stride"),
+        py::arg("y_stride"), py::arg("dtype"), py::arg("wide_output"), py::arg("stream"), py::arg("workspace") = 0,
+        py::arg("workspace_bytes") = 0, "The same for any number of rows.");
     m.def(
         "dequantize",
         [](const PackedWeight& weight, Dtype dtype, uintptr_t values, uintptr_t stream) {

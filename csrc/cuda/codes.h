@@ -72,7 +72,7 @@ struct Codes;
 template <>
 struct Codes<Half, 4> {
     static constexpr int kParts = 1;  // 16-byte loads
-    // 1/16 of (1024 + 16 q), less (64 + z): the lower output's nibbles stand 4 bits higher
+    // The lower output's nibbles stand 4 bits higher: (1024 + 16 q) / 16 is 64 + q.
     static __device__ __forceinline__ uint32_t upper(uint32_t zero) { return twice(0xe400 | zero); }        // -(1024 + z)
     static __device__ __forceinline__ uint32_t lower(uint32_t zero) { return twice(0xd400 | zero << 4); }  // -(64 + z)
     static __device__ __forceinline__ void fragment(const uint32_t* words, int step, uint32_t upper, uint32_t lower,
@@ -145,21 +145,47 @@ struct GroupRaw {
     uint32_t zeros;
 };
 
-__device__ __forceinline__ GroupRaw load_group(const PackedWeight& weight, int tile, int group, int g) {
-    const int64_t at = (static_cast<int64_t>(tile) * weight.groups + group) * 8 + g;
+// Those of `g`; scales and zeros begin at their group.
+__device__ __forceinline__ GroupRaw read_group(const void* scales, const void* zeros, int g, bool wide) {
     GroupRaw raw;
-    if (weight.wide) {
-        raw.scales = static_cast<const uint2*>(weight.scales)[at];
-    } else {
-        raw.scales = make_uint2(static_cast<const uint32_t*>(weight.scales)[at], 0);
-    }
-    raw.zeros = reinterpret_cast<const uint16_t*>(weight.zeros)[at];
+    raw.scales = wide ? static_cast<const uint2*>(scales)[g] : make_uint2(static_cast<const uint32_t*>(scales)[g], 0);
+    raw.zeros = static_cast<const uint16_t*>(zeros)[g];
     return raw;
+}
+
+__device__ __forceinline__ GroupRaw load_group(const PackedWeight& weight, int tile, int group, int g) {
+    const int64_t at = (static_cast<int64_t>(tile) * weight.groups + group) * 8;
+    return read_group(static_cast<const char*>(weight.scales) + at * (weight.wide ? 8 : 4), weight.zeros + at * 2, g,
+                      weight.wide);
 }
 
 __device__ __forceinline__ float2 scales_of(const GroupRaw& raw, bool wide) {
     if (wide) return make_float2(as_float(raw.scales.x), as_float(raw.scales.y));
     return make_float2(low_of<Half>(raw.scales.x), high_of<Half>(raw.scales.x));
+}
+
+// The words of a lane's loads, one after another.
+template <int kParts>
+__device__ __forceinline__ void spread(const uint4 (&parts)[kParts], uint32_t (&words)[4 * kParts]) {
+#pragma unroll
+    for (int p = 0; p < kParts; p++) {
+        words[4 * p] = parts[p].x;
+        words[4 * p + 1] = parts[p].y;
+        words[4 * p + 2] = parts[p].z;
+        words[4 * p + 3] = parts[p].w;
+    }
+}
+
+// y[row, output] = sum + bias, rounded once.
+template <class T>
+__device__ __forceinline__ void store_output(const LinearCall& call, int row, int output, float sum) {
+    if (call.bias) sum += call.bias[output];
+    const int64_t at = static_cast<int64_t>(row) * call.y_stride + output;
+    if (call.wide_output) {
+        static_cast<float*>(call.y)[at] = sum;
+    } else {
+        static_cast<T*>(call.y)[at] = from_float<T>(sum);
+    }
 }
 
 }  // namespace tinychat::cuda

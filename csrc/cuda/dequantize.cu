@@ -38,15 +38,11 @@ __global__ void __launch_bounds__(kWarps* kWarp) dequantize_kernel(PackedWeight 
     if (chunk >= weight.chunks) return;
     const uint4* codes = static_cast<const uint4*>(weight.codes) +
                          (static_cast<int64_t>(tile) * weight.chunks + chunk) * Of::kParts * kWarp + lane;
-    uint32_t words[4 * Of::kParts];
+    uint4 parts[Of::kParts];
 #pragma unroll
-    for (int p = 0; p < Of::kParts; p++) {
-        const uint4 four = load_once(codes + p * kWarp);
-        words[4 * p] = four.x;
-        words[4 * p + 1] = four.y;
-        words[4 * p + 2] = four.z;
-        words[4 * p + 3] = four.w;
-    }
+    for (int p = 0; p < Of::kParts; p++) parts[p] = load_once(codes + p * kWarp);
+    uint32_t words[4 * Of::kParts];
+    spread(parts, words);
     const bool vectors = weight.k % 8 == 0;
     const int output = tile * kTileOutputs + g;
 #pragma unroll

@@ -1,4 +1,4 @@
-// y = x W^T + bias for 1 to 8 rows: decoding, where every weight is read once for few products.
+// y = x W^T + bias for 1 to 8 rows, and to 16: decoding, where every weight is read once for few products.
 //
 //   y[m, n] = bias[n] + sum over half-chunks of s[n, group] * (sum over its 32 inputs of (q - z)[n, k] x[m, k])
 //
@@ -28,8 +28,7 @@ namespace tinychat::cuda {
 namespace {
 
 constexpr int kMaxWarps = 16;
-constexpr int kSumStride = 20;                             // of a row of 16 sums: no two lanes in one bank
-constexpr int kSums = kGemvRows * kSumStride;              // of one warp
+constexpr int kSumStride = 20;  // of a row of 16 sums: no two lanes in one bank
 
 // A lane's share of one chunk. kScales: 1 if a chunk lies in one group, 2 if its halves are in two.
 template <int kParts, int kScales>
@@ -38,17 +37,8 @@ struct Chunk {
     GroupRaw groups[kScales];
 };
 
-// x[row, k .. k + 7], zeros beyond its end; four registers of pairs.
-__device__ __forceinline__ uint4 load_inputs(const uint16_t* row, int k, int end, bool vectors) {
-    if (vectors) return k < end ? *reinterpret_cast<const uint4*>(row + k) : make_uint4(0, 0, 0, 0);
-    uint32_t values[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) values[i] = k + i < end ? row[k + i] : 0;
-    return make_uint4(values[0] | values[1] << 16, values[2] | values[3] << 16, values[4] | values[5] << 16,
-                      values[6] | values[7] << 16);
-}
-
-template <class T, int kBits, int kScales>
+// kRowTiles: 8 rows each.
+template <class T, int kBits, int kScales, int kRowTiles>
 __global__ void __launch_bounds__(kMaxWarps* kWarp) gemv_kernel(LinearCall call) {
     using Of = Codes<T, kBits>;
     constexpr int kDepth = 4 / Of::kParts;
@@ -71,35 +61,34 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) gemv_kernel(LinearCall call)
         if (begin + i < end) load(slots[i], begin + i);
     }
 
-    const bool present = g < call.rows, vectors = weight.k % 8 == 0;
-    const uint16_t* row = static_cast<const uint16_t*>(call.x) + static_cast<int64_t>(present ? g : 0) * weight.k;
-    float sums[4] = {};
+    const uint16_t* inputs = static_cast<const uint16_t*>(call.x) + static_cast<int64_t>(g) * call.x_stride + t * 8;
+    float sums[kRowTiles][4] = {};
     const auto multiply_chunk = [&](const Chunk<Of::kParts, kScales>& slot, int chunk) {
         uint32_t words[4 * Of::kParts];
-#pragma unroll
-        for (int p = 0; p < Of::kParts; p++) {
-            words[4 * p] = slot.codes[p].x;
-            words[4 * p + 1] = slot.codes[p].y;
-            words[4 * p + 2] = slot.codes[p].z;
-            words[4 * p + 3] = slot.codes[p].w;
-        }
+        spread(slot.codes, words);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const GroupRaw& raw = slot.groups[half % kScales];
             const uint32_t upper = Of::upper(raw.zeros & 0xff), lower = Of::lower(raw.zeros >> 8);
-            const uint4 x = present ? load_inputs(row, chunk * kChunk + half * 32 + t * 8, weight.k, vectors)
-                                    : make_uint4(0, 0, 0, 0);
-            float products[4] = {};
-            uint32_t a[4];
-            Of::fragment(words, 2 * half, upper, lower, a);
-            multiply<T>(products, a, x.x, x.y);
-            Of::fragment(words, 2 * half + 1, upper, lower, a);
-            multiply<T>(products, a, x.z, x.w);
             const float2 scales = scales_of(raw, weight.wide);
-            sums[0] += scales.x * products[0];
-            sums[1] += scales.x * products[1];
-            sums[2] += scales.y * products[2];
-            sums[3] += scales.y * products[3];
+            const int k = chunk * kChunk + half * 32;
+            uint32_t first[4], second[4];
+            Of::fragment(words, 2 * half, upper, lower, first);
+            Of::fragment(words, 2 * half + 1, upper, lower, second);
+#pragma unroll
+            for (int j = 0; j < kRowTiles; j++) {
+                uint4 x = make_uint4(0, 0, 0, 0);
+                if (j * 8 + g < call.rows && k + t * 8 < call.x_stride) {
+                    x = *reinterpret_cast<const uint4*>(inputs + static_cast<int64_t>(j) * 8 * call.x_stride + k);
+                }
+                float products[4];
+                product<T>(products, first, x.x, x.y);
+                multiply<T>(products, second, x.z, x.w);
+                sums[j][0] += scales.x * products[0];
+                sums[j][1] += scales.x * products[1];
+                sums[j][2] += scales.y * products[2];
+                sums[j][3] += scales.y * products[3];
+            }
         }
     };
     for (int chunk = begin; chunk < end; chunk += kDepth) {
@@ -112,25 +101,23 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) gemv_kernel(LinearCall call)
         }
     }
 
-    float* shared = dynamic_shared<float>();  // [warps][kGemvRows][kSumStride]
-    float* mine = shared + warp * kSums + 2 * t * kSumStride + g;
-    mine[0] = sums[0];
-    mine[kSumStride] = sums[1];
-    mine[8] = sums[2];
-    mine[kSumStride + 8] = sums[3];
+    constexpr int kSums = kRowTiles * 8 * kSumStride;
+    float* shared = dynamic_shared<float>();  // [warps][rows][kSumStride]
+#pragma unroll
+    for (int j = 0; j < kRowTiles; j++) {
+        float* mine = shared + warp * kSums + (j * 8 + 2 * t) * kSumStride + g;
+        mine[0] = sums[j][0];
+        mine[kSumStride] = sums[j][1];
+        mine[8] = sums[j][2];
+        mine[kSumStride + 8] = sums[j][3];
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < call.rows * kTileOutputs; i += blockDim.x) {
-        const int m = i / kTileOutputs, of_tile = i % kTileOutputs, output = tile * kTileOutputs + of_tile;
+        const int row = i / kTileOutputs, of_tile = i % kTileOutputs, output = tile * kTileOutputs + of_tile;
         if (output >= weight.n) continue;
-        float y = 0;
-        for (int w = 0; w < warps; w++) y += shared[w * kSums + m * kSumStride + of_tile];
-        if (call.bias) y += call.bias[output];
-        const int64_t at = static_cast<int64_t>(m) * call.y_stride + output;
-        if (call.wide_output) {
-            static_cast<float*>(call.y)[at] = y;
-        } else {
-            static_cast<T*>(call.y)[at] = from_float<T>(y);
-        }
+        float sum = 0;
+        for (int w = 0; w < warps; w++) sum += shared[w * kSums + row * kSumStride + of_tile];
+        store_output<T>(call, row, output, sum);
     }
 }
 
@@ -141,13 +128,18 @@ int choose_warps(int tiles, int chunks) {
     return warps;
 }
 
-template <class T, int kBits>
+template <class T, int kBits, int kRowTiles>
 void start(const LinearCall& call, int warps, Stream stream) {
     const int tiles = divide_up(call.weight.n, kTileOutputs);
     if (!warps) warps = choose_warps(tiles, call.weight.chunks);
-    const Grid grid{dim3(tiles), dim3(warps * kWarp), warps * kSums * sizeof(float)};
-    const auto kernel = call.weight.group_shift ? gemv_kernel<T, kBits, 1> : gemv_kernel<T, kBits, 2>;
+    const Grid grid{dim3(tiles), dim3(warps * kWarp), warps * kRowTiles * 8 * kSumStride * sizeof(float)};
+    const auto kernel = call.weight.group_shift ? gemv_kernel<T, kBits, 1, kRowTiles> : gemv_kernel<T, kBits, 2, kRowTiles>;
     launch("gemv", kernel, grid, stream, call);
+}
+
+template <class T, int kBits>
+void start(const LinearCall& call, int warps, Stream stream) {
+    call.rows <= 8 ? start<T, kBits, 1>(call, warps, stream) : start<T, kBits, 2>(call, warps, stream);
 }
 
 }  // namespace

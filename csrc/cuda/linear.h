@@ -4,9 +4,12 @@
 
 namespace tinychat::cuda {
 
-// 1 to 8 rows, waiting for memory. `warps` that share a tile's inputs, a power of two to 16; 0 chooses.
-constexpr int kGemvRows = 8;
+// 1 to 16 rows, waiting for memory. `warps` that share a tile's inputs, a power of two to 16; 0 chooses.
+constexpr int kGemvRows = 16;
 void gemv(const LinearCall& call, int warps, Stream stream);
+
+// Any number of rows, on tensor cores. `workspace` holds sums of parts of K, where that pays: nothing is kept in it.
+void gemm(const LinearCall& call, float* workspace, int64_t workspace_bytes, Stream stream);
 
 // W [n, k] in `dtype`, rounded once.
 void dequantize(const PackedWeight& weight, Dtype dtype, void* values, Stream stream);

@@ -52,16 +52,17 @@ struct PackedWeight {
     bool wide;        // scales are fp32
 };
 
-// y = x W^T + bias: x [rows, k] of 16 bits, y of the same type or fp32, its rows `y_stride` numbers apart.
+// y = x W^T + bias: x [rows, k] of 16 bits, y of the same type or fp32.
 struct LinearCall {
     PackedWeight weight;
-    const void* x;        // aligned to 16 bytes
-    const float* bias;    // [n], or null
+    const void* x;      // aligned to 16 bytes
+    const float* bias;  // [n], or null
     void* y;
     int rows;
-    int y_stride;
-    Dtype dtype;          // of x
-    bool wide_output;     // y is fp32
+    int x_stride;       // numbers from one row of x to the next: k up to a multiple of 8, with zeros beyond k
+    int y_stride;       // of y, n or more
+    Dtype dtype;        // of x
+    bool wide_output;   // y is fp32
 };
 
 }  // namespace tinychat::cuda

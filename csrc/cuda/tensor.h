@@ -14,6 +14,13 @@ namespace tinychat::cuda {
 template <class T>
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
+// D = A B.
+template <class T>
+__device__ __forceinline__ void product(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    d[0] = d[1] = d[2] = d[3] = 0;
+    multiply<T>(d, a, b0, b1);
+}
+
 #ifdef __CUDACC__
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800

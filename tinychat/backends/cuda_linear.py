@@ -45,7 +45,8 @@ class Workspace:
     Its addresses stay once a graph may hold them: `dequantized` is as large as the largest weight that was packed.
     """
 
-    weights: int = 0  # of the largest
+    sums: torch.Tensor  # fp32: parts of K that meet
+    weights: int = 0  # of the largest packed
     values: torch.Tensor | None = None
 
     def dequantized(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -56,6 +57,15 @@ class Workspace:
         return self.values[: n * k].view(n, k)
 
 
+    @staticmethod
+    def of(device: torch.device) -> Workspace:
+        """That of `device`."""
+        if device not in _workspaces:
+            _workspaces[device] = Workspace(torch.empty(_SUMS, device=device))
+        return _workspaces[device]
+
+
+_SUMS = 4 << 20  # 16 MiB: four parts of 64 rows of 16384 outputs
 _workspaces: dict[torch.device, Workspace] = {}
 
 
@@ -136,7 +146,7 @@ class CudaLinear:
         if alike:
             parts.append(Quantized.pack(alike, device))
         bias = None if linear.bias is None else tensor(np.asarray(linear.bias, np.float32), device)
-        workspace = _workspaces.setdefault(device, Workspace())
+        workspace = Workspace.of(device)
         workspace.weights = max(workspace.weights, *(p.packed.n * k if isinstance(p, Quantized) else 0 for p in parts), 0)
         return cls(n, k, tuple(parts), bias, dtype, device, workspace)
 
@@ -161,9 +171,6 @@ class CudaLinear:
         y = torch.empty(len(x), self.n, dtype=torch.float32 if wide else self.dtype, device=self.device)
         if not len(x):
             return y
-        x = x.contiguous()
-        if x.data_ptr() % 16:
-            x = x.clone()
         begin = 0
         for part in self.parts:
             if isinstance(part, Quantized):
@@ -182,29 +189,23 @@ class CudaLinear:
             self._dense(self.dequantized(part), x, y, begin)
             return
         cuda = extension(self.device)
-        dtype = cuda.Dtype.f16 if self.dtype == torch.float16 else cuda.Dtype.bf16
+        x = torch.nn.functional.pad(x, (0, -self.k % 8)).contiguous()  # rows begin at multiples of 16 bytes
+        if x.data_ptr() % 16:
+            x = x.clone()
         bias = 0 if self.bias is None else self.bias.data_ptr() + 4 * begin
-        wide = y.dtype == torch.float32
-        for first in range(0, len(x), cuda.GEMV_ROWS):
-            rows = min(cuda.GEMV_ROWS, len(x) - first)
-            cuda.gemv(
-                part.weight,
-                x[first].data_ptr(),
-                bias,
-                y[first].data_ptr() + begin * y.itemsize,
-                rows,
-                self.n,
-                dtype,
-                wide,
-                stream(self.device),
-            )
+        call = (part.weight, x.data_ptr(), bias, y.data_ptr() + begin * y.itemsize, len(x), x.shape[1], self.n)
+        kind = (_dtype(cuda, self.dtype), y.dtype == torch.float32, stream(self.device))
+        if len(x) <= cuda.GEMV_ROWS:
+            cuda.gemv(*call, *kind)
+        else:
+            sums = self.workspace.sums
+            cuda.gemm(*call, *kind, sums.data_ptr(), sums.nbytes)
 
     def dequantized(self, part: Quantized) -> torch.Tensor:
         """[n, k] of a part in `dtype`, in the order of its codes, valid until the next call of any linear."""
         cuda = extension(self.device)
         values = self.workspace.dequantized(part.packed.n, self.k, self.dtype, self.device)
-        dtype = cuda.Dtype.f16 if self.dtype == torch.float16 else cuda.Dtype.bf16
-        cuda.dequantize(part.weight, dtype, values.data_ptr(), stream(self.device))
+        cuda.dequantize(part.weight, _dtype(cuda, self.dtype), values.data_ptr(), stream(self.device))
         return values
 
     def _dense(self, values: torch.Tensor, x: torch.Tensor, y: torch.Tensor, begin: int) -> None:
@@ -212,6 +213,10 @@ class CudaLinear:
         torch.mm(x, values.T, out=out) if out.dtype == x.dtype and len(values) == self.n else out.copy_(x @ values.T)
         if self.bias is not None:
             out += self.bias[begin : begin + len(values)]
+
+
+def _dtype(cuda: ModuleType, dtype: torch.dtype) -> Any:
+    return cuda.Dtype.f16 if dtype == torch.float16 else cuda.Dtype.bf16
 
 
 def _has_kernel(segment: QTensor | AwqWords | np.ndarray) -> bool:
