@@ -29,6 +29,7 @@ from tinychat.text_stream import TextStream
 
 DEFAULT_CTX_SIZE = 4096  # at most: the KV cache is allocated whole, and few conversations are longer
 PREFILL_CHUNK = 128  # rows: enough to keep the arithmetic busy, few enough that a cancelled prompt ends soon
+LOGITS_CHUNK = 512  # rows, where logits of all are wanted: of a large vocabulary they take more than the model's part
 PRIMING = 8  # prompt tokens that the decoder sees first, so that an answer continuing a text keeps its leading space
 KV_ITEMSIZE = {"fp16": 2, "fp32": 4, "int8": 1}
 
@@ -165,7 +166,8 @@ class Engine:
         self.generation_config = dict(generation_config or {})
         self.eos_ids = eos_ids
         self._runner: Runner | None = runner
-        self._prefill_chunk: int = prefill_chunk or getattr(runner, "prefill_chunk", PREFILL_CHUNK)
+        chunk: int = getattr(runner, "prefill_chunk", PREFILL_CHUNK)
+        self._prefill_chunk = prefill_chunk or chunk
         self._lock = threading.Lock()
         self._holder: int | None = None  # the thread that last advanced the open stream
         self._slots: list[list[int]] = [[] for _ in range(runner.cache.n_slots)]  # the tokens whose keys each holds
@@ -246,8 +248,9 @@ class Engine:
         self._acquire(lambda: False)
         try:
             self._keep(runner, 0, 0)
-            for start in range(0, len(tokens), self._prefill_chunk):
-                chunk = tokens[start : start + self._prefill_chunk]
+            rows = min(self._prefill_chunk, LOGITS_CHUNK)
+            for start in range(0, len(tokens), rows):
+                chunk = tokens[start : start + rows]
                 out[start : start + len(chunk)] = self._run(runner, 0, chunk, wanted="all")
         finally:
             self._release(runner)
@@ -318,22 +321,21 @@ class Engine:
                 yield last(text.flush(), "cancelled")
                 return
             begun = time.perf_counter()
-            if pending and follow is not None:
-                drawn = follow(pending[0])
+            if pending and follow:
+                token, logprob = follow(pending[0]), None
                 self._slots[slot] += pending
-                finite = drawn >= 0
             else:
                 if pending:
                     logits = self._run(runner, slot, pending, wanted="last")
                 assert logits is not None  # cancelled() did not change its mind: prefill ran to the end
-                drawn, finite = None, np.isfinite(logits).all()
-            if not finite:
+                finite = np.isfinite(logits).all()
+                token, logprob = sample(logits[0], params, history, rng) if finite else (-1, None)
+            if token < 0:
                 self._keep(runner, slot, 0)
                 raise BackendError(
                     f"the model's output is not finite after {len(prompt) + n_tokens} tokens: the checkpoint is "
                     "damaged, or its activations do not fit the backend's number format; try another device"
                 )
-            token, logprob = (drawn, None) if drawn is not None else sample(logits[0], params, history, rng)
             if pending:
                 decode_s += time.perf_counter() - begun
                 n_decoded += 1
