@@ -11,6 +11,8 @@ from tiny_models import memory_weights, tiny
 
 from tinychat.backends import reference
 from tinychat.backends.cuda_runner import CudaRunner, build_on
+from tinychat.bench import contexts
+from tinychat.bench.measure import Session
 from tinychat.cache import Rows
 from tinychat.config import ModelConfig
 from tinychat.engine import Engine
@@ -198,6 +200,23 @@ def test_more_draws_than_numbers_are_sent_ahead(monkeypatch):
     asked = {"max_tokens": 8, "seed": 3, "temperature": 1.0}
     want = Engine(OnTheHost(runner)).generate(PROMPT.tolist(), **asked).tokens
     assert Engine(runner).generate(PROMPT.tolist(), **asked).tokens == want
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_bench_measures_it(device):
+    """Tokens are drawn on the device there too, and a cache filled with random entries is read."""
+    runner = build(device, family("llama"))
+    session = Session(Engine(runner))
+    found = session.decode(6, lambda n: 1.0, None)
+    assert len(found.latencies) == 5 and all(0 < a <= b for a, b in zip(found.steps, found.latencies, strict=True))
+    for kv_dtype in ("fp16", "int8"):
+        cache = build(device, family("llama"), kv_dtype=kv_dtype).cache
+        contexts.fill(cache, 40)
+        assert cache.keys[1, 0, :, :40, :10].any() and not cache.keys[..., 10:].any()
+        assert not cache.values[:, 0, :, 40:].any()
+    contexts.fill(runner.cache, 40)
+    seconds, _ = contexts._one(runner, 40, None)
+    assert seconds > 0 and runner.cache.lengths[0] > 41
 
 
 def test_penalties_and_logprobs_are_left_to_the_host():

@@ -91,6 +91,10 @@ class KVCache:
         """What keys, values and scales are held in: numpy arrays here; a device has its own."""
         return np.zeros(shape, dtype)
 
+    def given(self, entries: np.ndarray) -> Any:
+        """Numbers of the cache's dtype as they can be assigned to a part of `keys` or `values`."""
+        return entries
+
     def check(self, rows: Rows) -> np.ndarray:
         """The lengths after `rows`, int32 [n_slots]. Raises ValueError where a slot's rows do not continue it.
 

@@ -77,6 +77,13 @@ def free_bytes() -> int | None:
     return torch.cuda.mem_get_info()[0]
 
 
+def peak_bytes() -> int:
+    """Bytes that torch's tensors took on the GPU at the most."""
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
 def build(
     source: WeightSource,
     *,
@@ -92,10 +99,10 @@ def build(
 ) -> CudaRunner:
     """A runner of `source` with `n_slots` caches of `ctx_size` positions each.
 
-    threads: not used; kv_dtype fp16, int8, or fp32, which is kept as fp16; activations: 16 alone; head: 16 for the output head as it is stored, 8 to
-    round it; dtype: of activations, fp16 or bf16, by default bf16 where the checkpoint's own is; graphs: decoding steps
-    are captured once and replayed; progress(done, total): called after each layer. Raises UsageError for another
-    option, BackendError where the GPU cannot hold or run the model.
+    threads: not used; kv_dtype fp16, int8, or fp32, which is kept as fp16; activations: 16 alone; head: 16 for the
+    output head as it is stored, 8 to round it; dtype: of activations, fp16 or bf16, by default bf16 where the
+    checkpoint's own is; graphs: decoding steps are captured once and replayed; progress(done, total): called after each
+    layer. Raises UsageError for another option, BackendError where the GPU cannot hold or run the model.
     """
     if reason := available():
         raise BackendError(f"backend 'cuda' cannot be used here: {reason}")

@@ -37,6 +37,12 @@ class DeviceCache(KVCache):
         """See `KVCache`."""
         return torch.zeros(shape, dtype=_TORCH[np.dtype(dtype)], device=self._device)
 
+    def given(self, entries: np.ndarray) -> Any:
+        """See `KVCache`; [..., padded], what lies past head_dim is taken for zeros."""
+        tensor = torch.from_numpy(np.ascontiguousarray(entries)).to(self._device)
+        tensor[..., self.head_dim :] = 0
+        return tensor
+
     def entries(self, index: int, slot: int, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a slot's first positions in layer `index`, [n_kv_heads, length, padded] in `dtype`."""
         found = []

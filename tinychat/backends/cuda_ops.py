@@ -332,7 +332,7 @@ class CudaOps:
         return mixed.transpose(0, 1)[..., : c.head_dim].flatten(1)
 
     def _mask(self, begin: int, end: int, window: int, context: DeviceContext) -> Tensor:
-        """Who of the rows at positions begin .. end - 1 sees whom: bool [n, end]; or ALiBi's bias, [n_heads, n, end]."""
+        """Whom rows at positions begin .. end - 1 see: bool [n, end], or ALiBi's bias, [n_heads, n, end]."""
         key = (begin, end, window)
         if key not in context.masks:
             distance = torch.arange(begin, end, device=self.device)[:, None] - torch.arange(end, device=self.device)

@@ -75,6 +75,11 @@ class Subject:
         return self.source.config
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU runs it, and its memory is what is probed."""
+        return self.backend.__name__.rpartition(".")[2] == "cuda"
+
+    @property
     def head(self) -> int:
         """Bits of the output head, as `engine.load` decides them."""
         return self.options.head or (8 if self.source.n_quantized else 16)
