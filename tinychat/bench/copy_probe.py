@@ -1,7 +1,7 @@
 """How fast a GPU copies its memory, measured in slices between the tokens of a run: what `probe.Probe` is on a CPU.
 
-A copy reads and writes; both count. Its time is the GPU's own, from event to event: a step that was launched ahead of it
-does not disturb it.
+A copy reads and writes; both count. Its time is the GPU's own, from event to event: a step that was launched ahead of
+it does not disturb it.
 """
 
 from __future__ import annotations
