@@ -60,7 +60,7 @@ class CudaOps:
         blocks = config.n_kv_heads * -(-group // (1 if group == 1 else 4 if group <= 4 else 8))
         wanted = -(-2 * self._multiprocessors() // blocks)
         self._splits = max(1, min(wanted, -(-cache.capacity // _SPLIT), kernels.MOST_SPLITS))
-        parts = self._scratch_rows * config.n_heads * self._splits * (cache.padded + 2)
+        parts = max(self._scratch_rows, self._splits) * config.n_heads * (cache.padded + 2)
         self._partial = torch.empty(parts, dtype=torch.float32, device=self.device)
         self._arrived = torch.zeros(self._scratch_rows * config.n_heads, dtype=torch.int32, device=self.device)
 
@@ -300,7 +300,7 @@ class CudaOps:
             slopes=_address(self._slopes),
             window=config.window(index),
             append=append,
-            splits=self._splits if told["rows"] <= self._scratch_rows else 1,
+            splits=max(1, self._splits // told["rows"]),  # more rows, fewer blocks for each
             partial=self._partial.data_ptr(),
             arrived=self._arrived.data_ptr(),
             stream=self.stream,
