@@ -55,14 +55,13 @@ class CudaOps:
             raise BackendError("LayerNorm of single heads; the cuda backend has RMSNorm alone")
         self.angles = DeviceAngles(config.ropes, cache.capacity, self.device)
         self._slopes = self.vector(np.array(config.slopes, np.float32)) if config.slopes else None
-        self._scratch_rows = max(cache.n_slots, _FEW)
         group = config.n_heads // config.n_kv_heads
         blocks = config.n_kv_heads * -(-group // (1 if group == 1 else 4 if group <= 4 else 8))
         wanted = -(-2 * self._multiprocessors() // blocks)
         self._splits = max(1, min(wanted, -(-cache.capacity // _SPLIT), kernels.MOST_SPLITS))
-        parts = max(self._scratch_rows, self._splits) * config.n_heads * (cache.padded + 2)
-        self._partial = torch.empty(parts, dtype=torch.float32, device=self.device)
-        self._arrived = torch.zeros(self._scratch_rows * config.n_heads, dtype=torch.int32, device=self.device)
+        parts = self._splits * config.n_heads  # at most: rows share them
+        self._partial = torch.empty(parts * (cache.padded + 2), dtype=torch.float32, device=self.device)
+        self._arrived = torch.zeros(parts, dtype=torch.int32, device=self.device)
 
     def _multiprocessors(self) -> int:
         index = self.device.index if self.device.type == "cuda" else None
