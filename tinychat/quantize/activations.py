@@ -38,6 +38,7 @@ class Sample:
 
     context: Context
     x: torch.Tensor  # the block's input, fp32 [T, hidden_size]
+    y: torch.Tensor  # its output, likewise, until the next block has been run
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # of each canonical linear, [T, K]
 
 
@@ -111,7 +112,7 @@ class Activations:
         totals: dict[str, torch.Tensor] = {}
         counts: dict[str, int] = {}
         for rows, context, use in self._chunks:
-            sample = None if use is Use.STATISTICS else Sample(context, self._x[rows].clone())
+            sample = None if use is Use.STATISTICS else Sample(context, self._x[rows].clone(), self._x[rows])
 
             def watch(linear: Dense, x: torch.Tensor, sample: Sample | None = sample) -> None:
                 _add(totals, linear.name, x.abs().sum(0, dtype=torch.float64))

@@ -251,6 +251,7 @@ def _layer(
     """Layer `index` as it is written; what is found goes to the report."""
     progress.doing("reading")
     layer = dense_layer(source.layer(index), partial(plan, index))
+    source.release()
     progress.doing(method.name)
     changed, done, results = method.apply(source.config, layer, index, activations, grid)
     report.groups += results
@@ -258,7 +259,7 @@ def _layer(
         experts = ", ".join(name.removeprefix("down.") for name in idle)
         report.notes.append(f"layer {index}: rounded to nearest for want of tokens that go there: experts {experts}")
     for linear in linears_of(layer).values():
-        report.kept |= {module: reason for _, module, reason in linear.segments() if reason}
+        report.kept |= {module: reason for module, reason in zip(linear.modules, linear.kept, strict=True) if reason}
     report.count(changed, done)
     return done
 
