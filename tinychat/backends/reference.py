@@ -155,7 +155,7 @@ class TorchOps:
         if not gated:
             return activated(up, kind)
         gate, up = up.chunk(2, dim=-1)
-        return activated(gate, kind) * up
+        return activated(gate, kind).mul_(up)
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: ModelConfig, index: int, context: Context

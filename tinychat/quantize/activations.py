@@ -22,6 +22,8 @@ from tinychat.weights import Ends
 NO_ENDS = Ends()
 SAMPLED_NUMBERS = 2**22  # of a block's input: what narrow models are sampled to
 CHUNK_TOKENS = 4096  # run at once: bounds the memory of intermediate activations
+CHUNK_NUMBERS = 2**25  # of what the widest linear makes of tokens run at once, unless they are sampled
+GRAM_ROWS = 2048  # of a matrix of second moments that are added to at once
 
 
 class Use(Enum):
@@ -82,7 +84,8 @@ class Activations:
         ids: list[int] = []
         positions: list[torch.Tensor] = []
         for kind in Use:
-            for chunk in _chunks([s for s, its in zip(sequences, use, strict=True) if its is kind]):
+            n = CHUNK_TOKENS if kind is not Use.STATISTICS else min(CHUNK_TOKENS, CHUNK_NUMBERS // config.up_size)
+            for chunk in _chunks([s for s, its in zip(sequences, use, strict=True) if its is kind], n):
                 begin = len(ids)
                 ids += [token for sequence in chunk for token in sequence]
                 context = Context.of_sequences(config, [len(sequence) for sequence in chunk])
@@ -106,19 +109,23 @@ class Activations:
         self._x = torch.from_numpy(state)
 
     @torch.inference_mode()
-    def advance(self, layer: PackedLayer, index: int, grams: bool = False) -> Observed:
-        """Run block `index` on all tokens and say what its linears saw. CheckpointError where they are not finite."""
+    def advance(self, layer: PackedLayer, index: int, grams: bool = False, samples: bool = True) -> Observed:
+        """Run block `index` on all tokens and say what its linears saw, with `grams` and `samples` where asked for.
+
+        CheckpointError where what comes out is not finite.
+        """
         found = Observed({}, [], [], {})
         totals: dict[str, torch.Tensor] = {}
         counts: dict[str, int] = {}
         for rows, context, use in self._chunks:
-            sample = None if use is Use.STATISTICS else Sample(context, self._x[rows].clone(), self._x[rows])
+            keep = samples and use is not Use.STATISTICS
+            sample = Sample(context, self._x[rows].clone(), self._x[rows]) if keep else None
 
             def watch(linear: Dense, x: torch.Tensor, sample: Sample | None = sample) -> None:
                 _add(totals, linear.name, x.abs().sum(0, dtype=torch.float64))
                 counts[linear.name] = counts.get(linear.name, 0) + len(x)
                 if grams:
-                    _add(found.grams, linear.name, x.T @ x)
+                    _add_gram(found.grams, linear.name, x)
                 if sample:
                     sample.inputs[linear.name] = x
 
@@ -140,6 +147,16 @@ def _add(totals: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None
     totals[name] = totals[name].add_(part) if name in totals else part
 
 
+def _add_gram(totals: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> None:
+    """x^T x, of x [T, K]."""
+    if name not in totals:
+        totals[name] = x.T @ x
+        return
+    for first in range(0, x.shape[1], GRAM_ROWS):
+        rows = slice(first, first + GRAM_ROWS)
+        totals[name][rows] += x[:, rows].T @ x
+
+
 def _drawn(sequences: Sequence[Sequence[int]], n_tokens: int, seed: int) -> list[Use]:
     """What each sequence is for: at least one for the search, and where there are more at least one held out."""
     use = [Use.STATISTICS] * len(sequences)
@@ -153,12 +170,12 @@ def _drawn(sequences: Sequence[Sequence[int]], n_tokens: int, seed: int) -> list
     return use
 
 
-def _chunks(sequences: list[Sequence[int]]) -> list[list[Sequence[int]]]:
-    """Sequences in runs of at most CHUNK_TOKENS tokens, at least one sequence each."""
+def _chunks(sequences: list[Sequence[int]], n_tokens: int) -> list[list[Sequence[int]]]:
+    """Sequences in runs of at most `n_tokens` tokens, at least one sequence each."""
     chunks: list[list[Sequence[int]]] = []
-    filled = CHUNK_TOKENS
+    filled = n_tokens
     for sequence in sequences:
-        if filled + len(sequence) > CHUNK_TOKENS:
+        if filled + len(sequence) > n_tokens:
             chunks.append([])
             filled = 0
         chunks[-1].append(sequence)

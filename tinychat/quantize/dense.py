@@ -77,16 +77,19 @@ class Dense:
         """Each segment as a linear of its own."""
         end = 0
         for n, module, reason in zip(self.rows, self.modules, self.kept, strict=True):
-            rows = slice(end, end + n)
+            yield replace(self._between(end, end + n), rows=(n,), modules=(module,), kept=(reason,))
             end += n
-            bias, limits, divisors = (None if x is None else x[rows] for x in (self.bias, self.limits, self.divisors))
-            yield Dense(self.name, self.stored[rows], bias, (n,), (module,), (reason,), limits, self.columns, divisors)
 
-    def pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """(weight, limits) of a few rows in turn: what is rounded row by row need not be in fp32 at once."""
-        for first in range(0, len(self.stored), PIECE):
-            rows = slice(first, first + PIECE)
-            yield self.of_rows(rows), None if self.limits is None else self.limits[rows]
+    def pieces(self, n: int = PIECE) -> Iterator[Dense]:
+        """A linear of one segment, `n` rows at a time: what is rounded row by row need not be in fp32 at once."""
+        for first in range(0, len(self.stored), n):
+            piece = self._between(first, first + n)
+            yield replace(piece, rows=(len(piece.stored),))
+
+    def _between(self, first: int, last: int) -> Dense:
+        of_rows = {name: getattr(self, name) for name in ("stored", "bias", "limits", "divisors")}
+        cut: dict[str, Any] = {name: None if x is None else x[first:last] for name, x in of_rows.items()}
+        return replace(self, **cut)
 
     def scaled(self, columns: torch.Tensor) -> Dense:
         """The same linear for inputs divided by `columns` [K]. Limits are lost: they were of other weights."""
@@ -108,15 +111,17 @@ class Dense:
         made = torch.empty(self.shape)
         end = 0
         for part in self.parts():
-            for weight, limits in part.pieces():
-                rounded = weight if part.kept[0] is not None else grid.round_trip(weight, part.modules[0], limits)
-                made[end : end + len(weight)] = rounded
+            for piece in part.pieces():
+                weight = piece.weight
+                if piece.quantized:
+                    weight = grid.round_trip(weight, piece.modules[0], piece.limits)
+                made[end : end + len(weight)] = weight
                 end += len(weight)
         return replace(self, stored=made, limits=None, columns=None, divisors=None)
 
     def quantize(self, grid: Grid) -> QTensor:
         """A linear of one segment rounded to nearest, within its limits."""
-        return stacked([grid.quantize(weight, self.modules[0], limits) for weight, limits in self.pieces()])
+        return stacked([grid.quantize(piece.weight, self.modules[0], piece.limits) for piece in self.pieces()])
 
 
 class DenseOps(TorchOps):
