@@ -30,6 +30,7 @@ from tinychat.quantize.report import BLOCK, GroupResult
 NEEDS_CALIBRATION = True
 STEPS = 20
 MANY = 2**20  # numbers in the samples of which half choose alpha; all of them choose limits, and what is kept
+TOKENS, BETWEEN = 512, 2**24  # that a trial's MLP takes at once: multiples, of so many numbers between up and down
 LARGEST = 2.0**10  # no channel is scaled by more, or by less than its inverse: fp16 must hold the folded weights
 
 Consumers = dict[str, Dense]  # of a group, by canonical name
@@ -188,6 +189,7 @@ def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, sam
         quadratic = _quadratic_loss(part(layer, name), _inputs(samples, name))
         return lambda consumers: quadratic(consumers[name])
     ops = DenseOps()
+    n_tokens = TOKENS * max(1, BETWEEN // (TOKENS * config.up_size))
 
     def run(consumers: Consumers) -> list[torch.Tensor]:
         replaced = changed(layer, **consumers)
@@ -197,7 +199,9 @@ def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, sam
             if "qkv" in consumers:
                 parts.append(self_attention(config, ops, replaced, index, sample.inputs["qkv"], sample.context))
             for name in {"up", "router"} & consumers.keys():  # one of them
-                parts.append(mlp(config, ops, replaced, sample.inputs[name]))
+                x = sample.inputs[name]
+                few = x.split(n_tokens) if layer.router is None else [x]  # experts share the tokens out among them
+                parts.append(torch.cat([mlp(config, ops, replaced, x) for x in few]))
             outputs.append(sum(parts[1:], start=parts[0]))
         return outputs
 

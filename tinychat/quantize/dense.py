@@ -20,7 +20,7 @@ from tinychat.qtensor import QTensor, Weight
 from tinychat.quantize.grid import FP16_MAX, Grid, as_float, as_stored, stacked
 from tinychat.weights import LINEARS, NORMS, OF_EXPERTS, QUANTIZED, Layer, Linear
 
-PIECE = 256  # rows of a weight in fp32 at a time, where rows are rounded one by one
+PIECE = 2**18  # numbers of a weight, in whole rows, that are rounded at a time: what stays in the cache
 
 # For segment i of a canonical linear, of shape (N, K): its name for the user, and why it stays in 16 bits (None: it
 # is quantized).
@@ -80,8 +80,9 @@ class Dense:
             yield replace(self._between(end, end + n), rows=(n,), modules=(module,), kept=(reason,))
             end += n
 
-    def pieces(self, n: int = PIECE) -> Iterator[Dense]:
-        """A linear of one segment, `n` rows at a time: what is rounded row by row need not be in fp32 at once."""
+    def pieces(self, numbers: int = PIECE) -> Iterator[Dense]:
+        """A linear of one segment, a few rows at a time: what is rounded row by row need not be in fp32 at once."""
+        n = max(1, numbers // self.stored.shape[1])
         for first in range(0, len(self.stored), n):
             piece = self._between(first, first + n)
             yield replace(piece, rows=(len(piece.stored),))
