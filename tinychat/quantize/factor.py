@@ -26,11 +26,11 @@ _Tiles = dict[tuple[int, int], torch.Tensor]
 class Factor:
     """U of H, the symmetric `gram`, fp32 [K, K], its channels in `order` where that is given."""
 
-    def __init__(self, gram: torch.Tensor, order: torch.Tensor | None = None, name: str = "weight", tile: int = TILE):
+    def __init__(self, gram: torch.Tensor, order: torch.Tensor | None = None, name: str = "weight"):
         """CheckpointError, with `name`, where H has no Cholesky factor, damped as it may be."""
         k = len(gram)
-        self._tile = tile
-        channels = (torch.arange(k) if order is None else order).split(tile)
+        self._tile = TILE
+        channels = (torch.arange(k) if order is None else order).split(TILE)
         step = DAMPING * max(float(gram.diagonal().double().mean()), torch.finfo(torch.float32).tiny)
         tiles, damping = None, 0.0
         for _ in range(TRIALS):

@@ -71,7 +71,7 @@ class Solver:
         """`gram` fp32 [K, K] is H. CheckpointError, with `name`, where it is not finite."""
         self.gram = gram
         diagonal = gram.diagonal()
-        if not torch.isfinite(gram).all():
+        if not torch.isfinite(torch.stack(gram.aminmax())).all():
             raise CheckpointError(f"{name}: its inputs, multiplied with each other, go beyond fp32's range")
         self.order = diagonal.argsort(descending=True, stable=True) if act_order else None
         self.factor = Factor(gram, self.order, name)
