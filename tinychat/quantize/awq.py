@@ -22,7 +22,7 @@ from tinychat.config import ModelConfig
 from tinychat.decoder import PackedLayer, block, mlp, self_attention
 from tinychat.quantize import clip
 from tinychat.quantize.activations import Observed, Sample
-from tinychat.quantize.dense import Dense, DenseOps, changed, part
+from tinychat.quantize.dense import SLICE, Dense, DenseOps, changed, part
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.groups import Group, scaling_groups
 from tinychat.quantize.report import BLOCK, GroupResult
@@ -30,7 +30,7 @@ from tinychat.quantize.report import BLOCK, GroupResult
 NEEDS_CALIBRATION = True
 STEPS = 20
 MANY = 2**20  # numbers in the samples of which half choose alpha; all of them choose limits, and what is kept
-TOKENS, BETWEEN = 512, 2**24  # that a trial's MLP takes at once: multiples, of so many numbers between up and down
+TOKENS, BETWEEN = 512, 2**25  # that a trial's MLP takes at once: multiples, of so many numbers between up and down
 LARGEST = 2.0**10  # no channel is scaled by more, or by less than its inverse: fp16 must hold the folded weights
 
 Consumers = dict[str, Dense]  # of a group, by canonical name
@@ -153,9 +153,7 @@ def _rounded(
     made = {}
     for name, linear in consumers.items():
         scaled = _scaled(linear, columns)
-        made[name] = replace(scaled, limits=limits.get(name) if limits else None).rounded(grid)
-        if columns is not None:
-            made[name].stored.div_(columns)  # its own
+        made[name] = replace(scaled, limits=limits.get(name) if limits else None).rounded(grid, columns)
     return made
 
 
@@ -216,14 +214,22 @@ def _quadratic_loss(consumer: Dense, x: torch.Tensor) -> Callable[[Dense], float
     """The same where y = x W^T: |x E^T|^2 of the weight's error E, by the Gram matrix x^T x where that is smaller."""
     power = _power([torch.nn.functional.linear(x, consumer.weight, consumer.bias)])
     if len(x) <= x.shape[1]:
-        return lambda other: float(((other.weight - consumer.weight) @ x.T).square().sum()) / power
+        return lambda other: float((_error(other, consumer) @ x.T).square().sum()) / power
     gram = x.double().T @ x.double()
 
     def loss(other: Dense) -> float:
-        error = (other.weight - consumer.weight).double()
+        error = _error(other, consumer).double()
         return float(((error @ gram) * error).sum()) / power
 
     return loss
+
+
+def _error(made: Dense, exact: Dense) -> torch.Tensor:
+    """The difference of two weights, fp32 [N, K], of which neither need be in fp32 at once."""
+    error = torch.empty(exact.shape)
+    for (rows, one), (_, other) in zip(made.slices(SLICE), exact.slices(SLICE), strict=True):
+        torch.sub(one.weight, other.weight, out=error[rows])
+    return error
 
 
 def _power(outputs: list[torch.Tensor]) -> float:

@@ -21,6 +21,8 @@ from tinychat.quantize.grid import FP16_MAX, Grid, as_float, as_stored, stacked
 from tinychat.weights import LINEARS, NORMS, OF_EXPERTS, QUANTIZED, Layer, Linear
 
 PIECE = 2**18  # numbers of a weight, in whole rows, that are rounded at a time: what stays in the cache
+SLICE = 2**23  # numbers of a weight that are in fp32 at once to be multiplied with
+ALIKE = 512  # of more rows than that are taken a multiple: of such parts a matrix product rounds as the whole one does
 
 # For segment i of a canonical linear, of shape (N, K): its name for the user, and why it stays in 16 bits (None: it
 # is quantized).
@@ -45,6 +47,8 @@ class Dense:
     columns: torch.Tensor | None = None  # fp32 [K]: weight is multiplied by it, and what was observed of its inputs is
     # to be divided by it; None: 1
     divisors: torch.Tensor | None = None  # fp32 [N]: weight, multiplied, is divided by it; None: 1
+    grid: Grid | None = None  # weight, as it then is, is rounded to it, within `limits`; None: it is not
+    reading: torch.Tensor | None = None  # fp32 [K]: weight, rounded, is divided by it; None: 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,11 +62,19 @@ class Dense:
 
     @property
     def weight(self) -> torch.Tensor:
-        """fp32 [N, K]; see `of_rows`."""
-        return self.of_rows(slice(None))
+        """fp32 [N, K]: a copy, except where it is `stored` so."""
+        if self.grid is None:
+            return self.of_rows(slice(None))
+        made = torch.empty(self.shape)
+        for rows, piece in self.slices(PIECE):
+            weight = piece.of_rows(slice(None))
+            if piece.quantized:
+                weight = self.grid.round_trip(weight, piece.modules[0], piece.limits)
+            made[rows] = weight if self.reading is None else weight / self.reading
+        return made
 
     def of_rows(self, rows: slice) -> torch.Tensor:
-        """Some rows of the weight in fp32: a copy, except where they are `stored` so."""
+        """Some rows of the weight before it is rounded."""
         weight = self.stored[rows]
         if self.columns is None and self.divisors is None:
             return weight.float()
@@ -75,22 +87,23 @@ class Dense:
 
     def parts(self) -> Iterator[Dense]:
         """Each segment as a linear of its own."""
+        return (part for _, part in self.slices(self.stored.numel()))
+
+    def slices(self, numbers: int) -> Iterator[tuple[slice, Dense]]:
+        """(its rows, a linear of its own) for as many rows of a segment as have so many numbers, in turn.
+
+        What is done row by row need not be in fp32 at once.
+        """
+        n = max(1, numbers // self.shape[1])
+        n -= n % ALIKE if n > ALIKE else 0
         end = 0
-        for n, module, reason in zip(self.rows, self.modules, self.kept, strict=True):
-            yield replace(self._between(end, end + n), rows=(n,), modules=(module,), kept=(reason,))
-            end += n
-
-    def pieces(self, numbers: int = PIECE) -> Iterator[Dense]:
-        """A linear of one segment, a few rows at a time: what is rounded row by row need not be in fp32 at once."""
-        n = max(1, numbers // self.stored.shape[1])
-        for first in range(0, len(self.stored), n):
-            piece = self._between(first, first + n)
-            yield replace(piece, rows=(len(piece.stored),))
-
-    def _between(self, first: int, last: int) -> Dense:
-        of_rows = {name: getattr(self, name) for name in ("stored", "bias", "limits", "divisors")}
-        cut: dict[str, Any] = {name: None if x is None else x[first:last] for name, x in of_rows.items()}
-        return replace(self, **cut)
+        for length, module, reason in zip(self.rows, self.modules, self.kept, strict=True):
+            begin, end = end, end + length
+            for first in range(begin, end, n):
+                rows = slice(first, min(first + n, end))
+                whole = {name: getattr(self, name) for name in ("stored", "bias", "limits", "divisors")}
+                cut: dict[str, Any] = {name: None if x is None else x[rows] for name, x in whole.items()}
+                yield rows, replace(self, rows=(rows.stop - first,), modules=(module,), kept=(reason,), **cut)
 
     def scaled(self, columns: torch.Tensor) -> Dense:
         """The same linear for inputs divided by `columns` [K]. Limits are lost: they were of other weights."""
@@ -107,22 +120,17 @@ class Dense:
         limits = None if self.limits is None else self.limits / rows[:, None, None]
         return replace(self, bias=bias, limits=limits, divisors=before * rows)
 
-    def rounded(self, grid: Grid) -> Dense:
-        """The same linear with its weights on the grid, in fp32."""
-        made = torch.empty(self.shape)
-        end = 0
-        for part in self.parts():
-            for piece in part.pieces():
-                weight = piece.weight
-                if piece.quantized:
-                    weight = grid.round_trip(weight, piece.modules[0], piece.limits)
-                made[end : end + len(weight)] = weight
-                end += len(weight)
-        return replace(self, stored=made, limits=None, columns=None, divisors=None)
+    def rounded(self, grid: Grid, reading: torch.Tensor | None = None) -> Dense:
+        """The same linear with its weights on the grid, and then divided by `reading`; a large one's each time anew."""
+        made = replace(self, grid=grid, reading=reading)
+        if self.stored.numel() > SLICE:
+            return made
+        return replace(made, stored=made.weight, limits=None, columns=None, divisors=None, grid=None, reading=None)
 
     def quantize(self, grid: Grid) -> QTensor:
         """A linear of one segment rounded to nearest, within its limits."""
-        return stacked([grid.quantize(piece.weight, self.modules[0], piece.limits) for piece in self.pieces()])
+        pieces = (piece for _, piece in self.slices(PIECE))
+        return stacked([grid.quantize(piece.weight, piece.modules[0], piece.limits) for piece in pieces])
 
 
 class DenseOps(TorchOps):
@@ -141,7 +149,12 @@ class DenseOps(TorchOps):
         if self._watch:
             self._watch(weight, x)
         used = weight if self._grid is None else weight.rounded(self._grid)
-        return torch.nn.functional.linear(x, used.weight, used.bias)
+        if used.stored.numel() <= SLICE:
+            return torch.nn.functional.linear(x, used.weight, used.bias)
+        y = torch.empty(len(x), used.shape[0])
+        for rows, piece in used.slices(SLICE):
+            y[:, rows] = torch.nn.functional.linear(x, piece.weight, piece.bias)
+        return y
 
 
 def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:

@@ -79,7 +79,7 @@ class Solver:
     def quantize(self, part: Dense, grid: Grid) -> tuple[QTensor, tuple[float, float, float]]:
         """(a linear of one segment on the grid; the loss rounded to nearest, the loss of this, the loss of zeros)."""
         made, losses = [], []
-        for piece in part.pieces(NUMBERS):
+        for _, piece in part.slices(NUMBERS):
             found, loss = self._quantize(piece, grid)
             made.append(found)
             losses.append(loss)
