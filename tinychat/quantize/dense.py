@@ -6,7 +6,6 @@ It knows no quantization method and no file layout.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,14 +87,14 @@ class Dense:
 
     def parts(self) -> Iterator[Dense]:
         """Each segment as a linear of its own."""
-        return (part for _, part in self.slices(math.inf))
+        return (part for _, part in self.slices())
 
-    def slices(self, numbers: float) -> Iterator[tuple[slice, Dense]]:
-        """(its rows, a linear of its own) for as many rows of a segment as have so many numbers, in turn.
+    def slices(self, numbers: int | None = None) -> Iterator[tuple[slice, Dense]]:
+        """(its rows, a linear of its own) for as many rows of a segment as have so many numbers (None: all), in turn.
 
         What is done row by row need not be in fp32 at once.
         """
-        n = max(1, int(min(numbers // self.shape[1], len(self.stored))))
+        n = len(self.stored) if numbers is None else max(1, numbers // self.shape[1])
         n -= n % ALIKE if ALIKE < n < len(self.stored) else 0
         end = 0
         for length, module, reason in zip(self.rows, self.modules, self.kept, strict=True):
