@@ -41,7 +41,10 @@ Loss = Callable[[Consumers], float]  # of the linears in place of those of a gro
 def transform(
     config: ModelConfig, layer: PackedLayer, index: int, observed: Observed, grid: Grid
 ) -> tuple[PackedLayer, list[GroupResult]]:
-    """`layer` with the best scales of each group folded in, and limits: the same function, easier to round."""
+    """`layer` with the best scales of each group folded in, and limits: the same function, easier to round.
+
+    The inputs in `observed` are gone when their group is done.
+    """
     results = []
     folded = layer
     for group in scaling_groups(config, config.experts_of(index)):
@@ -49,6 +52,9 @@ def transform(
         if seen and any(part(layer, name).quantized for name in group.consumers):
             folded, result = _search(config, layer, folded, index, group, observed, grid)
             results.append(result)
+        for sample in (*observed.samples, *observed.held_out):
+            for name in group.consumers:  # of this group alone
+                sample.inputs.pop(name, None)
     if not results:
         return layer, []
     before, after = (_block_loss(config, one, index, grid, observed) for one in (layer, folded))
