@@ -23,7 +23,7 @@ NO_ENDS = Ends()
 SAMPLED_NUMBERS = 2**22  # of a block's input: what narrow models are sampled to
 CHUNK_TOKENS = 4096  # run at once: bounds the memory of intermediate activations
 CHUNK_NUMBERS = 2**25  # of what the widest linear makes of tokens run at once, unless they are sampled
-GRAM_ROWS = 2048  # of a matrix of second moments that are added to at once
+CHANNELS = 2048  # whose statistics are computed at once: likewise
 
 
 class Use(Enum):
@@ -122,7 +122,7 @@ class Activations:
             sample = Sample(context, self._x[rows].clone(), self._x[rows]) if keep else None
 
             def watch(linear: Dense, x: torch.Tensor, sample: Sample | None = sample) -> None:
-                _add(totals, linear.name, x.abs().sum(0, dtype=torch.float64))
+                _add(totals, linear.name, torch.cat([part.abs().sum(0, dtype=torch.float64) for part in _parts(x)]))
                 counts[linear.name] = counts.get(linear.name, 0) + len(x)
                 if grams:
                     _add_gram(found.grams, linear.name, x)
@@ -147,14 +147,18 @@ def _add(totals: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None
     totals[name] = totals[name].add_(part) if name in totals else part
 
 
+def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A few channels of x [T, K] each; in fp64 they would take twice what x does."""
+    return x.split(CHANNELS, dim=1)
+
+
 def _add_gram(totals: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> None:
     """x^T x, of x [T, K]."""
     if name not in totals:
         totals[name] = x.T @ x
         return
-    for first in range(0, x.shape[1], GRAM_ROWS):
-        rows = slice(first, first + GRAM_ROWS)
-        totals[name][rows] += x[:, rows].T @ x
+    for part, rows in zip(_parts(x), totals[name].split(CHANNELS), strict=True):
+        rows += part.T @ x
 
 
 def _drawn(sequences: Sequence[Sequence[int]], n_tokens: int, seed: int) -> list[Use]:

@@ -72,7 +72,8 @@ def quantize(
     progress     on stderr
     revision, offline, ignore_config  of the source: see `checkpoint.locate` and `checkpoint.open`
 
-    In memory are one layer in fp32 and what the method makes of it, the calibration activations, and mapped pages.
+    In memory are one layer as the source has it and in codes, parts of it in fp32, and the calibration activations:
+    less than two layers in fp32. (Text that is sampled takes the packed model while it is written: see `rounded`.)
     Raises UsageError for arguments that cannot be, CheckpointError for what is wrong with the source or the output,
     which then is as it was before.
     """
