@@ -182,7 +182,7 @@ class TorchOps:
         """act(gate) * up of gate | up, or act(up), over `act_scale`: [T, up_size] -> [T, intermediate_size]."""
         if gated:
             gate, up = up.chunk(2, dim=-1)
-            made = activated(gate, kind) * up
+            made = activated(gate, kind).mul_(up)
         else:
             made = activated(up, kind)
         return made if act_scale is None else made / act_scale
