@@ -6,7 +6,7 @@ import torch
 from test_quantize_awq import ALL, random_weights, sequences, tiny_config
 
 from tinychat.errors import CheckpointError, UsageError
-from tinychat.quantize import gptq, quantize_in_memory
+from tinychat.quantize import factor, gptq, quantize_in_memory
 from tinychat.quantize.dense import Dense
 from tinychat.quantize.grid import Grid
 
@@ -24,7 +24,7 @@ def naive(weight, gram, grid, act_order=False):
     """Column by column: round, move all columns to come, strike the column out of the inverse (equations 2 and 3)."""
     w, h = weight.double().numpy().copy(), gram.double().numpy().copy()
     k = len(h)
-    h[np.diag_indices(k)] += gptq.DAMPING * h.diagonal().mean()
+    h[np.diag_indices(k)] += factor.DAMPING * h.diagonal().mean()
     inverse = np.linalg.inv(h)
     width = grid.width(k)
     order = np.argsort(-gram.diagonal().numpy(), kind="stable") if act_order else np.arange(k)
@@ -92,6 +92,32 @@ def test_dead_channels_and_too_few_tokens():
     assert np.array_equal(made.dequantize()[:, [0, 7, 95]], rtn.dequantize()[:, [0, 7, 95]])
     silent, (nearest, found, power) = gptq.Solver(torch.zeros(96, 96)).quantize(part, grid)
     assert np.array_equal(silent.codes, rtn.codes) and nearest == found == power == 0
+
+
+@pytest.mark.parametrize("k", [40, 64, 200])
+def test_a_factor_in_tiles_is_the_factor(k, monkeypatch):
+    """Of several tiles, the last of which is smaller; H in another order; rows on both sides of a tile's end."""
+    _, gram = problem(k=k, tokens=2 * k)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(factor, "TILE", 64)
+    made = factor.Factor(gram, order)
+    whole = made.rows(0, k).double()
+    damped = gram[order][:, order].double()
+    damped.diagonal().add_(factor.DAMPING * damped.diagonal().mean())
+    inverse = torch.linalg.inv(damped)
+    assert (whole.T @ whole - inverse).abs().max() < 1e-6 * inverse.abs().max()
+    assert (whole.tril(-1) == 0).all()
+    for first, last in ((0, 7), (30, min(k, 70)), (k - 1, k)):
+        assert torch.equal(made.rows(first, last), whole[first:last, first:].float())
+
+
+def test_rows_are_solved_for_a_few_at_a_time(monkeypatch):
+    part, gram = problem()
+    whole = gptq.Solver(gram).quantize(part, Grid(3, 32))
+    monkeypatch.setattr(gptq, "NUMBERS", 7 * 96)
+    pieces = gptq.Solver(gram).quantize(part, Grid(3, 32))
+    assert all(np.array_equal(getattr(whole[0], n), getattr(pieces[0], n)) for n in ("codes", "scales", "zeros"))
+    assert pieces[1] == pytest.approx(whole[1], rel=1e-6)
 
 
 def test_inputs_beyond_range_are_named():

@@ -1,5 +1,7 @@
 """AWQ's search a second time, written from the paper: one row, one group, one range at a time, in float64."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_the_search_is_the_papers(name):
     layer = dense(random_weights(config, salient=(3,)))
     source = random_weights(config, salient=(3,))
     observed = Activations(config, source.embed(), sequences(config, (16, 16)), 10**6).advance(layer, 0)
-    folded, results = awq.transform(config, layer, 0, observed, Grid(bits, WIDTH))
+    folded, results = awq.transform(config, layer, 0, copy.deepcopy(observed), Grid(bits, WIDTH))
     (sample,), (held_out,) = observed.samples, observed.held_out
     limits_checked = 0
     for result in (r for r in results if r.group != BLOCK):

@@ -128,7 +128,7 @@ def add_device(
     kv_type, head    the defaults of --kv-type and --head
     """
     group = parser.add_argument_group("how it runs")
-    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or reference (default: auto)")
+    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, cpu or reference (default: auto)")
     group.add_argument(
         *("-c", "--ctx-size", "--max-seq-len", "--num-ctx"),
         dest="ctx_size",

@@ -8,6 +8,7 @@ embeddings are all this one call, the same in PyTorch and in C++.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -77,14 +78,22 @@ class KVCache:
     def __init__(self, n_layers: int, n_slots: int, n_kv_heads: int, capacity: int, head_dim: int, dtype: str = "fp16"):
         self.dtype: np.dtype = np.dtype(KV_DTYPES[dtype])
         shape = (n_layers, n_slots, n_kv_heads, capacity, head_dim)
-        self.keys = np.zeros(shape, self.dtype)
-        self.values = np.zeros(shape, self.dtype)
+        self.keys = self.zeros(shape, self.dtype)
+        self.values = self.zeros(shape, self.dtype)
         scaled = self.dtype == np.int8
-        self.key_scales = np.zeros(shape[:-1], np.float32) if scaled else None
-        self.value_scales = np.zeros(shape[:-1], np.float32) if scaled else None
+        self.key_scales = self.zeros(shape[:-1], np.dtype(np.float32)) if scaled else None
+        self.value_scales = self.zeros(shape[:-1], np.dtype(np.float32)) if scaled else None
         self.lengths = np.zeros(n_slots, np.int32)
         self.capacity = capacity
         self.n_slots = n_slots
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """What keys, values and scales are held in: numpy arrays here; a device has its own."""
+        return np.zeros(shape, dtype)
+
+    def given(self, entries: np.ndarray) -> Any:
+        """Numbers of the cache's dtype as they can be assigned to a part of `keys` or `values`."""
+        return entries
 
     def check(self, rows: Rows) -> np.ndarray:
         """The lengths after `rows`, int32 [n_slots]. Raises ValueError where a slot's rows do not continue it.

@@ -20,12 +20,22 @@ from tinychat.config import Activation, Block, Experts, ModelConfig, Norm, QKNor
 from tinychat.weights import LINEARS, NORMS, OF_EXPERTS, Ends, Layer, Linear, WeightSource
 
 Tensor = torch.Tensor
+Added = tuple[Tensor, ...]  # what the residual stream is yet to be given: it is added where the stream is read next
 
 
 class Ops(Protocol):
     """What a backend does. `Any` is its packed linear; `pack`, `vector` and `table` are called at load only."""
 
     dtype: torch.dtype  # of activations
+
+    def context(self, config: ModelConfig, rows: Rows, cache: KVCache) -> Any:
+        """What `attention` wants to know of a step; its `positions` are int64 [T]. ValueError where `cache` does not
+        take the rows (see `KVCache.check`)."""
+        ...
+
+    def indices(self, values: np.ndarray) -> Tensor:
+        """Integers of a step, int64, where the backend computes."""
+        ...
 
     def pack(self, linear: Linear) -> Any:
         """The linear in the form that `linear` wants."""
@@ -47,19 +57,46 @@ class Ops(Protocol):
         """y = x W^T + b: [T, K] -> [T, N]."""
         ...
 
+    def logits(self, x: Tensor, weight: Any) -> Tensor:
+        """The same of the output head, in fp32 at least."""
+        ...
+
     def norm(self, x: Tensor, weight: Tensor, eps: float, kind: Norm = Norm.RMS, bias: Tensor | None = None) -> Tensor:
         """A norm over the last axis."""
         ...
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, config: ModelConfig, index: int, context: Context) -> Tensor:
+    def add_norm(
+        self,
+        x: Tensor,
+        added: Added,
+        scale: float,
+        weight: Tensor,
+        eps: float,
+        kind: Norm = Norm.RMS,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(y, norm(y)) of y = `summed(x, added, scale)`."""
+        ...
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: ModelConfig,
+        index: int,
+        context: Any,
+        norms: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Causal attention of layer `index`: rotates q and k, stores k and v in the context's cache, attends.
 
-        q [T, n_heads, head_dim], k and v [T, n_kv_heads, head_dim], before rotation. Returns [T, n_heads * head_dim].
+        q [T, n_heads, head_dim], k and v [T, n_kv_heads, head_dim], before rotation. Before it, each head of q and of
+        k goes through an RMSNorm with these weights. Returns [T, n_heads * head_dim].
         """
         ...
 
-    def activation(self, up: Tensor, kind: Activation, gated: bool = True) -> Tensor:
-        """act(gate) * up, or act(up): [T, up_size] -> [T, intermediate_size]."""
+    def activation(self, up: Tensor, kind: Activation, gated: bool = True, act_scale: Tensor | None = None) -> Tensor:
+        """act(gate) * up, or act(up), over `act_scale` [intermediate_size]: [T, up_size] -> [T, intermediate_size]."""
         ...
 
 
@@ -183,9 +220,7 @@ def pack_layer(ops: Ops, layer: Layer, n_experts: int = 0) -> PackedLayer:
     return PackedLayer(**made)
 
 
-def self_attention(
-    config: ModelConfig, ops: Ops, layer: PackedLayer, index: int, x: Tensor, context: Context
-) -> Tensor:
+def self_attention(config: ModelConfig, ops: Ops, layer: PackedLayer, index: int, x: Tensor, context: Any) -> Tensor:
     """Attention on normed rows, output projection included, residual not: [T, hidden_size] -> [T, hidden_size]."""
     c = config
     qkv = ops.linear(x, layer.qkv)
@@ -197,9 +232,10 @@ def self_attention(
     q = q.unflatten(-1, (c.n_heads, c.head_dim))
     k = k.unflatten(-1, (c.n_kv_heads, c.head_dim))
     v = v.unflatten(-1, (c.n_kv_heads, c.head_dim))
-    if c.qk_norm is QKNorm.HEAD:
-        q, k = _normed(c, ops, layer, "q_norm", q), _normed(c, ops, layer, "k_norm", k)
-    return ops.linear(ops.attention(q, k, v, c, index, context), layer.out)
+    norms = None
+    if c.qk_norm is QKNorm.HEAD and layer.q_norm is not None and layer.k_norm is not None:
+        norms = layer.q_norm, layer.k_norm
+    return ops.linear(ops.attention(q, k, v, c, index, context, norms), layer.out)
 
 
 def mlp(config: ModelConfig, ops: Ops, layer: PackedLayer, x: Tensor) -> Tensor:
@@ -210,8 +246,7 @@ def mlp(config: ModelConfig, ops: Ops, layer: PackedLayer, x: Tensor) -> Tensor:
 
 
 def _mlp(config: ModelConfig, ops: Ops, x: Tensor, up: Any, down: Any, act_scale: Tensor | None = None) -> Tensor:
-    hidden = ops.activation(ops.linear(x, up), config.activation, config.gated)
-    return ops.linear(hidden if act_scale is None else hidden / act_scale, down)
+    return ops.linear(ops.activation(ops.linear(x, up), config.activation, config.gated, act_scale), down)
 
 
 def _mixture(config: ModelConfig, experts: Experts, ops: Ops, layer: PackedLayer, x: Tensor) -> Tensor:
@@ -229,34 +264,60 @@ def _mixture(config: ModelConfig, experts: Experts, ops: Ops, layer: PackedLayer
     return added
 
 
-def block(config: ModelConfig, ops: Ops, layer: PackedLayer, index: int, x: Tensor, context: Context) -> Tensor:
+def block(config: ModelConfig, ops: Ops, layer: PackedLayer, index: int, x: Tensor, context: Any) -> Tensor:
     """Decoder block `index`: [T, hidden_size] -> [T, hidden_size]. `config.Block` has the formulas."""
+    return summed(*_block(config, ops, layer, index, x, (), context), config.residual_scale)
+
+
+def summed(x: Tensor, added: Added, scale: float) -> Tensor:
+    """x + scale * (the first of `added`) + scale * (the second) ..."""
+    for part in added:
+        x = x + (part if scale == 1 else part * scale)
+    return x
+
+
+def _block(
+    config: ModelConfig, ops: Ops, layer: PackedLayer, index: int, x: Tensor, added: Added, context: Any
+) -> tuple[Tensor, Added]:
+    """The block on x and what is yet to be added to it; so is its result, for the next norm to sum while it reads."""
     c = config
     before = c.block not in (Block.NORM_AFTER, Block.POST_NORM)
-    normed = _normed(c, ops, layer, "norm1", x) if before else x
+    if before:
+        x, normed = _add_normed(c, ops, layer, "norm1", x, added)
+    else:
+        x = normed = summed(x, added, c.residual_scale)
     attended = self_attention(c, ops, layer, index, normed, context)
     if layer.out_norm is not None:
         attended = _normed(c, ops, layer, "out_norm", attended)
-    attended = attended * c.residual_scale
-    if not c.block.parallel:
-        x = normed = x + attended
-        if c.block is Block.POST_NORM:
-            x = normed = _normed(c, ops, layer, "norm1", x)
-    if before and layer.norm2 is not None:
-        normed = _normed(c, ops, layer, "norm2", x)
-    added = mlp(c, ops, layer, normed)
-    if layer.down_norm is not None:
-        added = _normed(c, ops, layer, "down_norm", added)
-    added = added * c.residual_scale
     if c.block.parallel:
-        return x + attended + added
-    return _normed(c, ops, layer, "norm2", x + added) if c.block is Block.POST_NORM else x + added
+        normed = normed if layer.norm2 is None else _normed(c, ops, layer, "norm2", x)
+        return x, (attended, mlp(c, ops, layer, normed))
+    if c.block is Block.POST_NORM:
+        x = normed = _add_normed(c, ops, layer, "norm1", x, (attended,))[1]
+    elif layer.norm2 is not None:
+        x, normed = _add_normed(c, ops, layer, "norm2", x, (attended,))
+    else:
+        x = normed = summed(x, (attended,), c.residual_scale)
+    made = mlp(c, ops, layer, normed)
+    if layer.down_norm is not None:
+        made = _normed(c, ops, layer, "down_norm", made)
+    if c.block is Block.POST_NORM:
+        return _add_normed(c, ops, layer, "norm2", x, (made,))[1], ()
+    return x, (made,)
 
 
 def _normed(config: ModelConfig, ops: Ops, layer: PackedLayer, name: str, x: Tensor) -> Tensor:
     """One of the layer's norms, over the last axis."""
     bias = getattr(layer, f"{name}_bias", None)
     return ops.norm(x, getattr(layer, name), config.norm_eps, config.norm, bias)
+
+
+def _add_normed(
+    config: ModelConfig, ops: Ops, layer: PackedLayer, name: str, x: Tensor, added: Added
+) -> tuple[Tensor, Tensor]:
+    """(the sum, its norm): see `Ops.add_norm`."""
+    c, bias = config, getattr(layer, f"{name}_bias")
+    return ops.add_norm(x, added, c.residual_scale, getattr(layer, name), c.norm_eps, c.norm, bias)
 
 
 class Entrance:
@@ -281,7 +342,9 @@ class Entrance:
 
     def of_tokens(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """int64 [T] both -> [T, hidden_size] in the activations' dtype."""
-        x = self._embed[tokens].to(self._ops.dtype) * self._config.embed_scale
+        x = self._embed[tokens].to(self._ops.dtype)
+        if self._config.embed_scale != 1:
+            x = x * self._config.embed_scale
         return self.of_embeddings(x if self._project is None else self._ops.linear(x, self._project), positions)
 
     def of_embeddings(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -335,31 +398,47 @@ class Decoder:
 
         Raises ValueError where the rows do not continue their slots, or a token is not in the vocabulary.
         """
-        c, ops = self.config, self._ops
-        context = Context.of_rows(c, rows, self.cache)
+        context = self._ops.context(self.config, rows, self.cache)
         x = self._entered(rows, context)
-        for index, layer in enumerate(self._layers):
-            x = block(c, ops, layer, index, x, context)
+        logits = self.forward(x, context, self._ops.indices(rows.wanted))
         np.add.at(self.cache.lengths, rows.slots, 1)
-        if not len(rows.wanted):
-            return np.zeros((0, c.vocab_size), np.float32)
-        x = x[torch.from_numpy(rows.wanted).long()]
-        if self._norm is not None:
-            x = ops.norm(x, self._norm, c.norm_eps, c.norm, self._norm_bias)
+        return logits.float().cpu().numpy()
+
+    def enter(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What `forward` takes of tokens, int64 [T] both."""
+        return self._entrance.of_tokens(tokens, positions)
+
+    def forward(self, x: Tensor, context: Any, wanted: Tensor | None = None) -> Tensor:
+        """All blocks on x [T, hidden_size]; logits of the rows `wanted` (None: all), [R, vocab_size].
+
+        It touches nothing outside the backend's own memory.
+        """
+        c, ops = self.config, self._ops
+        added: Added = ()
+        for index, layer in enumerate(self._layers):
+            x, added = _block(c, ops, layer, index, x, added, context)
+        if wanted is not None:
+            if not len(wanted):
+                return torch.zeros((0, c.vocab_size))
+            x, added = x[wanted], tuple(part[wanted] for part in added)
+        if self._norm is None:
+            x = summed(x, added, c.residual_scale)
+        else:
+            x = ops.add_norm(x, added, c.residual_scale, self._norm, c.norm_eps, c.norm, self._norm_bias)[1]
         if self._project is not None:
             x = ops.linear(x, self._project)
-        logits = ops.linear(x, self._head) * c.logit_scale
-        if c.logit_cap is not None:
-            logits = c.logit_cap * torch.tanh(logits / c.logit_cap)
-        return logits.float().numpy()
+        logits = ops.logits(x, self._head)
+        if c.logit_scale != 1:
+            logits = logits * c.logit_scale
+        return logits if c.logit_cap is None else c.logit_cap * torch.tanh(logits / c.logit_cap)
 
-    def _entered(self, rows: Rows, context: Context) -> Tensor:
+    def _entered(self, rows: Rows, context: Any) -> Tensor:
         """[T, hidden_size] in the activations' dtype."""
         if rows.embeddings is not None:
-            embeddings = torch.from_numpy(rows.embeddings).to(self._ops.dtype)
+            embeddings = torch.from_numpy(rows.embeddings).to(context.positions.device, self._ops.dtype)
             return self._entrance.of_embeddings(embeddings, context.positions)
         if rows.tokens is None:
             raise ValueError("rows have neither tokens nor embeddings")
         if len(rows.tokens) and not 0 <= rows.tokens.min() <= rows.tokens.max() < self.config.vocab_size:
             raise ValueError(f"token ids must lie in 0..{self.config.vocab_size - 1}")
-        return self._entrance.of_tokens(torch.from_numpy(rows.tokens).long(), context.positions)
+        return self.enter(self._ops.indices(rows.tokens), context.positions)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tinychat import memory
-from tinychat.backends import PREFERENCE, Runner
+from tinychat.backends import FASTEST, DrawingRunner, Runner
 from tinychat.cache import Rows
 from tinychat.config import ModelConfig, RopeScaling
 from tinychat.errors import BackendError, ContextOverflowError, TokenizerError, UsageError
@@ -29,6 +29,7 @@ from tinychat.text_stream import TextStream
 
 DEFAULT_CTX_SIZE = 4096  # at most: the KV cache is allocated whole, and few conversations are longer
 PREFILL_CHUNK = 128  # rows: enough to keep the arithmetic busy, few enough that a cancelled prompt ends soon
+LOGITS_CHUNK = 512  # rows, where logits of all are wanted: of a large vocabulary they take more than the model's part
 PRIMING = 8  # prompt tokens that the decoder sees first, so that an answer continuing a text keeps its leading space
 KV_ITEMSIZE = {"fp16": 2, "fp32": 4, "int8": 1}
 
@@ -86,7 +87,7 @@ def load(
     head = head or (8 if source.n_quantized else 16)
     itemsize = KV_ITEMSIZE[kv_dtype]
     needed = memory.estimate(*sizes, bits=source.bits, n_slots=n_slots, kv_itemsize=itemsize, head=head)
-    memory.check(needed, size)
+    memory.check(needed, size, getattr(module, "free_bytes", memory.available)())
     words = source.tokenizer()
     runner = module.build(
         source,
@@ -98,8 +99,9 @@ def load(
         head=head,
         progress=progress,
     )
-    if device == "auto" and module.__name__.rpartition(".")[2] != PREFERENCE[0]:
-        _warn_once(f"the slow {module.__name__.rpartition('.')[2]} backend runs the model: {why}")
+    if device == "auto" and why != FASTEST:
+        backend = module.__name__.rpartition(".")[2]
+        _warn_once(f"the {'slow ' if backend == 'reference' else ''}{backend} backend runs the model: {why}")
     name = path.resolve().name if Path(model).exists() else Path(model).name
     n = source.n_parameters
     weights = f"{n / 1e9:.2f}B parameters" if n >= 1e9 else f"{n / 1e6:.1f}M parameters"
@@ -154,7 +156,7 @@ class Engine:
         description: str = "",
         generation_config: Mapping[str, Any] | None = None,
         eos_ids: frozenset[int] = frozenset(),
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
     ):
         self.config = runner.config
         self.tokenizer = tokenizer
@@ -164,7 +166,8 @@ class Engine:
         self.generation_config = dict(generation_config or {})
         self.eos_ids = eos_ids
         self._runner: Runner | None = runner
-        self._prefill_chunk = prefill_chunk
+        chunk: int = getattr(runner, "prefill_chunk", PREFILL_CHUNK)
+        self._prefill_chunk = prefill_chunk or chunk
         self._lock = threading.Lock()
         self._holder: int | None = None  # the thread that last advanced the open stream
         self._slots: list[list[int]] = [[] for _ in range(runner.cache.n_slots)]  # the tokens whose keys each holds
@@ -245,8 +248,9 @@ class Engine:
         self._acquire(lambda: False)
         try:
             self._keep(runner, 0, 0)
-            for start in range(0, len(tokens), self._prefill_chunk):
-                chunk = tokens[start : start + self._prefill_chunk]
+            rows = min(self._prefill_chunk, LOGITS_CHUNK)
+            for start in range(0, len(tokens), rows):
+                chunk = tokens[start : start + rows]
                 out[start : start + len(chunk)] = self._run(runner, 0, chunk, wanted="all")
         finally:
             self._release(runner)
@@ -310,22 +314,28 @@ class Engine:
         pending: list[int] = []  # sampled, not yet run
         history = History(self.config.vocab_size, prompt)
         rng = np.random.default_rng(params.seed)
+        follow = runner.drawing(slot, params, rng) if isinstance(runner, DrawingRunner) else None
         limit = min(params.max_tokens, self.ctx_size - len(prompt))
         while True:
             if cancelled():
                 yield last(text.flush(), "cancelled")
                 return
             begun = time.perf_counter()
-            if pending:
-                logits = self._run(runner, slot, pending, wanted="last")
-            assert logits is not None  # cancelled() did not change its mind: prefill ran to the end
-            if not np.isfinite(logits).all():
+            if pending and follow:
+                token, logprob = follow(pending[0]), None
+                self._slots[slot] += pending
+            else:
+                if pending:
+                    logits = self._run(runner, slot, pending, wanted="last")
+                assert logits is not None  # cancelled() did not change its mind: prefill ran to the end
+                finite = np.isfinite(logits).all()
+                token, logprob = sample(logits[0], params, history, rng) if finite else (-1, None)
+            if token < 0:
                 self._keep(runner, slot, 0)
                 raise BackendError(
                     f"the model's output is not finite after {len(prompt) + n_tokens} tokens: the checkpoint is "
                     "damaged, or its activations do not fit the backend's number format; try another device"
                 )
-            token, logprob = sample(logits[0], params, history, rng)
             if pending:
                 decode_s += time.perf_counter() - begun
                 n_decoded += 1

@@ -63,7 +63,7 @@ def gather(
                 kv_itemsize=engine.KV_ITEMSIZE[kv_dtype],
                 head=8 if source.n_quantized else 16,
             ),
-            "available": memory.available(),
+            "available": getattr(module, "free_bytes", memory.available)(),
         },
         **_text(source),
         "backend": module.__name__.rpartition(".")[2],

@@ -105,9 +105,11 @@ def system(root: Path = _ROOT) -> dict[str, int]:
     return {name: kilobytes * 1024 for name, kilobytes in _fields(root / "proc/meminfo").items()}
 
 
-def check(needed: dict[str, int], ctx_size: int) -> None:
-    """BackendError where `needed` (see `estimate`) is more than is available. `TINYCHAT_NO_MEMORY_CHECK=1` skips it."""
-    free = available()
+def check(needed: dict[str, int], ctx_size: int, free: int | None) -> None:
+    """BackendError where `needed` (see `estimate`) is more than the bytes `free`, of which None says nothing.
+
+    `TINYCHAT_NO_MEMORY_CHECK=1` skips it.
+    """
     if free is None or needed["total"] <= free or os.environ.get(UNCHECKED, "0") not in ("", "0"):
         return
     raise BackendError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinychat.cache import KV_DTYPES, KVCache
+from tinychat.cache import KV_DTYPES, KVCache, Rows
 from tinychat.config import Activation, ModelConfig, Norm
 from tinychat.errors import UsageError
 from tinychat.memory import Footprint
@@ -20,7 +20,7 @@ from tinychat.weights import Linear, RoundedHead, WeightSource
 try:
     import torch
 
-    from tinychat.decoder import Context, Decoder
+    from tinychat.decoder import Added, Context, Decoder, summed
 except (ImportError, OSError) as error:  # OSError: a shared library of an incomplete installation
     _missing: str | None = f"PyTorch does not load ({error}); install it with: pip install torch"
 else:
@@ -110,6 +110,14 @@ class TorchOps:
             raise UsageError(f"dtype {dtype!r}; the reference backend computes in fp32 or fp64")
         self.dtype = torch.float32 if dtype == "fp32" else torch.float64
 
+    def context(self, config: ModelConfig, rows: Rows, cache: KVCache) -> Context:
+        """See `decoder.Context`."""
+        return Context.of_rows(config, rows, cache)
+
+    def indices(self, values: np.ndarray) -> torch.Tensor:
+        """int64."""
+        return torch.from_numpy(values).long()
+
     def pack(self, linear: Linear) -> TorchLinear:
         """The same numbers in tensors."""
         bias = None if linear.bias is None else self.vector(linear.bias)
@@ -136,6 +144,10 @@ class TorchOps:
         y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         return y if weight.bias is None else y + weight.bias
 
+    def logits(self, x: torch.Tensor, weight: TorchLinear) -> torch.Tensor:
+        """The same."""
+        return self.linear(x, weight)
+
     def norm(
         self,
         x: torch.Tensor,
@@ -150,17 +162,44 @@ class TorchOps:
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
         return y if bias is None else y + bias
 
-    def activation(self, up: torch.Tensor, kind: Activation, gated: bool = True) -> torch.Tensor:
-        """act(gate) * up of gate | up, or act(up): [T, up_size] -> [T, intermediate_size]."""
-        if not gated:
-            return activated(up, kind)
-        gate, up = up.chunk(2, dim=-1)
-        return activated(gate, kind) * up
+    def add_norm(
+        self,
+        x: torch.Tensor,
+        added: Added,
+        scale: float,
+        weight: torch.Tensor,
+        eps: float,
+        kind: Norm = Norm.RMS,
+        bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `decoder.Ops.add_norm`."""
+        x = summed(x, added, scale)
+        return x, self.norm(x, weight, eps, kind, bias)
+
+    def activation(
+        self, up: torch.Tensor, kind: Activation, gated: bool = True, act_scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """act(gate) * up of gate | up, or act(up), over `act_scale`: [T, up_size] -> [T, intermediate_size]."""
+        if gated:
+            gate, up = up.chunk(2, dim=-1)
+            made = activated(gate, kind).mul_(up)
+        else:
+            made = activated(up, kind)
+        return made if act_scale is None else made / act_scale
 
     def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: ModelConfig, index: int, context: Context
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        config: ModelConfig,
+        index: int,
+        context: Context,
+        norms: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """See `decoder.Ops.attention`. Spans one by one; the heads of a group are one batch entry, stacked as rows."""
+        if norms is not None:
+            q, k = self.norm(q, norms[0], config.norm_eps), self.norm(k, norms[1], config.norm_eps)
         if (table := config.rope_index(index)) >= 0:
             cos, sin = (angles.to(q.dtype) for angles in context.angles[table])
             turn = rotate_pairs if config.ropes[table].interleaved else rotate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -12,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from tinychat import cpuinfo, memory
-from tinychat.backends import Runner, cpu
+from tinychat.backends import DrawingRunner, Runner, cpu
 from tinychat.backends.cpu_linear import extension
 from tinychat.bench import contexts, traffic
 from tinychat.bench.probe import Probe, between, judge
 from tinychat.bench.subject import Options, Subject
 from tinychat.cache import Rows
-from tinychat.engine import Engine
+from tinychat.engine import PREFILL_CHUNK, Engine
 from tinychat.errors import BackendError, UsageError
 from tinychat.results import Piece, Timings
 
@@ -80,13 +81,25 @@ class Stopwatch:
         self.config, self.cache, self.weight_bytes = runner.config, runner.cache, runner.weight_bytes
         self._runner = runner
         self.seconds = 0.0
+        if isinstance(runner, DrawingRunner):
+            self.drawing = self._drawing
+            self.prefill_chunk = getattr(runner, "prefill_chunk", PREFILL_CHUNK)
 
     def step(self, rows: Rows) -> np.ndarray:
         """See `Runner`."""
+        return self._timed(self._runner.step, rows)
+
+    def _drawing(self, *request: Any) -> Callable[[int], int] | None:
+        """See `DrawingRunner`."""
+        assert isinstance(self._runner, DrawingRunner)
+        follow = self._runner.drawing(*request)
+        return follow and (lambda token: self._timed(follow, token))
+
+    def _timed(self, work: Callable[[Any], Any], *given: Any) -> Any:
         began = time.perf_counter()
-        logits = self._runner.step(rows)
+        found = work(*given)
         self.seconds = time.perf_counter() - began
-        return logits
+        return found
 
 
 @dataclass(frozen=True)
@@ -152,18 +165,22 @@ class Session:
         stream = self._started(tokens)
         before = probe.read() if probe else 0.0
         seconds, bytes_read = 0.0, 0.0
+        early = hasattr(self.watch, "drawing")  # a step is launched ahead, and runs before the probe
+        fresh = True
         for index in range(tokens - 1):
             began = time.perf_counter()
             next(stream)
             latency = time.perf_counter() - began
             found.latencies.append(latency)
             found.steps.append(self.watch.seconds)
-            seconds += latency
-            bytes_read += read(DECODE_PROMPT + index + 1)
-            if probe and (seconds >= STRETCH_S or index == tokens - 2):
+            if not (early and fresh):
+                seconds += latency
+                bytes_read += read(DECODE_PROMPT + index + 1)
+            fresh = False
+            if probe and seconds and (seconds >= STRETCH_S or index == tokens - 2):
                 after = probe.read()
                 found.stretches.append(Stretch(seconds, bytes_read, before, after))
-                before, seconds, bytes_read = after, 0.0, 0.0
+                before, seconds, bytes_read, fresh = after, 0.0, 0.0, True
         return found
 
 
@@ -199,7 +216,8 @@ def measure(subject: Subject, threads: int | None, say: Say = lambda text: None)
         generated.append(session.timings(1, lengths.generated + 1))
     # Before the probe has its buffer: the peak is that of loading and running.
     peak = memory.peak_rss()
-    probe = _probe(threads)
+    peak_device = subject.backend.peak_bytes() if subject.on_gpu else None
+    probe = _probe(subject, threads)
     runs = []
     for repeat in range(o.repeats):
         say(f"decoding beside the probe, {repeat + 1} of {o.repeats}")
@@ -209,7 +227,7 @@ def measure(subject: Subject, threads: int | None, say: Say = lambda text: None)
     fractions = [stretch.fraction for run in runs for stretch in run.stretches]
     bytes_per_token = statistics.fmean(need.token(DECODE_PROMPT + 1 + i) for i in range(lengths.tokens - 1))
     token_s = statistics.median(latencies)
-    cache = cpuinfo.last_level_cache()
+    cache = copy_probe().last_level_cache() if subject.on_gpu else cpuinfo.last_level_cache()
     in_cache = cache is not None and bytes_per_token < 2 * cache
     fraction = statistics.median(fractions) if fractions else None
     say("inside kernels")
@@ -235,6 +253,7 @@ def measure(subject: Subject, threads: int | None, say: Say = lambda text: None)
         "outside_kernels_fraction": None if kernels is None else 1 - kernels,
         "load_s": load_s,
         "peak_rss_bytes": peak,
+        "peak_device_bytes": peak_device,
         "resident_bytes": resident,
         "embedding_bytes": round(need.table),
         "resident_bits_per_weight": _resident_bits(subject, need, resident),
@@ -259,19 +278,26 @@ def _what(subject: Subject, threads: int | None) -> dict[str, Any]:
     name = subject.backend.__name__.rpartition(".")[2]
     return {
         **subject.facts(),
-        "machine": cpuinfo.processor(),
+        "machine": subject.backend.describe() if subject.on_gpu else cpuinfo.processor(),
         "date": time.strftime("%Y-%m-%d"),
         "backend": name,
         "isa": extension().isa() if name == "cpu" else None,
-        "threads": cpu.thread_count(threads),
+        "threads": None if subject.on_gpu else cpu.thread_count(threads),
         "activations": subject.options.activations,
         "head": subject.head,
         "kv_dtype": subject.options.kv_dtype,
     }
 
 
-def _probe(threads: int | None) -> Probe | None:
-    """None where the kernels are not built: then nothing here could read as fast as the machine can."""
+def copy_probe() -> Any:
+    """The module of the GPU's probe, which needs torch."""
+    return importlib.import_module("tinychat.bench.copy_probe")
+
+
+def _probe(subject: Subject, threads: int | None) -> Any:
+    """A `Probe`, or a GPU's; None where the kernels are not built: nothing here could read as fast as the machine."""
+    if subject.on_gpu:
+        return copy_probe().CopyProbe()
     try:
         return Probe(cpu.thread_count(threads))
     except BackendError:

@@ -19,11 +19,11 @@ def report(result: dict[str, Any]) -> str:
 
 
 def _title(r: dict[str, Any]) -> str:
-    threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
     level = f" ({r['isa']})" if r["isa"] else ""
+    threads = f", {r['threads']} thread{'s' if r['threads'] > 1 else ''}" if r["threads"] else ""
     return (
         f"{r['model']}: {r['weights']}, {r['n_parameters'] / 1e9:.3g} B parameters\n"
-        f"{r['backend']}{level}, {threads} · {r['activations']}-bit activations · {r['head']}-bit head · "
+        f"{r['backend']}{level}{threads} · {r['activations']}-bit activations · {r['head']}-bit head · "
         f"{r['kv_dtype']} KV cache · {r['machine']} · {r['date']}"
     )
 
@@ -48,6 +48,8 @@ def _speeds(r: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _memory(r: dict[str, Any]) -> list[tuple[str, str]]:
     peak = "unknown" if r["peak_rss_bytes"] is None else megabytes(r["peak_rss_bytes"])
+    if r.get("peak_device_bytes"):
+        peak = f"{megabytes(r['peak_device_bytes'])} on the GPU, {peak} beside it,"
     bits = r["resident_bits_per_weight"]
     each = "" if bits is None else f", {bits:.2f} bits a quantized weight"
     table = f", embedding {megabytes(r['embedding_bytes'])}" if r["embedding_bytes"] else ""

@@ -75,6 +75,11 @@ class Subject:
         return self.source.config
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU runs it, and its memory is what is probed."""
+        return self.backend.__name__.rpartition(".")[2] == "cuda"
+
+    @property
     def head(self) -> int:
         """Bits of the output head, as `engine.load` decides them."""
         return self.options.head or (8 if self.source.n_quantized else 16)
@@ -97,7 +102,8 @@ class Subject:
         """
         o = self.options
         if isinstance(self.source, RandomWeights):
-            memory.check(self.memory(ctx_size), ctx_size)
+            free = getattr(self.backend, "free_bytes", memory.available)()
+            memory.check(self.memory(ctx_size), ctx_size, free)
             runner = self.backend.build(
                 self.source,
                 ctx_size=ctx_size,

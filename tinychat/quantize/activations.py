@@ -22,6 +22,8 @@ from tinychat.weights import Ends
 NO_ENDS = Ends()
 SAMPLED_NUMBERS = 2**22  # of a block's input: what narrow models are sampled to
 CHUNK_TOKENS = 4096  # run at once: bounds the memory of intermediate activations
+CHUNK_NUMBERS = 2**25  # of what the widest linear makes of tokens run at once, unless they are sampled
+CHANNELS = 2048  # whose statistics are computed at once: likewise
 
 
 class Use(Enum):
@@ -38,6 +40,7 @@ class Sample:
 
     context: Context
     x: torch.Tensor  # the block's input, fp32 [T, hidden_size]
+    y: torch.Tensor  # its output, likewise, until the next block has been run
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # of each canonical linear, [T, K]
 
 
@@ -81,7 +84,8 @@ class Activations:
         ids: list[int] = []
         positions: list[torch.Tensor] = []
         for kind in Use:
-            for chunk in _chunks([s for s, its in zip(sequences, use, strict=True) if its is kind]):
+            n = CHUNK_TOKENS if kind is not Use.STATISTICS else min(CHUNK_TOKENS, CHUNK_NUMBERS // config.up_size)
+            for chunk in _chunks([s for s, its in zip(sequences, use, strict=True) if its is kind], n):
                 begin = len(ids)
                 ids += [token for sequence in chunk for token in sequence]
                 context = Context.of_sequences(config, [len(sequence) for sequence in chunk])
@@ -105,19 +109,23 @@ class Activations:
         self._x = torch.from_numpy(state)
 
     @torch.inference_mode()
-    def advance(self, layer: PackedLayer, index: int, grams: bool = False) -> Observed:
-        """Run block `index` on all tokens and say what its linears saw. CheckpointError where they are not finite."""
+    def advance(self, layer: PackedLayer, index: int, grams: bool = False, samples: bool = True) -> Observed:
+        """Run block `index` on all tokens and say what its linears saw, with `grams` and `samples` where asked for.
+
+        CheckpointError where what comes out is not finite.
+        """
         found = Observed({}, [], [], {})
         totals: dict[str, torch.Tensor] = {}
         counts: dict[str, int] = {}
         for rows, context, use in self._chunks:
-            sample = None if use is Use.STATISTICS else Sample(context, self._x[rows].clone())
+            keep = samples and use is not Use.STATISTICS
+            sample = Sample(context, self._x[rows].clone(), self._x[rows]) if keep else None
 
             def watch(linear: Dense, x: torch.Tensor, sample: Sample | None = sample) -> None:
-                _add(totals, linear.name, x.abs().sum(0, dtype=torch.float64))
+                _add(totals, linear.name, torch.cat([part.abs().sum(0, dtype=torch.float64) for part in _parts(x)]))
                 counts[linear.name] = counts.get(linear.name, 0) + len(x)
                 if grams:
-                    _add(found.grams, linear.name, x.T @ x)
+                    _add_gram(found.grams, linear.name, x)
                 if sample:
                     sample.inputs[linear.name] = x
 
@@ -139,6 +147,20 @@ def _add(totals: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None
     totals[name] = totals[name].add_(part) if name in totals else part
 
 
+def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A few channels of x [T, K] each; in fp64 they would take twice what x does."""
+    return x.split(CHANNELS, dim=1)
+
+
+def _add_gram(totals: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> None:
+    """x^T x, of x [T, K]."""
+    if name not in totals:
+        totals[name] = x.T @ x
+        return
+    for part, rows in zip(_parts(x), totals[name].split(CHANNELS), strict=True):
+        rows += part.T @ x
+
+
 def _drawn(sequences: Sequence[Sequence[int]], n_tokens: int, seed: int) -> list[Use]:
     """What each sequence is for: at least one for the search, and where there are more at least one held out."""
     use = [Use.STATISTICS] * len(sequences)
@@ -152,12 +174,12 @@ def _drawn(sequences: Sequence[Sequence[int]], n_tokens: int, seed: int) -> list
     return use
 
 
-def _chunks(sequences: list[Sequence[int]]) -> list[list[Sequence[int]]]:
-    """Sequences in runs of at most CHUNK_TOKENS tokens, at least one sequence each."""
+def _chunks(sequences: list[Sequence[int]], n_tokens: int) -> list[list[Sequence[int]]]:
+    """Sequences in runs of at most `n_tokens` tokens, at least one sequence each."""
     chunks: list[list[Sequence[int]]] = []
-    filled = CHUNK_TOKENS
+    filled = n_tokens
     for sequence in sequences:
-        if filled + len(sequence) > CHUNK_TOKENS:
+        if filled + len(sequence) > n_tokens:
             chunks.append([])
             filled = 0
         chunks[-1].append(sequence)

@@ -22,7 +22,7 @@ from tinychat.config import ModelConfig
 from tinychat.decoder import PackedLayer, block, mlp, self_attention
 from tinychat.quantize import clip
 from tinychat.quantize.activations import Observed, Sample
-from tinychat.quantize.dense import Dense, DenseOps, changed, linears_of, part
+from tinychat.quantize.dense import SLICE, Dense, DenseOps, changed, part
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.groups import Group, scaling_groups
 from tinychat.quantize.report import BLOCK, GroupResult
@@ -30,6 +30,7 @@ from tinychat.quantize.report import BLOCK, GroupResult
 NEEDS_CALIBRATION = True
 STEPS = 20
 MANY = 2**20  # numbers in the samples of which half choose alpha; all of them choose limits, and what is kept
+TOKENS, BETWEEN = 512, 2**25  # that a trial's MLP takes at once: multiples, of so many numbers between up and down
 LARGEST = 2.0**10  # no channel is scaled by more, or by less than its inverse: fp16 must hold the folded weights
 
 Consumers = dict[str, Dense]  # of a group, by canonical name
@@ -40,7 +41,10 @@ Loss = Callable[[Consumers], float]  # of the linears in place of those of a gro
 def transform(
     config: ModelConfig, layer: PackedLayer, index: int, observed: Observed, grid: Grid
 ) -> tuple[PackedLayer, list[GroupResult]]:
-    """`layer` with the best scales of each group folded in, and limits: the same function, easier to round."""
+    """`layer` with the best scales of each group folded in, and limits: the same function, easier to round.
+
+    The inputs in `observed` are gone when their group is done.
+    """
     results = []
     folded = layer
     for group in scaling_groups(config, config.experts_of(index)):
@@ -48,9 +52,12 @@ def transform(
         if seen and any(part(layer, name).quantized for name in group.consumers):
             folded, result = _search(config, layer, folded, index, group, observed, grid)
             results.append(result)
+        for sample in (*observed.samples, *observed.held_out):
+            for name in group.consumers:  # of this group alone
+                sample.inputs.pop(name, None)
     if not results:
         return layer, []
-    before, after = _block_losses(config, (layer, folded), index, grid, observed)
+    before, after = (_block_loss(config, one, index, grid, observed) for one in (layer, folded))
     results.append(GroupResult(index, BLOCK, None, before, after))
     return folded, results
 
@@ -70,19 +77,20 @@ def _search(
         [sample for sample in some if group.consumers[0] in sample.inputs]
         for some in (observed.samples, observed.held_out)
     )
-    many = sum(sample.x.numel() for sample in seen) > MANY
+    many = len(seen) > 1 and sum(sample.x.numel() for sample in seen) > MANY
     loss = _loss(config, layer, index, group, seen)
     coarse = _loss(config, layer, index, group, seen[::2]) if many else loss
     judged = _loss(config, layer, index, group, others) if others else loss
-    identity = {name: linear.rounded(grid) for name, linear in consumers.items()}
-    rtn, allowed = loss(identity), judged(identity)
+    rtn, allowed = _each(_rounded(grid, consumers), loss, judged)
 
     magnitude = group.pooled(observed.magnitude[group.consumers[0]])  # all read the same
-    taken = {name: [sample.inputs[name] for sample in seen if name in sample.inputs] for name in consumers}
-    whole = {name: torch.cat(parts) for name, parts in taken.items() if parts}
-    some, inputs = (
-        {name: clip.condensed(x, numbers) for name, x in whole.items()} for numbers in (clip.GLANCED, clip.SEARCHED)
-    )
+    some: dict[str, torch.Tensor] = {}
+    inputs: dict[str, torch.Tensor] = {}
+    for name in consumers:
+        if any(name in sample.inputs for sample in seen):
+            x = _inputs(seen, name)
+            some[name], inputs[name] = clip.condensed(x, clip.GLANCED), clip.condensed(x, clip.SEARCHED)
+            del x  # in memory twice where there are several samples
 
     def scaled(step: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The scales of a step, of the producer's channels and of the consumers'."""
@@ -99,8 +107,7 @@ def _search(
     for step in dict.fromkeys((_least(at), 0)):  # clipping alone where scales do not hold what they promised
         tried, columns = scaled(step)
         for limits_tried in (_limits(clip.search, grid, consumers, columns, inputs), None):
-            rounded = _rounded(grid, consumers, columns, limits_tried)
-            found, there = loss(rounded), judged(rounded)
+            found, there = _each(_rounded(grid, consumers, columns, limits_tried), loss, judged)
             if found < best and there < allowed:  # false for NaN
                 best, allowed, alpha, scales, limits = found, there, step / STEPS, tried, limits_tried
         if best < rtn:
@@ -137,15 +144,22 @@ def _scaled(linear: Dense, columns: torch.Tensor | None) -> Dense:
     return linear if columns is None else linear.scaled(columns)
 
 
+def _each(consumers: Consumers, *losses: Loss) -> list[float]:
+    """What each of `losses` says of `consumers`, which the caller need not keep."""
+    return [loss(consumers) for loss in losses]
+
+
 def _rounded(
-    grid: Grid, consumers: Consumers, columns: torch.Tensor | None, limits: dict[str, torch.Tensor] | None = None
+    grid: Grid,
+    consumers: Consumers,
+    columns: torch.Tensor | None = None,
+    limits: dict[str, torch.Tensor] | None = None,
 ) -> Consumers:
     """What reads the inputs as they are: round(W * columns) / columns of each, within limits."""
     made = {}
     for name, linear in consumers.items():
         scaled = _scaled(linear, columns)
-        rounded = replace(scaled, limits=limits.get(name) if limits else None).rounded(grid)
-        made[name] = rounded if columns is None else replace(rounded, weight=rounded.weight / columns)
+        made[name] = replace(scaled, limits=limits.get(name) if limits else None).rounded(grid, columns)
     return made
 
 
@@ -160,18 +174,26 @@ def _limits(
     found = {}
     for name, x in inputs.items():
         if consumers[name].quantized:
-            scaled = _scaled(consumers[name], columns)
-            found[name] = search(grid, scaled.weight, x if columns is None else x / columns, scaled.modules[0])
+            scaled, x = _scaled(consumers[name], columns), x if columns is None else x / columns
+            pieces = (slice(first, first + clip.ROWS) for first in range(0, len(scaled.stored), clip.ROWS))
+            found[name] = torch.cat([search(grid, scaled.of_rows(rows), x, scaled.modules[0]) for rows in pieces])
     return found
+
+
+def _inputs(samples: list[Sample], name: str) -> torch.Tensor:
+    """Of one linear in all samples that it reads: [T, K]."""
+    found = [sample.inputs[name] for sample in samples if name in sample.inputs]
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
 def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, samples: list[Sample]) -> Loss:
     """How far the output of attention, MLP or both moves when the group's consumers are replaced."""
     if group.ends_block:
         (name,) = group.consumers
-        quadratic = _quadratic_loss(part(layer, name), torch.cat([s.inputs[name] for s in samples if name in s.inputs]))
+        quadratic = _quadratic_loss(part(layer, name), _inputs(samples, name))
         return lambda consumers: quadratic(consumers[name])
     ops = DenseOps()
+    n_tokens = TOKENS * max(1, BETWEEN // (TOKENS * config.up_size))
 
     def run(consumers: Consumers) -> list[torch.Tensor]:
         replaced = changed(layer, **consumers)
@@ -181,7 +203,9 @@ def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, sam
             if "qkv" in consumers:
                 parts.append(self_attention(config, ops, replaced, index, sample.inputs["qkv"], sample.context))
             for name in {"up", "router"} & consumers.keys():  # one of them
-                parts.append(mlp(config, ops, replaced, sample.inputs[name]))
+                x = sample.inputs[name]
+                few = x.split(n_tokens) if layer.router is None else [x]  # experts share the tokens out among them
+                parts.append(torch.cat([mlp(config, ops, replaced, x) for x in few]))
             outputs.append(sum(parts[1:], start=parts[0]))
         return outputs
 
@@ -196,35 +220,37 @@ def _quadratic_loss(consumer: Dense, x: torch.Tensor) -> Callable[[Dense], float
     """The same where y = x W^T: |x E^T|^2 of the weight's error E, by the Gram matrix x^T x where that is smaller."""
     power = _power([torch.nn.functional.linear(x, consumer.weight, consumer.bias)])
     if len(x) <= x.shape[1]:
-        return lambda other: float(((other.weight - consumer.weight) @ x.T).square().sum()) / power
+        return lambda other: float((_error(other, consumer) @ x.T).square().sum()) / power
     gram = x.double().T @ x.double()
 
     def loss(other: Dense) -> float:
-        error = (other.weight - consumer.weight).double()
+        error = _error(other, consumer).double()
         return float(((error @ gram) * error).sum()) / power
 
     return loss
+
+
+def _error(made: Dense, exact: Dense) -> torch.Tensor:
+    """The difference of two weights, fp32 [N, K], of which neither need be in fp32 at once."""
+    error = torch.empty(exact.shape)
+    for (rows, one), (_, other) in zip(made.slices(SLICE), exact.slices(SLICE), strict=True):
+        torch.sub(one.weight, other.weight, out=error[rows])
+    return error
 
 
 def _power(outputs: list[torch.Tensor]) -> float:
     return max(sum(float(y.square().sum()) for y in outputs), torch.finfo(torch.float32).tiny)
 
 
-def _block_losses(
-    config: ModelConfig, layers: tuple[PackedLayer, ...], index: int, grid: Grid, observed: Observed
-) -> list[float]:
-    """The relative errors of what block `index` adds to its input, each of `layers` on the grid; the first says what.
+def _block_loss(config: ModelConfig, layer: PackedLayer, index: int, grid: Grid, observed: Observed) -> float:
+    """The relative error of what block `index` adds to its input where `layer`, on the grid, is in its place.
 
     By what is held out, where anything is.
     """
-    rounded = [
-        changed(one, **{name: linear.rounded(grid) for name, linear in linears_of(one).items()}) for one in layers
-    ]
-    ops = DenseOps()
-    errors, power = [0.0] * len(layers), 0.0
+    ops = DenseOps(grid=grid)
+    error = power = 0.0
     for sample in observed.held_out or observed.samples:
-        expected = block(config, ops, layers[0], index, sample.x, sample.context)
-        power += float((expected - sample.x).square().sum())
-        for i, one in enumerate(rounded):
-            errors[i] += float((block(config, ops, one, index, sample.x, sample.context) - expected).square().sum())
-    return [error / max(power, torch.finfo(torch.float32).tiny) for error in errors]
+        found = block(config, ops, layer, index, sample.x, sample.context)
+        error += float((found - sample.y).square().sum())
+        power += float((sample.y - sample.x).square().sum())
+    return error / max(power, torch.finfo(torch.float32).tiny)

@@ -29,15 +29,15 @@ ROWS = 2048  # at a time: bounds what is in memory
 def search(grid: Grid, weight: torch.Tensor, inputs: torch.Tensor, name: str = "weight") -> torch.Tensor:
     """Limits [N, groups, 2] for `Grid.fitted` of fp32 [N, K], by inputs X [T, K]. `name` is for its errors.
 
-    Of X only X^T X matters here: see `condensed`.
+    Of X only X^T X matters here: see `condensed`. Rows are searched one by one: give it ROWS at most.
     """
     passes = (TOGETHER,) if grid.symmetric else (TOGETHER, LOW, HIGH)
-    return torch.cat([_search(grid, rows, inputs, name, passes, SHRINK) for rows in weight.split(ROWS)])
+    return _search(grid, weight, inputs, name, passes, SHRINK)
 
 
 def glance(grid: Grid, weight: torch.Tensor, inputs: torch.Tensor, name: str = "weight") -> torch.Tensor:
     """The same by a first pass in wider steps: near enough to tell what scales leave to clip."""
-    return torch.cat([_search(grid, rows, inputs, name, (TOGETHER,), GLANCE) for rows in weight.split(ROWS)])
+    return _search(grid, weight, inputs, name, (TOGETHER,), GLANCE)
 
 
 def condensed(x: torch.Tensor, numbers: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A decoder block as the searches work on it: whole fp32 matrices, run by the decoder's own functions.
+"""A decoder block as the searches work on it: matrices computed with in fp32, run by the decoder's own functions.
 
 Fused linears stay fused; a segment that the output format cannot express carries the reason and keeps 16 bits.
 It knows no quantization method and no file layout.
@@ -17,8 +17,12 @@ from tinychat.backends.reference import TorchOps
 from tinychat.decoder import PackedLayer
 from tinychat.errors import CheckpointError, UsageError
 from tinychat.qtensor import QTensor, Weight
-from tinychat.quantize.grid import FP16_MAX, Grid, as_float
+from tinychat.quantize.grid import FP16_MAX, Grid, as_float, as_stored, stacked
 from tinychat.weights import LINEARS, NORMS, OF_EXPERTS, QUANTIZED, Layer, Linear
+
+PIECE = 2**18  # numbers of a weight, in whole rows, that are rounded at a time: what stays in the cache
+SLICE = 2**23  # numbers of a weight that are in fp32 at once to be multiplied with
+ALIKE = 512  # of more rows than that are taken a multiple: of such parts a matrix product rounds as the whole one does
 
 # For segment i of a canonical linear, of shape (N, K): its name for the user, and why it stays in 16 bits (None: it
 # is quantized).
@@ -27,65 +31,134 @@ Plan = Callable[[str, int, tuple[int, int]], tuple[str, str | None]]
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A fused linear. For each segment: its outputs, its name, and why it stays in 16 bits (None: quantized)."""
+    """A fused linear. For each segment: its outputs, its name, and why it stays in 16 bits (None: quantized).
+
+    Of a whole layer only `stored` is kept, in the 16 bits that it came in; `weight` is made anew where it is used, and
+    scales are applied on the way: a layer before and after a method, and one linear in fp32, take little more than one.
+    """
 
     name: str  # canonical: qkv, out, up, down; of expert 3: up.3, down.3
-    weight: torch.Tensor  # fp32 [N, K]
+    stored: torch.Tensor  # [N, K], as the source has it
     bias: torch.Tensor | None  # fp32 [N]
     rows: tuple[int, ...]
     modules: tuple[str, ...]
     kept: tuple[str | None, ...]
     limits: torch.Tensor | None = None  # fp32 [N, groups, 2]: weights are rounded as if within them; None: as they lie
-    columns: torch.Tensor | None = None  # fp32 [K]: what was observed of its inputs is to be divided by it; None: 1
+    columns: torch.Tensor | None = None  # fp32 [K]: weight is multiplied by it, and what was observed of its inputs is
+    # to be divided by it; None: 1
+    divisors: torch.Tensor | None = None  # fp32 [N]: weight, multiplied, is divided by it; None: 1
+    grid: Grid | None = None  # weight, as it then is, is rounded to it, within `limits`; None: it is not
+    reading: torch.Tensor | None = None  # fp32 [K]: weight, rounded, is divided by it; None: 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.stored.shape[0], self.stored.shape[1]
 
     @property
     def quantized(self) -> bool:
         """Whether any segment is."""
         return any(reason is None for reason in self.kept)
 
-    def segments(self) -> Iterator[tuple[torch.Tensor, str, str | None]]:
-        """(weight [N_i, K], module, why it stays in 16 bits) of each segment."""
-        return zip(self.weight.split(self.rows), self.modules, self.kept, strict=True)
+    @property
+    def weight(self) -> torch.Tensor:
+        """fp32 [N, K]: a copy, except where it is `stored` so."""
+        if self.grid is None:
+            return self.of_rows(slice(None))
+        made = torch.empty(self.shape)
+        for rows, piece in self.slices(PIECE):
+            weight = piece.of_rows(slice(None))
+            if piece.quantized:
+                weight = self.grid.round_trip(weight, piece.modules[0], piece.limits)
+            made[rows] = weight if self.reading is None else weight / self.reading
+        return made
+
+    def of_rows(self, rows: slice) -> torch.Tensor:
+        """Some rows of the weight before it is rounded."""
+        weight = self.stored[rows]
+        if self.columns is None and self.divisors is None:
+            return weight.float()
+        weight = weight.to(torch.float32, copy=True)
+        if self.columns is not None:
+            weight *= self.columns
+        if self.divisors is not None:
+            weight /= self.divisors[rows, None]
+        return weight
 
     def parts(self) -> Iterator[Dense]:
         """Each segment as a linear of its own."""
+        return (part for _, part in self.slices())
+
+    def slices(self, numbers: int | None = None) -> Iterator[tuple[slice, Dense]]:
+        """(its rows, a linear of its own) for as many rows of a segment as have so many numbers (None: all), in turn.
+
+        What is done row by row need not be in fp32 at once.
+        """
+        n = len(self.stored) if numbers is None else max(1, numbers // self.shape[1])
+        n -= n % ALIKE if ALIKE < n < len(self.stored) else 0
         end = 0
-        for n, module, reason in zip(self.rows, self.modules, self.kept, strict=True):
-            rows = slice(end, end + n)
-            end += n
-            bias, limits = (None if x is None else x[rows] for x in (self.bias, self.limits))
-            yield Dense(self.name, self.weight[rows], bias, (n,), (module,), (reason,), limits, self.columns)
+        for length, module, reason in zip(self.rows, self.modules, self.kept, strict=True):
+            begin, end = end, end + length
+            for first in range(begin, end, n):
+                rows = slice(first, min(first + n, end))
+                whole = {name: getattr(self, name) for name in ("stored", "bias", "limits", "divisors")}
+                cut: dict[str, Any] = {name: None if x is None else x[rows] for name, x in whole.items()}
+                yield rows, replace(self, rows=(rows.stop - first,), modules=(module,), kept=(reason,), **cut)
 
     def scaled(self, columns: torch.Tensor) -> Dense:
         """The same linear for inputs divided by `columns` [K]. Limits are lost: they were of other weights."""
         before = 1.0 if self.columns is None else self.columns
-        return replace(self, weight=self.weight * columns, limits=None, columns=before * columns)
+        return replace(self, limits=None, columns=before * columns)
 
-    def rounded(self, grid: Grid) -> Dense:
-        """The same linear with its weights on the grid."""
-        found = [
-            part.weight if part.kept[0] is not None else grid.round_trip(part.weight, part.modules[0], part.limits)
-            for part in self.parts()
-        ]
-        return replace(self, weight=torch.cat(found) if len(found) > 1 else found[0])
+    def divided(self, divisors: torch.Tensor) -> Dense:
+        """The same linear with its last outputs divided by `divisors`; rounding knows no difference: rows have scales
+        of their own."""
+        first = len(self.stored) - len(divisors)
+        rows = torch.cat([torch.ones(first), divisors])
+        before = 1.0 if self.divisors is None else self.divisors
+        bias = None if self.bias is None else self.bias / rows
+        limits = None if self.limits is None else self.limits / rows[:, None, None]
+        return replace(self, bias=bias, limits=limits, divisors=before * rows)
+
+    def rounded(self, grid: Grid, reading: torch.Tensor | None = None) -> Dense:
+        """The same linear with its weights on the grid, and then divided by `reading`; a large one's each time anew."""
+        made = replace(self, grid=grid, reading=reading)
+        if self.stored.numel() > SLICE:
+            return made
+        return replace(made, stored=made.weight, limits=None, columns=None, divisors=None, grid=None, reading=None)
+
+    def quantize(self, grid: Grid) -> QTensor:
+        """A linear of one segment rounded to nearest, within its limits."""
+        pieces = (piece for _, piece in self.slices(PIECE))
+        return stacked([grid.quantize(piece.weight, piece.modules[0], piece.limits) for piece in pieces])
 
 
 class DenseOps(TorchOps):
-    """The reference operations on `Dense` linears; `watch(linear, x)` sees every linear's input [T, K]."""
+    """The reference operations on `Dense` linears; `watch(linear, x)` sees every linear's input [T, K].
 
-    def __init__(self, watch: Callable[[Dense, torch.Tensor], None] | None = None):
+    With a `grid` weights are rounded to it as they are used.
+    """
+
+    def __init__(self, watch: Callable[[Dense, torch.Tensor], None] | None = None, grid: Grid | None = None):
         super().__init__()
         self._watch = watch
+        self._grid = grid
 
     def linear(self, x: torch.Tensor, weight: Dense) -> torch.Tensor:  # type: ignore[override]
         """y = x W^T + b."""
         if self._watch:
             self._watch(weight, x)
-        return torch.nn.functional.linear(x, weight.weight, weight.bias)
+        used = weight if self._grid is None else weight.rounded(self._grid)
+        if used.stored.numel() <= SLICE:
+            return torch.nn.functional.linear(x, used.weight, used.bias)
+        y = torch.empty(len(x), used.shape[0])
+        for rows, piece in used.slices(SLICE):
+            y[:, rows] = torch.nn.functional.linear(x, piece.weight, piece.bias)
+        return y
 
 
 def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:
-    """`layer` in fp32, each linear a `Dense`. UsageError where it is quantized already."""
+    """`layer` with each linear a `Dense`, vectors in fp32. UsageError where it is quantized already."""
 
     def linear(name: str, found: Linear, expert: int | None = None) -> Dense:
         parts, modules, kept = [], [], []
@@ -96,7 +169,7 @@ def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:
                 raise UsageError(
                     f"{module} is quantized already, to {segment.bits} bits; quantize the original checkpoint instead"
                 )
-            parts.append(as_float(segment))
+            parts.append(as_stored(segment))
             modules.append(module)
             kept.append(reason)
         bias = None if found.bias is None else as_float(found.bias)

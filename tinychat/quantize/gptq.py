@@ -23,14 +23,15 @@ from tinychat.errors import CheckpointError
 from tinychat.qtensor import QTensor
 from tinychat.quantize.activations import Observed
 from tinychat.quantize.dense import Dense, quantized_layer
-from tinychat.quantize.grid import Grid
+from tinychat.quantize.factor import Factor
+from tinychat.quantize.grid import Grid, stacked
 from tinychat.quantize.report import GroupResult
 from tinychat.weights import Layer
 
 NEEDS_CALIBRATION = True
 NEEDS_GRAMS = True
-DAMPING = 0.01  # of the mean of H's diagonal, added to it; ten times as much where that is not enough
 BLOCK = 128  # columns whose updates of the columns after them are done together
+NUMBERS = 2**23  # of a weight, in whole rows, that are solved for at once: bounds what is in memory
 
 
 @torch.inference_mode()
@@ -42,14 +43,14 @@ def round_layer(
     solvers: dict[str, Solver] = {}
 
     def quantize(part: Dense) -> QTensor:
-        if part.name not in observed.grams:  # an expert that no token went to
-            return grid.quantize(part.weight, part.modules[0], part.limits)
         linear = part.name.partition(".")[0]  # of all experts
         if part.name not in solvers:
             solvers.clear()  # of the linear before
-            gram = observed.grams[part.name]
+            gram = observed.grams.pop(part.name, None)  # the largest need not stand beside others
+            if gram is None:  # an expert that no token went to
+                return part.quantize(grid)
             if part.columns is not None:
-                gram = gram / part.columns / part.columns[:, None]
+                gram.div_(part.columns).div_(part.columns[:, None])
             solvers[part.name] = Solver(gram, act_order, part.modules[0])
         made, found = solvers[part.name].quantize(part, grid)
         losses[linear] = [a + b for a, b in zip(losses.get(linear, [0.0] * 3), found, strict=True)]
@@ -70,25 +71,35 @@ class Solver:
         """`gram` fp32 [K, K] is H. CheckpointError, with `name`, where it is not finite."""
         self.gram = gram
         diagonal = gram.diagonal()
-        if not torch.isfinite(gram).all():
+        if not torch.isfinite(torch.stack(gram.aminmax())).all():
             raise CheckpointError(f"{name}: its inputs, multiplied with each other, go beyond fp32's range")
         self.order = diagonal.argsort(descending=True, stable=True) if act_order else None
-        self.factor = _factor(gram if self.order is None else gram[self.order][:, self.order], name)
+        self.factor = Factor(gram, self.order, name)
 
     def quantize(self, part: Dense, grid: Grid) -> tuple[QTensor, tuple[float, float, float]]:
         """(a linear of one segment on the grid; the loss rounded to nearest, the loss of this, the loss of zeros)."""
-        n, k = part.weight.shape
-        grouped, scales, zeros = grid.fitted(part.weight, part.modules[0], part.limits)
+        made, losses = [], []
+        for _, piece in part.slices(NUMBERS):
+            found, loss = self._quantize(piece, grid)
+            made.append(found)
+            losses.append(loss)
+        nearest, after, power = (float(x.sum()) for x in torch.cat(losses, dim=1))
+        return stacked(made), (nearest, after, power)
+
+    def _quantize(self, part: Dense, grid: Grid) -> tuple[QTensor, torch.Tensor]:
+        """The same of a few rows; their losses, fp64 [3, N]."""
+        weight = part.weight
+        n, k = weight.shape
+        grouped, scales, zeros = grid.fitted(weight, part.modules[0], part.limits)
         nearest = grid.codes(grouped, scales, zeros).reshape(n, -1)[:, :k]
         codes, new_scales, new_zeros = self._solve(part, grid, scales, zeros)
-        before = self._loss(part.weight, nearest, scales, zeros, grid)
-        after = self._loss(part.weight, codes, new_scales, new_zeros, grid)
-        better = (after < before)[:, None]  # false for NaN
-        codes, scales = torch.where(better, codes, nearest), torch.where(better, new_scales, scales)
-        zeros = torch.where(better, new_zeros, zeros)
-        losses = (before, torch.where(better[:, 0], after, before), _quadratic(part.weight, self.gram))
-        total, found, power = (float(x.sum(dtype=torch.float64)) for x in losses)
-        return grid.tensor(codes, scales, zeros, k), (total, found, power)
+        before = self._loss(weight, nearest, scales, zeros, grid)
+        after = self._loss(weight, codes, new_scales, new_zeros, grid)
+        better = after < before  # false for NaN
+        losses = torch.stack((before, torch.where(better, after, before), _quadratic(weight, self.gram)))
+        codes = torch.where(better[:, None], codes, nearest)
+        scales, zeros = (torch.where(better[:, None], *of) for of in ((new_scales, scales), (new_zeros, zeros)))
+        return grid.tensor(codes, scales, zeros, k), losses.double()
 
     def _loss(
         self, weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, grid: Grid
@@ -101,7 +112,7 @@ class Solver:
         self, part: Dense, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(codes [N, K], scales, zeros), in the columns' own order."""
-        n, k = part.weight.shape
+        n, k = part.shape
         width = grid.width(k)
         static = self.order is not None or part.limits is not None
         order = torch.arange(k) if self.order is None else self.order
@@ -111,6 +122,7 @@ class Solver:
         group_of = (order // width).tolist()
         for first, last in _blocks(k, BLOCK if static else width):
             errors = torch.empty(last - first, n)
+            factor = self.factor.rows(first, last)
             for j in range(first, last):
                 group = group_of[j]
                 if not static and j % width == 0:
@@ -118,10 +130,11 @@ class Solver:
                     scales[group], zeros[group] = grid.parameters(low, high, part.modules[0])
                 scale, zero = scales[group], zeros[group]
                 codes[j] = (weight[j] / scale).round_().add_(zero).clamp_(0, grid.top)
-                error = (weight[j] - (codes[j] - zero) * scale) / self.factor[j, j]
-                weight[j + 1 : last].addr_(self.factor[j, j + 1 : last], error, alpha=-1)
-                errors[j - first] = error
-            weight[last:].addmm_(self.factor[first:last, last:].T, errors, alpha=-1)
+                i = j - first
+                error = (weight[j] - (codes[j] - zero) * scale) / factor[i, i]
+                weight[j + 1 : last].addr_(factor[i, i + 1 : last - first], error, alpha=-1)
+                errors[i] = error
+            weight[last:].addmm_(factor[:, last - first :].T, errors, alpha=-1)
         restored = torch.empty_like(codes)
         restored[order] = codes
         return restored.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous()
@@ -135,25 +148,6 @@ def _blocks(n_columns: int, width: int) -> Iterator[tuple[int, int]]:
         last = min(first + whole if whole else min(first + BLOCK, (first // width + 1) * width), n_columns)
         yield first, last
         first = last
-
-
-def _factor(gram: torch.Tensor, name: str) -> torch.Tensor:
-    """U, upper triangular, of (H + damping)^-1 = U^T U: fp32, computed in fp64.
-
-    H = M M^T of an upper triangular M is the Cholesky factorization of H taken backwards, and U = M^-1. A channel that
-    never spoke has a column of zeros in H; damping alone keeps it, and it neither moves others nor is moved.
-    """
-    h = gram.double().flip(0, 1)
-    step = DAMPING * max(float(h.diagonal().mean()), torch.finfo(torch.float32).tiny)
-    for _ in range(6):
-        h.diagonal().add_(step)
-        lower, failed = torch.linalg.cholesky_ex(h)
-        if not failed:
-            upper = lower.flip(0, 1)
-            eye = torch.eye(len(h), dtype=h.dtype)
-            return torch.linalg.solve_triangular(upper, eye, upper=True).float()
-        step *= 10
-    raise CheckpointError(f"{name}: the second moments of its inputs have no Cholesky factor, damped as they may be")
 
 
 def _quadratic(error: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

@@ -11,13 +11,14 @@ symmetric   s = max|w| / 2**(bits - 1), z = 2**(bits - 1): arXiv 2306.00978, equ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from tinychat.errors import CheckpointError, UsageError
-from tinychat.qtensor import QTensor
+from tinychat.qtensor import QTensor, bfloat16
 
 FP16_MAX = 65504.0
 FP16_QUANTUM = 2.0**-24  # the distance between fp16 numbers below the smallest normal, 2**-14
@@ -131,6 +132,20 @@ class Grid:
         """What `quantize(weight).dequantize()` returns, fp32 [N, K], without the detour."""
         n, k = weight.shape
         return self.nearest(*self.fitted(weight, name, limits)).reshape(n, -1)[:, :k]
+
+
+def stacked(parts: Sequence[QTensor]) -> QTensor:
+    """Rows of one linear, quantized a few at a time, as the whole."""
+    codes, scales, zeros = (np.concatenate([getattr(part, f) for part in parts]) for f in ("codes", "scales", "zeros"))
+    return QTensor(codes, scales, zeros, parts[0].bits, parts[0].group_size)
+
+
+def as_stored(array: np.ndarray) -> torch.Tensor:
+    """An fp32, fp16 or bf16 numpy array as a tensor of that dtype (its own memory where it is writable)."""
+    array = np.require(array, requirements=["C", "W"])
+    if array.dtype == bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def as_float(array: np.ndarray) -> torch.Tensor:

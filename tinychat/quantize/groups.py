@@ -6,7 +6,7 @@ arithmetic the block computes what it did before. Groups follow from `ModelConfi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -78,7 +78,7 @@ class Group:
         if self.producer == "act_scale":
             made = scales if producer is None else producer * scales
         elif isinstance(producer, Dense):
-            made = _divided(producer, scales)
+            made = producer.divided(scales)
         else:
             made = producer / scales
             bias = getattr(layer, f"{self.producer}_bias")
@@ -87,18 +87,6 @@ class Group:
         layer = changed(layer, **{self.producer: made})
         columns = self.spread(scales)
         return changed(layer, **{name: part(layer, name).scaled(columns) for name in self.consumers})
-
-
-def _divided(producer: Dense, scales: torch.Tensor) -> Dense:
-    """A linear whose last outputs are divided by `scales`; rounding knows no difference, each row has its own scale."""
-    first = len(producer.weight) - len(scales)
-    parts: dict[str, torch.Tensor] = {}
-    for name in ("weight", "bias", "limits"):
-        values: torch.Tensor | None = getattr(producer, name)
-        if values is not None:
-            parts[name] = values.clone()
-            parts[name][first:] /= scales.view(-1, *(1,) * (values.ndim - 1))
-    return replace(producer, **parts)  # type: ignore[arg-type]
 
 
 def scaling_groups(config: ModelConfig, experts: Experts | None = None) -> tuple[Group, ...]:

@@ -53,9 +53,13 @@ class Method:
         `activations` stand at the block's entrance, and are left at its exit: that of the unquantized model.
         """
         results: list[GroupResult] = []
-        observed = activations.advance(layer, index, self.rounding.NEEDS_GRAMS) if activations else None
+        searches = self.transformation is not None
+        observed = activations.advance(layer, index, self.rounding.NEEDS_GRAMS, searches) if activations else None
         if self.transformation is not None:
             layer, results = self.transformation.transform(config, layer, index, observed, grid)
+        if observed is not None:  # rounding has no use for samples, and needs the room
+            observed.samples.clear()
+            observed.held_out.clear()
         made, found = self.rounding.round_layer(config, layer, index, observed, grid, self.act_order)
         return layer, made, results + found
 

@@ -72,7 +72,8 @@ def quantize(
     progress     on stderr
     revision, offline, ignore_config  of the source: see `checkpoint.locate` and `checkpoint.open`
 
-    In memory are one layer in fp32 and what the method makes of it, the calibration activations, and mapped pages.
+    In memory are one layer as the source has it and in codes, parts of it in fp32, and the calibration activations:
+    less than two layers in fp32. (Text that is sampled takes the packed model while it is written: see `rounded`.)
     Raises UsageError for arguments that cannot be, CheckpointError for what is wrong with the source or the output,
     which then is as it was before.
     """
@@ -251,6 +252,7 @@ def _layer(
     """Layer `index` as it is written; what is found goes to the report."""
     progress.doing("reading")
     layer = dense_layer(source.layer(index), partial(plan, index))
+    source.release()
     progress.doing(method.name)
     changed, done, results = method.apply(source.config, layer, index, activations, grid)
     report.groups += results
@@ -258,7 +260,7 @@ def _layer(
         experts = ", ".join(name.removeprefix("down.") for name in idle)
         report.notes.append(f"layer {index}: rounded to nearest for want of tokens that go there: experts {experts}")
     for linear in linears_of(layer).values():
-        report.kept |= {module: reason for _, module, reason in linear.segments() if reason}
+        report.kept |= {module: reason for module, reason in zip(linear.modules, linear.kept, strict=True) if reason}
     report.count(changed, done)
     return done
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from tinychat.decoder import PackedLayer
 from tinychat.qtensor import QTensor
+from tinychat.quantize.dense import Dense
 from tinychat.weights import QUANTIZED, Layer
 
 BLOCK = "whole block"
@@ -66,14 +67,12 @@ class Report:
             linear, stack = getattr(layer, name), getattr(exact, name)
             if linear is None:
                 continue
-            weights = (
-                found[0] for one in (stack if isinstance(stack, tuple) else (stack,)) for found in one.segments()
-            )
-            for weight, segment in zip(weights, linear.segments, strict=True):
+            parts = (part for one in (stack if isinstance(stack, tuple) else (stack,)) for part in one.parts())
+            for part, segment in zip(parts, linear.segments, strict=True):
                 if isinstance(segment, QTensor):
                     self.quantized_weights += segment.codes.size
                     self.quantized_bits += segment.bits_per_weight * segment.codes.size
-                    change, total = _squares(weight.numpy(), segment)
+                    change, total = _squares(part, segment)
                     error, power = error + change, power + total
             if power:
                 self.rounding.setdefault(name, []).append(error / power)
@@ -122,12 +121,12 @@ class Report:
         return "\n".join(lines)
 
 
-def _squares(weight: np.ndarray, q: QTensor) -> tuple[float, float]:
+def _squares(exact: Dense, q: QTensor) -> tuple[float, float]:
     """(sum of (weight - q)^2, sum of weight^2)."""
     error = power = 0.0
-    for first in range(0, len(weight), _ROWS):
+    for first in range(0, len(q.codes), _ROWS):
         rows = slice(first, first + _ROWS)
-        part = weight[rows]
+        part = exact.of_rows(rows).numpy()
         change = QTensor(q.codes[rows], q.scales[rows], q.zeros[rows], q.bits, q.group_size).dequantize() - part
         error, power = error + float(np.vdot(change, change)), power + float(np.vdot(part, part))
     return error, power

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from tinychat.qtensor import QTensor, Weight
-from tinychat.quantize.grid import Grid, as_float
+from tinychat.qtensor import Weight
+from tinychat.quantize.grid import Grid, as_float, stacked
 from tinychat.weights import QUANTIZED, Ends, Layer, Linear, WeightSource
 
 GRID = Grid(bits=4, group_size=32)  # 4.6 bits a weight; this text need not be cheap to the last bit
@@ -64,8 +64,5 @@ def _rounded(linear: Linear, name: str) -> Linear:
 def _segment(weight: Weight, name: str) -> Weight:
     if not isinstance(weight, np.ndarray):
         return weight
-    parts = [GRID.quantize(as_float(weight[start : start + _ROWS]), name) for start in range(0, len(weight), _ROWS)]
-    codes, scales, zeros = (
-        np.concatenate([getattr(part, field) for part in parts]) for field in ("codes", "scales", "zeros")
-    )
-    return QTensor(codes, scales, zeros, GRID.bits, parts[0].group_size)
+    rows = (as_float(weight[start : start + _ROWS]) for start in range(0, len(weight), _ROWS))
+    return stacked([GRID.quantize(part, name) for part in rows])

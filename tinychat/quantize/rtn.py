@@ -18,4 +18,4 @@ def round_layer(
     config: ModelConfig, layer: PackedLayer, index: int, observed: Observed | None, grid: Grid, act_order: bool = False
 ) -> tuple[Layer, list[GroupResult]]:
     """`layer` as it is written, within the limits that clipping may have found. There is nothing to say of it."""
-    return quantized_layer(layer, lambda part: grid.quantize(part.weight, part.modules[0], part.limits)), []
+    return quantized_layer(layer, lambda part: part.quantize(grid)), []

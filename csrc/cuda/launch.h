@@ -1,0 +1,47 @@
+// Launching a kernel: thin, without synchronization, and with the error as an exception. Included by .cu files alone.
+#pragma once
+#include <stdexcept>
+#include <string>
+
+#include "device.h"
+#include "stream.h"
+
+namespace tinychat::cuda {
+
+struct Grid {
+    dim3 blocks;
+    dim3 threads;
+    size_t shared = 0;  // bytes of dynamic_shared
+};
+
+#ifdef __CUDACC__
+
+inline void check(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    throw std::runtime_error(std::string("CUDA, ") + what + ": " + cudaGetErrorString(error));
+}
+
+// Runs kernel(arguments...) on `stream`. What fails at launch is thrown here; what fails while running, at the next
+// synchronization, which is the caller's.
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), const Grid& grid, Stream stream, A... arguments) {
+    constexpr size_t granted = 48 << 10;  // without asking
+    if (grid.shared > granted) {
+        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(grid.shared)),
+              name);
+    }
+    kernel<<<grid.blocks, grid.threads, grid.shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+    check(cudaGetLastError(), name);
+}
+
+#else
+
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), const Grid& grid, Stream, A... arguments) {
+    host::run(name, grid.blocks, grid.threads, grid.shared, [=] { kernel(arguments...); });
+}
+
+#endif
+
+}  // namespace tinychat::cuda

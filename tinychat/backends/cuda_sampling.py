@@ -1,0 +1,95 @@
+"""The next token drawn where the logits are: what `sampling.sample` does without penalties, as operations of a device.
+
+Nothing here looks at a value, so that a graph may capture it. The random numbers are the request's own, drawn by numpy
+and sent ahead, so that a seed gives the same tokens on every backend, as far as their logits agree.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tinychat.sampling import SamplingParams
+
+Tensor = torch.Tensor
+
+AHEAD = 256  # random numbers sent at a time
+
+
+def draws(params: SamplingParams) -> bool:
+    """Whether a token can be drawn on the device: penalties and log-probabilities want the logits."""
+    return not params.penalized and params.logprobs is None
+
+
+class DeviceSampler:
+    """Draws from logits [1, vocab_size]; one request at a time.
+
+    token     int64 [1]: what `draw` drew last
+    reported  int64 [1]: the same, or -1 where the logits were not finite
+    """
+
+    def __init__(self, device: torch.device):
+        self.token = torch.zeros(1, dtype=torch.int64, device=device)
+        self.reported = torch.zeros(1, dtype=torch.int64, device=device)
+        self._numbers = torch.zeros(AHEAD, dtype=torch.float64, device=device)
+        self._place = torch.zeros(1, dtype=torch.int64, device=device)
+        self._settings = torch.zeros(3, dtype=torch.float64, device=device)  # temperature, top_p, min_p
+        self._params = SamplingParams(temperature=0.0)
+        self._rng = np.random.default_rng(0)
+        self._left = 0
+
+    def begin(self, params: SamplingParams, rng: np.random.Generator) -> None:
+        """From now on draw as `params` say, by numbers from `rng`."""
+        self._params, self._rng, self._left = params, rng, 0
+        settings = torch.tensor([params.temperature, params.top_p, params.min_p], dtype=torch.float64)
+        self._settings.copy_(settings, non_blocking=True)
+
+    def provide(self) -> None:
+        """Before each draw, outside of any graph: see that there is a random number."""
+        if self._params.greedy:
+            return
+        if not self._left:
+            self._numbers.copy_(torch.from_numpy(self._rng.random(AHEAD)), non_blocking=True)
+            self._place.zero_()
+            self._left = AHEAD
+        self._left -= 1
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """What a draw changes beside its result."""
+        return (self._place,)
+
+    @property
+    def kind(self) -> tuple[bool, int, bool, bool]:
+        """What of `params` shapes the operations; all else is read from the device."""
+        p = self._params
+        return (True, 0, False, False) if p.greedy else (False, p.top_k, p.top_p < 1, p.min_p > 0)
+
+    def draw(self, logits: Tensor) -> None:
+        """The next token of fp32 logits [1, vocab_size]."""
+        greedy, top_k, nucleus, least = self.kind
+        row = logits[0]
+        token = row.argmax() if greedy else self._drawn(row, top_k, nucleus, least)
+        self.token.copy_(token.reshape(1))
+        self.reported.copy_(torch.where(torch.isfinite(row).all(), token, -1).reshape(1))
+
+    def _drawn(self, row: Tensor, top_k: int, nucleus: bool, least: bool) -> Tensor:
+        """See `sampling.candidates`: tokens that a filter takes away keep their place, at a weight of 0."""
+        temperature, top_p, min_p = self._settings.unbind()
+        ids: Tensor | None = None
+        if 0 < top_k < len(row):
+            row, ids = torch.topk(row, top_k)
+        elif nucleus:
+            row, ids = torch.sort(row, descending=True, stable=True)
+        weights = torch.exp((row.double() - row.max()) / temperature)
+        if nucleus:
+            sums = torch.cumsum(weights, 0)
+            before = torch.cat([torch.zeros_like(sums[:1]), sums[:-1]])
+            weights = torch.where(before < top_p * sums[-1], weights, 0.0)
+        if least:
+            weights = torch.where(weights >= min_p * weights.max(), weights, 0.0)
+        sums = torch.cumsum(weights, 0)
+        number = self._numbers.index_select(0, self._place)
+        self._place += 1
+        place = torch.searchsorted(sums, number * sums[-1], right=True).clamp(max=len(row) - 1)
+        return (place if ids is None else ids.index_select(0, place)).reshape(())
