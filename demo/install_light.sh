@@ -52,6 +52,7 @@ if [ -z "$wheel" ]; then
         fail "$((free_kb / 1000)) MB of memory and swap are free, compiling needs $((job_kb / 1000)): add swap, or give a wheel"
     jobs=$((free_kb / job_kb)) cores=$(getconf _NPROCESSORS_ONLN)
     export CMAKE_BUILD_PARALLEL_LEVEL=$((jobs < cores ? jobs : cores))
+    export CMAKE_ARGS="-DTINYCHAT_CUDA=OFF ${CMAKE_ARGS:-}" # the GPU's backend needs torch, which is left out
 fi
 if [ ${#packages[@]} -gt 0 ]; then run sudo apt-get install -y "${packages[@]}"; fi
 

@@ -76,7 +76,7 @@ def gather(
 
     root     below which the system is read
     kernels  what `kernels.here` would say of the machine below `root`; by default, what it says of this one
-    probe    measure, where the cpu backend can run; always on this machine
+    probe    measure, where the cpu or the cuda backend would run; always on this machine
     Raises what opening `model` raises; nothing about the machine does.
     """
     from tinychat import __version__, backends, checkpoint
@@ -89,7 +89,11 @@ def gather(
     processor, memory = machine.processor(root), machine.memory_facts(root)
     n_threads = threads or found["threads"] or processor["threads"]
     processor["threads"] = processor["threads"] if threads is None else threads
-    measured = speed.measure(n_threads, activations) if probe and found["used"] is not None else None
+    measured = None
+    if probe and found["used"] is not None:
+        measured = speed.measure(n_threads, activations)
+    elif probe and found["backend"] == "cuda":
+        measured = speed.measure_gpu()
     footprint = cpu.FOOTPRINT if found["backend"] in (None, "cpu") else backends.backend(found["backend"]).FOOTPRINT
     cache = processor["cache_bytes"]
     free = memory["available"] if found["device_memory"] is None else found["device_memory"]

@@ -65,7 +65,7 @@ class Sized:
             "memory": None if cached else measured["gb_s"] * 1e9 / need.token(SPEED_CONTEXT),
             "arithmetic": None,
         }
-        if source.n_quantized:
+        if source.n_quantized and measured["weights_per_s"] is not None:
             used = source.n_quantized * (1 - need.idle / need.quantized)
             head = source.config.vocab_size * source.config.table_width
             limits["arithmetic"] = measured["weights_per_s"] / (used + head)

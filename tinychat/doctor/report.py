@@ -65,6 +65,8 @@ def _speed(facts: dict[str, Any]) -> Rows:
     s = facts["speed"]
     if s is None:
         return [("speed", "not measured")]
+    if s["threads"] is None:
+        return [("speed", f"the GPU copies its memory at {s['gb_s']:.0f} GB/s, read and written")]
     return [
         ("speed", f"memory is read at {s['gb_s']:.1f} GB/s with {_threads(s['threads'])}"),
         ("", f"kernels multiply {s['weights_per_s'] / 1e9:.3g} billion 4-bit weights a second"),

@@ -1,4 +1,5 @@
 """Two short measurements: how fast memory is read, and how fast the kernels multiply weights that are in a cache.
+On a GPU one: how fast it copies its memory.
 
 Decoding reads every weight once a token, so memory is one limit of its speed; the kernels' arithmetic is the other, the
 lower one of cores without wide vectors.
@@ -6,6 +7,7 @@ lower one of cores without wide vectors.
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import time
 from typing import Any
@@ -19,6 +21,15 @@ from tinychat.qtensor import QTensor
 SIDE = 1024  # of the matrix: half a megabyte of codes, within the second-level cache of every board
 GROUP = 128
 TURN_S, TURNS = 0.02, 5
+
+
+def measure_gpu() -> dict[str, Any]:
+    """As `measure`, of the GPU that torch uses; its arithmetic is not measured. Imports torch."""
+    probe = importlib.import_module("tinychat.bench.copy_probe").CopyProbe()
+    probe.complete()
+    verdict = judge(probe.samples, probe.bytes_read, None)
+    found = {"threads": None, "gb_s": verdict.gb_s, "bytes_read": verdict.bytes_read, "doubts": verdict.reasons}
+    return {**found, "weights_per_s": None}
 
 
 def measure(threads: int, activations: int = 16) -> dict[str, Any]:
