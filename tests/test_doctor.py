@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import machines
@@ -229,6 +230,19 @@ def test_a_level_that_does_not_run_is_a_finding_and_no_error(monkeypatch, capsys
     assert cli.main(["doctor", "--no-probe"]) == 1
     text = capsys.readouterr().out
     assert "none: TINYCHAT_ISA=mmx does not run here" in text and "tinychat cannot run a model here" in text
+
+
+def test_a_gpu_is_measured_and_its_memory_counts(tmp_path, monkeypatch):
+    copied = types.SimpleNamespace(complete=lambda: None, samples=[2000.0, 2010.0, 1990.0], bytes_read=4 << 30)
+    monkeypatch.setitem(sys.modules, "tinychat.bench.copy_probe", types.SimpleNamespace(CopyProbe=lambda: copied))
+    gpu = {"backend": "cuda", "description": "cuda (NVIDIA H100, sm_90)", "used": None}
+    found = {**ours("scalar", **gpu, device_memory=80 * 10**9), "supported": []}
+    facts = gather(machines.plant(machines.SERVER, tmp_path), kernels=found)
+    assert facts["free"] == 80 * 10**9 and facts["speed"]["gb_s"] == 2000
+    speeds = {row["name"]: row["tokens_per_s"] for row in facts["models"]}
+    assert speeds["llama-2-7b"]["limit"] == "memory" and 500 < speeds["llama-2-7b"]["at_most"] < 600
+    text = report(facts)
+    assert "the GPU copies its memory at 2000 GB/s" in text and "80.0 GB of its memory are free" in text
 
 
 @needs_kernels

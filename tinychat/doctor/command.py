@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,6 @@ def gather(
     Raises what opening `model` raises; nothing about the machine does.
     """
     from tinychat import __version__, backends, checkpoint
-    from tinychat.backends import cpu
     from tinychat.doctor import kernels as levels
     from tinychat.doctor import machine, models, speed, throttling
     from tinychat.doctor.advice import advise
@@ -94,7 +94,7 @@ def gather(
         measured = speed.measure(n_threads, activations)
     elif probe and found["backend"] == "cuda":
         measured = speed.measure_gpu()
-    footprint = cpu.FOOTPRINT if found["backend"] in (None, "cpu") else backends.backend(found["backend"]).FOOTPRINT
+    footprint = importlib.import_module(f"tinychat.backends.{found['backend'] or 'cpu'}").FOOTPRINT
     cache = processor["cache_bytes"]
     free = memory["available"] if found["device_memory"] is None else found["device_memory"]
     judged = None
