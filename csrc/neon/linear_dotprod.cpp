@@ -17,6 +17,7 @@ namespace {
 template <int bits, int planes>
 struct Dots {
     static constexpr int kOffset = bits == 8 ? 128 : 0;
+    static constexpr bool kCrowded = false;
 
     template <int R, int H>
     using Sums = int32x4_t[planes][R][H];
@@ -61,15 +62,21 @@ struct Dots {
     template <int R, int H>
     __attribute__((always_inline)) static void quarters(const char* codes, const char* x, int64_t stride, int64_t length,
                                                         Sums<R, H>& sums) {
-        constexpr int kUnits = bits == 4 || bits == 8 ? 2 : 1;  // 16 k are a register of activations
-        constexpr int64_t kTaken = kUnits * unit_length(bits);
-        int64_t k = 0;
-        for (; k + (kUnits - 1) * unit_length(bits) < length; k += kTaken) {
-            some<R, H, kUnits>(codes + k / unit_length(bits) * unit_bytes(bits), x + k, stride, length, sums);
+        // At a time whole registers of activations.
+        constexpr int kTaken = bits == 3 ? 32 : 16, kUnits = kTaken / unit_length(bits);
+        if (R == 1 && __builtin_constant_p(length)) {
+            each<kBlock / kTaken>([&](auto number) __attribute__((always_inline)) {
+                constexpr int i = decltype(number)::value * kUnits;
+                some<R, H, kUnits>(codes + i * unit_bytes(bits), x + i * unit_length(bits), stride, length, sums);
+                __asm__ volatile("" ::: "memory");  // or GCC loads all that there is, and spills it
+            });
+            return;
         }
-        if (kUnits == 2 && k < length) {
-            some<R, H, 1>(codes + k / unit_length(bits) * unit_bytes(bits), x + k, stride, length, sums);
+        const char* const end = x + length;
+        for (; x + (kTaken - 1) < end; x += kTaken, codes += kUnits * unit_bytes(bits)) {
+            some<R, H, kUnits>(codes, x, stride, length, sums);
         }
+        for (; x < end; x += unit_length(bits), codes += unit_bytes(bits)) some<R, H, 1>(codes, x, stride, length, sums);
     }
 
     template <int R>
@@ -78,15 +85,18 @@ struct Dots {
         constexpr int H = R * planes > 4 ? 2 : 4;  // as many as the registers hold sums of
         for (int first = 0; first < 4; first += H) {
             Sums<R, H> sums;
-            for (int p = 0; p < planes; p++) {
-                for (int t = 0; t < R; t++) {
-                    for (int j = 0; j < H; j++) sums[p][t][j] = vdupq_n_s32(0);
+            for (int t = 0; t < R; t++) {
+                for (int j = 0; j < H; j++) {
+                    sums[0][t][j] = vdupq_n_s32(0);
+                    sums[planes - 1][t][j] = products[t][first + j];
                 }
             }
             quarters<R, H>(codes + first * 16, x, stride, length, sums);
+            int32x4_t weight = vdupq_n_s32(256);
+            __asm__("" : "+w"(weight));  // or GCC shifts and adds
             for (int t = 0; t < R; t++) {
                 for (int j = 0; j < H; j++) {
-                    products[t][first + j] = planes == 1 ? sums[0][t][j] : sums[planes - 1][t][j] + (sums[0][t][j] << 8);
+                    products[t][first + j] = planes == 1 ? sums[0][t][j] : vmlaq_s32(sums[planes - 1][t][j], sums[0][t][j], weight);
                 }
             }
         }

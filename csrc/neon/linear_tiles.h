@@ -2,8 +2,9 @@
 // outliers. A level brings Dots<bits, planes>, the sums of products of a block:
 //
 //   static constexpr int kOffset          what it takes away from codes: 128 where bytes with sign hold 8 bits
+//   static constexpr bool kCrowded        whether add() needs all registers
 //   template <R> static void add(codes, x, block, stride, length, sums[R][4])
-//                                         sums[t][j] = sum over k of (q - kOffset) x, of row t and the four rows j of a
+//                                         sums[t][j] += sum over k of (q - kOffset) x, of row t and the four rows j of a
 //                                         tile, in `length` k; block is the first row's
 //
 // Codes unpack to registers of 4 k of 4 rows, a byte each (linear_layout.h draws it): the four registers of a line are the
@@ -60,75 +61,91 @@ struct Call {
 };
 
 __attribute__((always_inline)) inline void load_scales(const char* at, bool wide, float32x4_t (&scales)[4]) {
-    for (int j = 0; j < 4; j++) {
-        if (wide) {
-            scales[j] = vld1q_f32(reinterpret_cast<const float*>(at) + j * 4);
-        } else {
-            scales[j] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(at) + j * 4)));
-        }
+    if (__builtin_expect(wide, 0)) {
+        for (int j = 0; j < 4; j++) scales[j] = vld1q_f32(reinterpret_cast<const float*>(at) + j * 4);
+        return;
+    }
+    for (int h = 0; h < 2; h++) {
+        const float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(at) + h * 8));
+        scales[2 * h] = vcvt_f32_f16(vget_low_f16(halves));
+        scales[2 * h + 1] = vcvt_high_f32_f16(halves);
     }
 }
 
-// A block of R rows of a tile, the first of them at `codes`, `scales` and `zeros`: adds to sums.
+// `offset` less the zeros of a group.
+__attribute__((always_inline)) inline void load_zeros(const char* at, uint8_t offset, int32x4_t (&zero)[4]) {
+    const uint8x16_t bytes = vld1q_u8(reinterpret_cast<const uint8_t*>(at)), from = vdupq_n_u8(offset);
+    const int16x8_t low = vreinterpretq_s16_u16(vsubl_u8(vget_low_u8(from), vget_low_u8(bytes)));
+    const int16x8_t high = vreinterpretq_s16_u16(vsubl_high_u8(from, bytes));
+    zero[0] = vmovl_s16(vget_low_s16(low));
+    zero[1] = vmovl_high_s16(low);
+    zero[2] = vmovl_s16(vget_low_s16(high));
+    zero[3] = vmovl_high_s16(high);
+}
+
+// A block of a tile, at `codes`, `scales` and `zeros`, with R rows, the first of them at `row`: adds to sums.
 template <class Dots, int bits, int R>
 __attribute__((always_inline)) inline void block_of_tile(const Call& call, const char* codes, const char* scales,
                                                          const char* zeros, int64_t length, const char* x,
-                                                         const char* blocks, const char* outliers, float32x4_t (&sums)[R][4]) {
+                                                         const char* row, const char* blocks, float32x4_t (&sums)[R][4]) {
     const int64_t stride = call.layout.activation_bytes;
     int32x4_t products[R][4], zero[4];
+    load_zeros(zeros, Dots::kOffset, zero);
+    for (int t = 0; t < R; t++) {
+        const int32_t sum = reinterpret_cast<const Block*>(blocks + t * stride)->sum;
+        for (int j = 0; j < 4; j++) products[t][j] = vmulq_n_s32(zero[j], sum);
+    }
+    if (Dots::kCrowded) __asm__ volatile("" : "+m"(sums));  // no register is left for them
     if (length == kBlock) {
         Dots::template add<R>(codes, x, blocks, stride, kBlock, products);
     } else {
         Dots::template add<R>(codes, x, blocks, stride, length, products);
     }
-    const uint8x16_t bytes = vld1q_u8(reinterpret_cast<const uint8_t*>(zeros));
-    const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes))) - Dots::kOffset;
-    const int16x8_t high = vreinterpretq_s16_u16(vmovl_high_u8(bytes)) - Dots::kOffset;
-    zero[0] = vmovl_s16(vget_low_s16(low));
-    zero[1] = vmovl_high_s16(low);
-    zero[2] = vmovl_s16(vget_low_s16(high));
-    zero[3] = vmovl_high_s16(high);
     float32x4_t scale[4];
     load_scales(scales, call.wide_scales, scale);
     for (int t = 0; t < R; t++) {
         const Block& block = *reinterpret_cast<const Block*>(blocks + t * stride);
         for (int j = 0; j < 4; j++) {
-            const int32x4_t product = vmlsq_n_s32(products[t][j], zero[j], block.sum);
-            sums[t][j] = vfmaq_f32(sums[t][j], vcvtq_f32_s32(product), vmulq_n_f32(scale[j], block.scale));
+            sums[t][j] = vfmaq_f32(sums[t][j], vcvtq_f32_s32(products[t][j]), vmulq_n_f32(scale[j], block.scale));
         }
         if (__builtin_expect(block.outliers == 0, 1)) continue;
-        const auto* list = reinterpret_cast<const Outlier*>(outliers + t * stride);
+        __asm__("" : "+r"(zeros));  // loaded again: registers do not hold them for a rare case
+        load_zeros(zeros, Dots::kOffset, zero);
+        const int64_t index = (blocks - row - call.layout.blocks_at) / int64_t{sizeof(Block)};
+        const auto* list = reinterpret_cast<const Outlier*>(row + t * stride + call.layout.outliers_at) + index * call.layout.block_outliers;
         for (int32_t o = 0; o < block.outliers; o++) {
             for (int j = 0; j < 4; j++) {
                 const auto code = (int32x4_t)one_code<bits, Lanes>(codes + j * 16, list[o].index) - Dots::kOffset;
-                const float32x4_t weight = vcvtq_f32_s32(code - zero[j]) * scale[j];
+                const float32x4_t weight = vcvtq_f32_s32(code + zero[j]) * scale[j];
                 sums[t][j] = vfmaq_n_f32(sums[t][j], weight, list[o].value);
             }
         }
     }
 }
 
-// R rows of one tile, of which the first `outputs` rows of weights exist.
-template <class Dots, int bits, int planes, int R>
-__attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, const char* x, int64_t outputs, float* y) {
+// R rows of one tile, of which the first `outputs` rows of weights exist. `whole`: all blocks are of full length.
+template <class Dots, int bits, int planes, int R, bool whole>
+__attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, const char* row, int64_t outputs, float* y) {
     const QuantizedLayout& layout = call.layout;
-    const char *blocks = x + layout.blocks_at, *outliers = x + layout.outliers_at;
+    const int64_t groups = layout.groups, scale_bytes = layout.scale_bytes, group = layout.padded_group;
+    const char *x = row, *blocks = row + layout.blocks_at;
     float32x4_t sums[R][4];
     for (int t = 0; t < R; t++) {
         for (int j = 0; j < 4; j++) sums[t][j] = vdupq_n_f32(0);
     }
-    for (int64_t first = 0; first < layout.groups; first += kChunk) {
-        const int64_t m = smaller(kChunk, layout.groups - first);
-        const char *scales = at, *zeros = at + m * layout.scale_bytes;
+    for (int64_t first = 0; first < groups; first += kChunk) {
+        const int64_t m = smaller(kChunk, groups - first);
+        const char *scales = at, *zeros = at + m * scale_bytes;
         at += layout.header_bytes(m);
-        for (int64_t g = first; g < first + m; g++, scales += layout.scale_bytes, zeros += kTile) {
-            for (int64_t begin = 0; begin < layout.padded(g); begin += kBlock) {
-                const int64_t length = smaller(kBlock, layout.padded(g) - begin);
-                block_of_tile<Dots, bits, R>(call, at, scales, zeros, length, x, blocks, outliers, sums);
-                at += layout.code_bytes(length);
+        for (const char* const last = zeros + m * kTile; zeros < last; scales += scale_bytes, zeros += kTile) {
+            const bool partial = !whole && first + m == groups && zeros + kTile == last;
+            const int64_t padded = partial ? layout.padded_last : group;
+            for (int64_t left = padded; left > 0; left -= kBlock) {
+                const int64_t length = whole ? kBlock : smaller(kBlock, left);
+                block_of_tile<Dots, bits, R>(call, at, scales, zeros, length, x, row, blocks, sums);
+                at += divide_up(length, unit_length(bits)) * unit_bytes(bits);
                 x += length * planes;
                 blocks += sizeof(Block);
-                outliers += layout.block_outliers * int64_t{sizeof(Outlier)};
             }
         }
     }
@@ -146,6 +163,7 @@ void run(const Call& call, const char* packed, const char* activations, int64_t 
     constexpr int kMost = 4;
     const int64_t row_bytes = call.layout.activation_bytes, fit = kPanelBytes / row_bytes / kMost * kMost;
     const int64_t panel = fit > kMost ? fit : kMost;
+    const bool whole = call.layout.padded_group % kBlock == 0 && call.layout.padded_last % kBlock == 0;
     for (int64_t begin = 0; begin < rows; begin += panel) {
         const int64_t end = smaller(begin + panel, rows);
         for (int64_t tile = tile_begin; tile < tile_end; tile++) {
@@ -155,8 +173,13 @@ void run(const Call& call, const char* packed, const char* activations, int64_t 
                 const char* x = activations + t * row_bytes;
                 float* out = y + t * call.y_stride + tile * kTile;
                 const auto take = [&](auto some) {
-                    rows_of_tile<Dots, bits, planes, decltype(some)::value>(call, at, x, outputs, out);
-                    t += decltype(some)::value;
+                    constexpr int R = decltype(some)::value;
+                    if (R == 1 && whole) {
+                        rows_of_tile<Dots, bits, planes, R, R == 1>(call, at, x, outputs, out);
+                    } else {
+                        rows_of_tile<Dots, bits, planes, R, false>(call, at, x, outputs, out);
+                    }
+                    t += R;
                 };
                 if (end - t >= kMost) {
                     take(Number<kMost>{});
