@@ -203,9 +203,9 @@ int choose_parts(const LinearCall& call, int blocks, int64_t workspace_bytes) {
 }
 
 template <class T, int kBits, int kRows>
-void start(const LinearCall& call, float* workspace, int64_t workspace_bytes, Stream stream) {
+void start(const LinearCall& call, int parts, float* workspace, int64_t workspace_bytes, Stream stream) {
     const int of_rows = divide_up(call.rows, kRows), of_outputs = divide_up(call.weight.n, kBlockOutputs);
-    const int parts = choose_parts(call, of_rows * of_outputs, workspace_bytes);
+    if (!parts) parts = choose_parts(call, of_rows * of_outputs, workspace_bytes);
     const Grid grid{dim3(of_rows, of_outputs, parts), dim3(kWarps * kWarp), Stage<kBits, kRows>::kBytes};
     launch("gemm", gemm_kernel<T, kBits, kRows>, grid, stream, call, workspace);
     if (parts == 1) return;
@@ -216,21 +216,21 @@ void start(const LinearCall& call, float* workspace, int64_t workspace_bytes, St
 
 // At 8 bits, of few weights, one size serves.
 template <class T, int kBits>
-void start(const LinearCall& call, float* workspace, int64_t workspace_bytes, Stream stream) {
+void start(const LinearCall& call, int parts, float* workspace, int64_t workspace_bytes, Stream stream) {
     if constexpr (kBits == 8) {
-        start<T, kBits, 64>(call, workspace, workspace_bytes, stream);
+        start<T, kBits, 64>(call, parts, workspace, workspace_bytes, stream);
     } else {
         const auto sized = call.rows <= 32 ? start<T, kBits, 32> : call.rows <= 64 ? start<T, kBits, 64> : start<T, kBits, 128>;
-        sized(call, workspace, workspace_bytes, stream);
+        sized(call, parts, workspace, workspace_bytes, stream);
     }
 }
 
 }  // namespace
 
-void gemm(const LinearCall& call, float* workspace, int64_t workspace_bytes, Stream stream) {
+void gemm(const LinearCall& call, int parts, float* workspace, int64_t workspace_bytes, Stream stream) {
     const auto of = call.dtype == Dtype::f16 ? (call.weight.bits == 4 ? start<Half, 4> : start<Half, 8>)
                                              : (call.weight.bits == 4 ? start<BFloat, 4> : start<BFloat, 8>);
-    of(call, workspace, workspace_bytes, stream);
+    of(call, parts, workspace, workspace_bytes, stream);
 }
 
 }  // namespace tinychat::cuda

@@ -85,6 +85,7 @@ inline uint16_t to_half(float value) {
 // The instruction-set levels that run here.
 std::vector<std::string> isas();
 
+void test_cuda();
 void test_linear();
 void test_team();
 

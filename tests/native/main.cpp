@@ -1,7 +1,7 @@
 // The native tests: kernels, threads and the lowered decoder without Python, for sanitizers and cross builds.
 //
 //     cmake -S . -B build/native -DTINYCHAT_NATIVE_TESTS=ON [-DTINYCHAT_SANITIZE=address,undefined]
-//     cmake --build build/native && build/native/native_tests [linear] [team]
+//     cmake --build build/native && build/native/native_tests [cuda] [linear] [team]
 #include <chrono>
 #include <sstream>
 
@@ -32,6 +32,7 @@ int main(int argc, char** argv) {
         std::printf("%-8s %6d checks, %d failed, %.1f s\n", name, checks - done, failures - before, spent.count());
     };
     std::printf("levels: %s\n", tinychat::supported_isas());
+    run("cuda", test_cuda);
     run("linear", test_linear);
     run("team", test_team);
     return failures ? 1 : 0;

@@ -1,8 +1,8 @@
 """One linear on the CUDA kernels: packing a canonical weight, y = x W^T + b, and which kernel for how many rows.
 
 It runs with `tinychat._cuda` on tensors of a GPU, and with `tinychat._cuda_host`, the same kernels on the CPU, on the
-CPU's tensors: the device of the tensors decides. What is not quantized, and groups that no kernel has, are multiplied by
-torch in 16 bits. Nothing synchronizes, so that a graph may capture it.
+CPU's tensors: the device of the tensors decides. What is not quantized, and groups that no kernel has, are multiplied
+by torch in 16 bits. Nothing synchronizes, so that a graph may capture it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ class Workspace:
             self.values = None  # free it first
             self.values = torch.empty(max(self.weights, n * k), dtype=dtype, device=device)
         return self.values[: n * k].view(n, k)
-
 
     @staticmethod
     def of(device: torch.device) -> Workspace:
@@ -127,6 +126,8 @@ class CudaLinear:
             device = torch.device("cuda", torch.cuda.current_device())
         if dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"activations are fp16 or bf16, not {dtype}")
+        if dtype == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            raise BackendError(f"{torch.cuda.get_device_name(device)} cannot multiply bf16: take fp16 activations")
         if not isinstance(linear, Linear):
             linear = Linear((linear,))
         n, k = linear.shape
@@ -147,7 +148,9 @@ class CudaLinear:
             parts.append(Quantized.pack(alike, device))
         bias = None if linear.bias is None else tensor(np.asarray(linear.bias, np.float32), device)
         workspace = Workspace.of(device)
-        workspace.weights = max(workspace.weights, *(p.packed.n * k if isinstance(p, Quantized) else 0 for p in parts), 0)
+        workspace.weights = max(
+            workspace.weights, *(p.packed.n * k if isinstance(p, Quantized) else 0 for p in parts), 0
+        )
         return cls(n, k, tuple(parts), bias, dtype, device, workspace)
 
     def unpack(self) -> Linear:
