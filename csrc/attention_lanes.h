@@ -1,4 +1,4 @@
-// The attention kernels of a level with lanes (avx/lanes_*.h, included first), compiled anew in each level's unit: how heads
+// The attention kernels of a level with lanes (lanes_*.h, included first), compiled anew in each level's unit: how heads
 // are rotated and stored, and which of two ways they attend. Ends that do not fill a register are parts of one; nothing
 // beyond them is touched.
 #pragma once

@@ -1,4 +1,4 @@
-// Attention that waits for the cache's memory: few queries, many entries. Written in the lanes of a level (avx/lanes_*.h,
+// Attention that waits for the cache's memory: few queries, many entries. Written in the lanes of a level (lanes_*.h,
 // included first), and compiled anew in each level's unit.
 //
 // One pass over the keys for the scores, the softmax, one pass over the values; each reads a single stream of memory, ahead
@@ -140,7 +140,7 @@ void mix_some(int64_t registers, const float* weights, int64_t stride, const Ent
 
 template <int H, class Entry>
 void mix_all(const float* weights, int64_t stride, const Entry* values, int64_t n, int64_t dim, float* const* out) {
-    constexpr int kMost = (kLanes == 16 && H > 1 ? 16 : 8) / H;  // registers for the dimensions of a query
+    constexpr int kMost = (H > 1 ? kMixed : 8) / H;  // registers for the dimensions of a query
     const int64_t registers = (dim + kLanes - 1) / kLanes, passes = (registers + kMost - 1) / kMost;
     int64_t at = 0;
     for (int64_t pass = 0; pass < passes; ++pass) {

@@ -1,4 +1,4 @@
-// Attention that waits for arithmetic: many queries. Written in the lanes of a level (avx/lanes_*.h, included first), and
+// Attention that waits for arithmetic: many queries. Written in the lanes of a level (lanes_*.h, included first), and
 // compiled anew in each level's unit.
 //
 // The queries of a block of rows, all heads of the group, meet a tile of 64 entries at a time. The tile's keys are widened

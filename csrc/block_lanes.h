@@ -1,4 +1,4 @@
-// The block kernels of a level with lanes (avx/lanes_*.h, included first), compiled anew in each level's unit. Ends that do
+// The block kernels of a level with lanes (lanes_*.h, included first), compiled anew in each level's unit. Ends that do
 // not fill a register are parts of one; nothing beyond them is touched.
 #pragma once
 #include "kernels.h"

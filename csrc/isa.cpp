@@ -1,7 +1,8 @@
 // Which instruction-set levels run here, and which one is used.
 //
-// A level runs where the CPU has its instructions (CPUID) and the operating system saves its registers (XGETBV): a
-// hypervisor or kernel may leave AVX-512 off on a CPU that has it, and a sandbox may refuse the tiles of AMX.
+// On x86 a level runs where the CPU has its instructions (CPUID) and the operating system saves its registers (XGETBV): a
+// hypervisor or kernel may leave AVX-512 off on a CPU that has it, and a sandbox may refuse the tiles of AMX. On ARM the
+// operating system says what may be used: NEON everywhere, more by AT_HWCAP on Linux and by sysctl on macOS.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -15,6 +16,12 @@
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#elif defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 #endif
 
@@ -57,6 +64,31 @@ Features features() {
     found.avxvnni = found.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
     return found;
 }
+#elif defined(__aarch64__)
+struct Features {
+    bool dotprod = false, i8mm = false;
+};
+
+#if defined(__APPLE__)
+bool has(const char* feature) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+#endif
+
+Features features() {
+    Features found;
+#if defined(__linux__)
+    constexpr unsigned long kDotProduct = 1ul << 20, kMatrixProduct = 1ul << 13;  // of AT_HWCAP, of AT_HWCAP2
+    found.dotprod = (getauxval(AT_HWCAP) & kDotProduct) != 0;
+    found.i8mm = found.dotprod && (getauxval(AT_HWCAP2) & kMatrixProduct) != 0;
+#elif defined(__APPLE__)
+    found.dotprod = has("hw.optional.arm.FEAT_DotProd");
+    found.i8mm = found.dotprod && has("hw.optional.arm.FEAT_I8MM");
+#endif
+    return found;
+}
 #endif
 
 // Best first.
@@ -70,6 +102,11 @@ const std::vector<Kernels>& levels() {
         if (has.avx512) list.push_back({"avx512", linear_avx512(), block_avx512(), attention_avx512()});
         if (has.avxvnni) list.push_back({"avxvnni", linear_avxvnni(), block_avx2(), attention_avx2()});
         if (has.avx2) list.push_back({"avx2", linear_avx2(), block_avx2(), attention_avx2()});
+#elif defined(__aarch64__)
+        const Features has = features();
+        if (has.i8mm) list.push_back({"i8mm", linear_i8mm(), block_neon(), attention_neon()});
+        if (has.dotprod) list.push_back({"dotprod", linear_dotprod(), block_neon(), attention_neon()});
+        list.push_back({"neon", linear_neon(), block_neon(), attention_neon()});
 #endif
         list.push_back({"scalar", linear_scalar(), block_scalar(), attention_scalar()});
         return list;

@@ -1,7 +1,7 @@
 // The contract between the kernels and those who call them: plain structs and function pointers, no templates.
 //
 // A kernel computes a slice; it knows nothing of threads, Python or models. Each instruction-set level fills one table
-// (scalar/, avx/); isa.cpp picks one at run time. Files compiled with ISA flags include this header, levels.h,
+// (scalar/, avx/, neon/); isa.cpp picks one at run time. Files compiled with ISA flags include this header, levels.h,
 // linear_layout.h and intrinsics only, and keep every helper in an anonymous namespace: an inline function shared between
 // two levels may be merged by the linker into the one that an older CPU cannot run.
 #pragma once

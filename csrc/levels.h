@@ -1,4 +1,4 @@
-// The tables of each instruction-set level, filled in scalar/ and avx/ and chosen from in isa.cpp. A level that adds
+// The tables of each instruction-set level, filled in scalar/, avx/ and neon/ and chosen from in isa.cpp. A level that adds
 // nothing to one part takes that part from the level below.
 #pragma once
 #include "kernels.h"
@@ -11,6 +11,8 @@ uint64_t read_scalar(const void* data, int64_t bytes);
 #if defined(__x86_64__)
 uint64_t read_avx2(const void* data, int64_t bytes);
 uint64_t read_avx512(const void* data, int64_t bytes);
+#elif defined(__aarch64__)
+uint64_t read_neon(const void* data, int64_t bytes);
 #endif
 
 const LinearKernels& linear_scalar();
@@ -33,6 +35,14 @@ void linear_float_avx2(const LinearShape& shape, const void* packed, const void*
                        int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride);
 void linear_float_avx512(const LinearShape& shape, const void* packed, const void* activations, int64_t rows,
                          int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride);
+#elif defined(__aarch64__)
+const LinearKernels& linear_neon();
+const LinearKernels& linear_dotprod();
+const LinearKernels& linear_i8mm();
+const BlockKernels& block_neon();
+const AttentionKernels& attention_neon();
+void linear_float_neon(const LinearShape& shape, const void* packed, const void* activations, int64_t rows,
+                       int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride);
 #endif
 
 }  // namespace tinychat

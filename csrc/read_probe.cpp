@@ -17,6 +17,8 @@ Read widest() {
 #if defined(__x86_64__)
     if (std::strstr(supported_isas(), "avx512")) return read_avx512;
     if (std::strstr(supported_isas(), "avx2")) return read_avx2;
+#elif defined(__aarch64__)
+    if (std::strcmp(supported_isas(), "scalar") != 0) return read_neon;
 #endif
     return read_scalar;
 }

@@ -20,6 +20,7 @@ FLOORS = [
     {"quantize", "engine"},
     {"chat", "info", "arguments"},
     {"bench", "evaluation"},
+    {"doctor"},
     {"cli"},
 ]
 

@@ -32,6 +32,7 @@ from tinychat.arguments import (
     whole,
 )
 from tinychat.bench import command as bench
+from tinychat.doctor import command as doctor
 from tinychat.errors import TinychatError, UsageError
 from tinychat.evaluation import command as evaluation
 
@@ -54,6 +55,7 @@ def build_parser() -> Parser:
   tinychat quantize DIR -o DIR-awq                  make a 4-bit checkpoint of a 16-bit one
   tinychat eval DIR-awq --text FILE --against DIR   perplexity, and the distance from the original
   tinychat bench --shape llama-2-7b                 how fast such a model would run here
+  tinychat doctor                                   what this machine is good for, and what holds it back
 
 A MODEL is a directory, an id on the Hugging Face hub, or 'pebble'. TINYCHAT_DEBUG=1 shows tracebacks.
 'tinychat COMMAND --help' tells more.""",
@@ -69,6 +71,7 @@ A MODEL is a directory, an id on the Hugging Face hub, or 'pebble'. TINYCHAT_DEB
         ("eval", "how well a model predicts a text, and what its quantization cost", evaluation.fill, evaluation.run),
         ("bench", "how fast a model runs here, and how near the machine's limit", bench.fill, bench.run),
         ("info", "what a model is, the memory it needs, its backend", _info_options, _info),
+        ("doctor", "what this machine is, which models fit, what would make it faster", doctor.fill, doctor.run),
     ):
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         parser.commands[name] = command

@@ -1,7 +1,7 @@
 """What this machine computes with: its processor, its largest cache, and how many threads are worth running.
 
-Reads what the system says of itself (/proc, /sys) and knows no backend. Where nothing can be read it falls back to
-`os.cpu_count()`.
+Reads what the system says of itself (/proc, /sys; below `root`, so that another machine's can be looked at) and knows
+no backend. Where nothing can be read, or nothing that makes sense, it falls back to `os.cpu_count()`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,24 @@ import os
 import platform
 from pathlib import Path
 
+_MOST_CPUS = 1 << 16
+# MIDR_EL1 as Linux prints it, implementer and part: 64-bit ARM kernels give no name.
+_ARM_PARTS = {
+    ("0x41", "0xd03"): "Cortex-A53",
+    ("0x41", "0xd05"): "Cortex-A55",
+    ("0x41", "0xd07"): "Cortex-A57",
+    ("0x41", "0xd08"): "Cortex-A72",
+    ("0x41", "0xd0a"): "Cortex-A75",
+    ("0x41", "0xd0b"): "Cortex-A76",
+    ("0x41", "0xd0c"): "Neoverse N1",
+    ("0x41", "0xd40"): "Neoverse V1",
+    ("0x41", "0xd41"): "Cortex-A78",
+    ("0x41", "0xd42"): "Cortex-A78AE",
+    ("0x41", "0xd49"): "Neoverse N2",
+    ("0x41", "0xd4f"): "Neoverse V2",
+    ("0x4e", "0x004"): "NVIDIA Carmel",
+}
+
 
 def physical_cores(root: Path = Path("/")) -> int:
     """Physical cores within this process's affinity mask and its cgroup's CPU quota; at least 1.
@@ -17,19 +35,39 @@ def physical_cores(root: Path = Path("/")) -> int:
     Two threads of one core share its arithmetic and its path to memory: a second one does not help these kernels. Where
     cores are of two kinds, all count: the fast ones take over what is left of the shares of the slow.
     """
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = {_core(root, cpu) for cpu in cpus}
-    quota = _quota(root)
-    return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
+    cores = {_core(root, cpu) for cpu in cpus(root)}
+    granted = quota(root)
+    return max(1, len(cores) if granted is None else min(len(cores), int(granted)))
+
+
+def cpus(root: Path = Path("/")) -> set[int]:
+    """Numbers of the CPUs that this process may run on; of another root, those that it says."""
+    allowed = "" if root == Path("/") else fields(root / "proc/self/status").get("Cpus_allowed_list", "")
+    if numbers := cpu_list(allowed):
+        return numbers
+    return set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def processor(root: Path = Path("/")) -> str:
-    """The processor's name, as far as the system tells it."""
-    for line in _read(root / "proc/cpuinfo").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
+    """The processor's name, as far as the system tells it; of cores of several kinds, all."""
+    names: list[str] = []
+    implementer = ""
+    for line in read(root / "proc/cpuinfo").splitlines():
+        name, _, value = (part.strip() for part in line.partition(":"))
+        if name == "model name":
+            return value
+        if name == "CPU implementer":
+            implementer = value
+        if name == "CPU part":
+            found = _ARM_PARTS.get((implementer, value), f"ARM core {implementer}/{value}")
+            names += [found] if found not in names else []
+    return " and ".join(names) or platform.processor() or platform.machine()
+
+
+def features(root: Path = Path("/")) -> frozenset[str]:
+    """The instruction-set extensions that the system lists, under the names it gives them."""
+    found = fields(root / "proc/cpuinfo")
+    return frozenset((found.get("flags") or found.get("Features") or "").split())
 
 
 def last_level_cache(root: Path = Path("/")) -> int | None:
@@ -37,35 +75,27 @@ def last_level_cache(root: Path = Path("/")) -> int | None:
     units = {"K": 1 << 10, "M": 1 << 20}
     sizes = []
     for entry in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = _read(entry).strip()
-        if text[:-1].isdigit() and text[-1:] in units:
-            sizes.append(int(text[:-1]) * units[text[-1]])
+        text = read(entry).strip()
+        if (size := _whole(text[:-1])) is not None and text[-1:] in units:
+            sizes.append(size * units[text[-1]])
     return max(sizes, default=None)
 
 
-def _core(root: Path, cpu: int) -> tuple[str, ...]:
-    """What tells a physical core from others; the CPU's own number where the system does not say."""
-    topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
-    try:
-        return tuple((topology / name).read_text().strip() for name in ("physical_package_id", "core_id"))
-    except OSError:
-        return (str(cpu),)
-
-
-def _quota(root: Path) -> float | None:
+def quota(root: Path = Path("/")) -> float | None:
     """CPUs granted by the strictest cgroup above this process, version 2 or 1; None where there is no limit."""
     limits = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+    for line in read(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         if controllers == "":
-            base, read = root / "sys/fs/cgroup", _quota_v2
+            base, granted = root / "sys/fs/cgroup", _quota_v2
         elif "cpu" in controllers.split(","):
-            base, read = root / "sys/fs/cgroup/cpu", _quota_v1
+            base, granted = root / "sys/fs/cgroup/cpu", _quota_v1
         else:
             continue
         group = base / path.lstrip("/")
         while True:  # a container may see its own group as the root: look at every level that exists
-            limits.append(read(group))
+            limits.append(granted(group))
             if group == base or base not in group.parents:
                 break
             group = group.parent
@@ -73,18 +103,62 @@ def _quota(root: Path) -> float | None:
     return min(found) if found else None
 
 
+def cpu_list(text: str) -> set[int]:
+    """The CPUs of a list as the kernel writes it, "0-3,8"; empty where it is none."""
+    numbers: set[int] = set()
+    for part in text.strip().split(","):
+        first, dash, last = part.partition("-")
+        begin, end = _whole(first), _whole(last if dash else first)
+        if begin is None or end is None or end > _MOST_CPUS:
+            return set()
+        numbers |= set(range(begin, end + 1))
+    return numbers
+
+
+def fields(path: Path) -> dict[str, str]:
+    """The first value of each name in a file of 'name: value' lines; empty where it cannot be read."""
+    found: dict[str, str] = {}
+    for line in read(path).splitlines():
+        name, colon, value = line.partition(":")
+        if colon:
+            found.setdefault(name.strip(), value.strip())
+    return found
+
+
+def read(path: Path) -> str:
+    """The file's text, less what ends a string of a device tree; empty where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
+    except (OSError, ValueError):
+        return ""
+
+
+def number(path: Path) -> int | None:
+    """The whole number in a file; None where there is none."""
+    return _whole(read(path).strip())
+
+
+def _core(root: Path, cpu: int) -> tuple[str, ...]:
+    """What tells a physical core from others; the CPU's own number where the system does not say."""
+    topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+    place = tuple(read(topology / name).strip() for name in ("physical_package_id", "core_id"))
+    return place if all(place) else (str(cpu),)
+
+
 def _quota_v2(group: Path) -> float | None:
-    fields = _read(group / "cpu.max").split()  # "max 100000" or "150000 100000": microseconds in each period
-    return int(fields[0]) / int(fields[1]) if len(fields) == 2 and fields[0] != "max" else None
+    return _share(read(group / "cpu.max").split())  # "max 100000" or "150000 100000": microseconds in each period
 
 
 def _quota_v1(group: Path) -> float | None:
-    quota, period = _read(group / "cpu.cfs_quota_us").strip(), _read(group / "cpu.cfs_period_us").strip()
-    return int(quota) / int(period) if quota and period and int(quota) > 0 else None
+    return _share([read(group / name).strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")])
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
+def _share(words: list[str]) -> float | None:
+    """ "150000", "100000": 1.5. None for what is no limit, or nonsense."""
+    numbers = [_whole(word) for word in words]
+    return numbers[0] / numbers[1] if len(numbers) == 2 and numbers[0] and numbers[1] else None
+
+
+def _whole(text: str) -> int | None:
+    """The number that some ASCII digits spell; None for anything else."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from tinychat.config import ModelConfig
 from tinychat.errors import BackendError
 from tinychat.qtensor import HEAD_GROUP
 
+_ROOT = Path("/")
+_DIGITS = re.compile("[0-9]{1,20}")
 UNCHECKED = "TINYCHAT_NO_MEMORY_CHECK"  # set to 1: load whatever the estimate says
 
 
@@ -82,10 +85,24 @@ def estimate(
     return {**parts, "total": sum(parts.values())}
 
 
-def available() -> int | None:
-    """Bytes this process may still take: the least of the machine's, the control group's and the rlimit's; or None."""
-    found = [b for b in (_machine(), _cgroup_v2(), _cgroup_v1(), _address_space()) if b is not None]
-    return min(found) if found else None
+def available(root: Path = _ROOT) -> int | None:
+    """Bytes this process may still take: the least of the machine's, the control group's and the rlimit's; or None.
+
+    root  what the system says of itself is read below it; of another machine's there is no rlimit
+    """
+    limits = system(root).get("MemAvailable"), group_room(root), _address_space() if root == _ROOT else None
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def group_room(root: Path = _ROOT) -> int | None:
+    """Bytes that the control group still grants; None where there is no limit."""
+    rooms = _cgroup_v2(root / "proc/self/cgroup", root / "sys/fs/cgroup"), _cgroup_v1(root / "sys/fs/cgroup/memory")
+    return min((room for room in rooms if room is not None), default=None)
+
+
+def system(root: Path = _ROOT) -> dict[str, int]:
+    """Bytes by their names in /proc/meminfo (MemTotal, SwapFree, ...); empty where the system does not tell."""
+    return {name: kilobytes * 1024 for name, kilobytes in _fields(root / "proc/meminfo").items()}
 
 
 def check(needed: dict[str, int], ctx_size: int) -> None:
@@ -121,24 +138,19 @@ def megabytes(n: int) -> str:
 def _fields(path: Path) -> dict[str, int]:
     """The 'name number' lines of a file of /proc or of a control group; empty where it cannot be read."""
     try:
-        lines = [line.replace(":", " ").split() for line in path.read_text().splitlines()]
-    except OSError:
+        lines = [line.replace(":", " ").split() for line in path.read_text(errors="replace").splitlines()]
+    except (OSError, ValueError):
         return {}
-    return {line[0]: int(line[1]) for line in lines if len(line) >= 2 and line[1].isdigit()}
+    return {line[0]: int(line[1]) for line in lines if len(line) >= 2 and _DIGITS.fullmatch(line[1])}
 
 
 def _number(path: Path) -> int | None:
     """The one number in a file; None where there is none ('max') or no file."""
     try:
-        text = path.read_text().strip()
-    except OSError:
+        text = path.read_text(errors="replace").strip()
+    except (OSError, ValueError):
         return None
-    return int(text) if text.isdigit() else None
-
-
-def _machine() -> int | None:
-    kilobytes = _fields(Path("/proc/meminfo")).get("MemAvailable")
-    return None if kilobytes is None else kilobytes * 1024
+    return int(text) if _DIGITS.fullmatch(text) else None
 
 
 def _room(limit: int | None, usage: int | None, reclaimable: int) -> int | None:
@@ -148,10 +160,10 @@ def _room(limit: int | None, usage: int | None, reclaimable: int) -> int | None:
     return max(0, limit - usage + reclaimable)
 
 
-def _cgroup_v2(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+def _cgroup_v2(proc: Path, root: Path) -> int | None:
     try:
-        lines = proc.read_text().splitlines()
-    except OSError:
+        lines = proc.read_text(errors="replace").splitlines()
+    except (OSError, ValueError):
         return None
     group = next((root / line[3:].lstrip("/") for line in lines if line.startswith("0::")), root)
     rooms = []
@@ -164,7 +176,7 @@ def _cgroup_v2(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/f
     return min((room for room in rooms if room is not None), default=None)
 
 
-def _cgroup_v1(root: Path = Path("/sys/fs/cgroup/memory")) -> int | None:
+def _cgroup_v1(root: Path) -> int | None:
     stat = _fields(root / "memory.stat")
     cached = stat.get("total_inactive_file", 0) + stat.get("total_active_file", 0)
     return _room(_number(root / "memory.limit_in_bytes"), _number(root / "memory.usage_in_bytes"), cached)

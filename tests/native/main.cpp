@@ -1,7 +1,9 @@
 // The native tests: kernels, threads and the lowered decoder without Python, for sanitizers and cross builds.
 //
 //     cmake -S . -B build/native -DTINYCHAT_NATIVE_TESTS=ON [-DTINYCHAT_SANITIZE=address,undefined]
-//     cmake --build build/native && build/native/native_tests [cuda] [linear] [team]
+//     cmake --build build/native && build/native/native_tests [attention] [block] [linear] [team]
+//
+// TINYCHAT_ISA names the one level to test. For ARM, emulated: cmake/aarch64-linux-gnu.cmake.
 #include <chrono>
 #include <sstream>
 
@@ -13,7 +15,11 @@ namespace tinychat::test {
 std::vector<std::string> isas() {
     std::istringstream names(supported_isas());
     std::vector<std::string> list;
-    for (std::string name; names >> name;) list.push_back(name);
+    const char* only = std::getenv("TINYCHAT_ISA");
+    for (std::string name; names >> name;) {
+        if (!only || name == only) list.push_back(name);
+    }
+    if (list.empty()) check(false, std::string("no level ") + only + " here");
     return list;
 }
 
@@ -29,11 +35,13 @@ int main(int argc, char** argv) {
         const int before = failures, done = checks;
         test();
         const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - begin;
-        std::printf("%-8s %6d checks, %d failed, %.1f s\n", name, checks - done, failures - before, spent.count());
+        std::printf("%-9s %6d checks, %d failed, %.1f s\n", name, checks - done, failures - before, spent.count());
     };
     std::printf("levels: %s\n", tinychat::supported_isas());
-    run("cuda", test_cuda);
+    run("attention", test_attention);
+    run("block", test_block);
     run("linear", test_linear);
     run("team", test_team);
+    std::printf("results: %016llx\n", static_cast<unsigned long long>(digest));
     return failures ? 1 : 0;
 }

@@ -56,9 +56,11 @@ void packing(const char* isa, Quantized& weight, const Memory& packed) {
     check(same, "a row is unpacked: " + name(isa, weight.shape, 0));
 }
 
-void product(const char* isa, const Quantized& weight, const Memory& packed, int64_t rows, Random& random) {
+// `weight(row, k)` is what the packed weight stands for.
+template <class Weight>
+void product(const char* isa, const LinearShape& shape, const Weight& weight, const Memory& packed, int64_t rows,
+             double limit, Random& random) {
     const LinearKernels& kernels = tinychat::kernels(isa).linear;
-    const LinearShape& shape = weight.shape;
     const std::vector<float> x = random.normals(rows * shape.k);
     const int64_t bytes = kernels.activation_bytes(shape), step = kernels.prepare_step(shape);
     const Memory activations(bytes * rows);
@@ -79,12 +81,37 @@ void product(const char* isa, const Quantized& weight, const Memory& packed, int
     for (int64_t t = 0; t < rows; t++) {
         for (int64_t r = 0; r < shape.n; r++) {
             double sum = 0;
-            for (int64_t k = 0; k < shape.k; k++) sum += weight.weight(r, k) * x[static_cast<size_t>(t * shape.k + k)];
+            for (int64_t k = 0; k < shape.k; k++) sum += weight(r, k) * x[static_cast<size_t>(t * shape.k + k)];
             expected.push_back(sum);
         }
     }
-    const double error = nmse(expected, y.data()), limit = shape.activation_bits == 8 ? 5e-4 : 1e-7;
+    const double error = nmse(expected, y.data());
     check(error <= limit, "NMSE " + std::to_string(error) + " of " + name(isa, shape, rows));
+}
+
+// fp32, fp16 and bf16: unpacking gives the same bytes.
+void plain(const char* isa, WeightType type, int64_t n, int64_t k, Random& random) {
+    const LinearKernels& kernels = tinychat::kernels(isa).linear;
+    const LinearShape shape{type, n, k, 0, false, 0, 0};
+    const int64_t bytes = type == WeightType::f32 ? 4 : 2;
+    std::vector<char> values(static_cast<size_t>(n * k * bytes)), found(values.size());
+    std::vector<double> numbers;
+    for (int64_t i = 0; i < n * k; i++) {
+        const float value = random.normal();
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        if (type == WeightType::f16) bits = to_half(value);
+        if (type == WeightType::bf16) bits >>= 16;
+        std::memcpy(values.data() + i * bytes, &bits, static_cast<size_t>(bytes));  // little-endian
+        const auto half = static_cast<uint16_t>(bits);
+        numbers.push_back(type == WeightType::f32 ? value : type == WeightType::f16 ? from_half(half) : from_bf16(half));
+    }
+    const Memory packed(kernels.packed_bytes(shape));
+    kernels.pack(shape, {values.data(), nullptr, nullptr}, packed.data(), 0, (n + kernels.tile - 1) / kernels.tile);
+    kernels.unpack(shape, packed.data(), {found.data(), nullptr, nullptr});
+    check(values == found, "unpacking undoes packing: " + name(isa, shape, 0));
+    const auto weight = [&](int64_t row, int64_t at) { return numbers[static_cast<size_t>(row * k + at)]; };
+    for (int64_t rows : {1, 2, 7}) product(isa, shape, weight, packed, rows, 1e-12, random);
 }
 
 }  // namespace
@@ -100,9 +127,16 @@ void test_linear() {
                     Quantized weight(n, k, group, bits, activation_bits, random);
                     const Memory packed(kernels(isa.c_str()).linear.packed_bytes(weight.shape));
                     packing(isa.c_str(), weight, packed);
-                    for (int64_t rows : {1, 2, 3, 8, 13, 33}) product(isa.c_str(), weight, packed, rows, random);
+                    const auto exact = [&](int64_t row, int64_t at) { return weight.weight(row, at); };
+                    for (int64_t rows : {1, 2, 3, 8, 13, 33}) {
+                        product(isa.c_str(), weight.shape, exact, packed, rows, activation_bits == 8 ? 5e-4 : 1e-7, random);
+                    }
                 }
             }
+        }
+        Random random(5);
+        for (const WeightType type : {WeightType::f32, WeightType::f16, WeightType::bf16}) {
+            for (const auto& [n, k, group] : kShapes) plain(isa.c_str(), type, n, k, random);
         }
     }
 }

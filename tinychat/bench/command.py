@@ -42,7 +42,8 @@ instruction set. Other programs at work on the machine spoil every figure; the f
         "--shape",
         metavar="NAME",
         help="random weights at this shape in place of MODEL: llama-2-7b, tinyllama-1.1b, llama-3-8b, "
-        "qwen3-0.6b, qwen3-4b, mixtral-8x7b, qwen1.5-moe-a2.7b, qwen3-30b-a3b, mpt-7b or falcon-7b",
+        "llama-3.2-3b, smollm2-360m, qwen3-0.6b, qwen3-4b, mixtral-8x7b, qwen1.5-moe-a2.7b, qwen3-30b-a3b, mpt-7b "
+        "or falcon-7b",
     )
     what.add_argument("--bits", type=int, choices=(2, 3, 4, 8), help="of the shape's weights (default: 4)")
     what.add_argument(

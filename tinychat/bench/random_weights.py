@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from tinychat.checkpoint.vectors import ends
 from tinychat.config import Block, ModelConfig
 from tinychat.errors import UsageError
 from tinychat.qtensor import AwqWords, QTensor, Weight
-from tinychat.weights import LINEARS, NORMS, QUANTIZED, Ends, Layer, Linear, linears, norm_sizes
+from tinychat.weights import QUANTIZED, Ends, Layer, Linear, linears, norm_sizes
 
 PLACES = 1 << 20  # at which a window may begin
 TABLE_POOL = PLACES + 7  # numbers that a table repeats: odd, so that its rows differ
@@ -50,16 +50,19 @@ class RandomWeights:
         for shape in shapes:
             if group_size is not None and (reason := awq.fits(shape, group_size)):
                 raise UsageError(f"a linear of {shape[0]} outputs and {shape[1]} inputs cannot be quantized: {reason}")
-        largest = max(n * k for n, k in shapes)
+        self._largest = max(n * k for n, k in shapes)
         self._kept: np.ndarray | None = None
         self._std = 1 / math.sqrt(config.hidden_size)
-        if group_size is None:
-            self._pool = self._normal(largest + PLACES)
-        elif bits == 4:
-            self._pool = np.frombuffer(self._rng.bytes(4 * (largest // awq.PER_WORD + PLACES)), np.int32)
-        else:
-            self._pool = np.frombuffer(self._rng.bytes(largest + PLACES), np.uint8) >> 8 - bits
         self._scales = lru_cache(maxsize=None)(self._make_scales)
+
+    @cached_property
+    def _pool(self) -> np.ndarray:
+        """Made when a weight is asked for: to know sizes alone costs nothing."""
+        if self.group_size is None:
+            return self._normal(self._largest + PLACES)
+        if self.bits == 4:
+            return np.frombuffer(self._rng.bytes(4 * (self._largest // awq.PER_WORD + PLACES)), np.int32)
+        return np.frombuffer(self._rng.bytes(self._largest + PLACES), np.uint8) >> 8 - self.bits
 
     def embed(self) -> np.ndarray:
         """See `WeightSource`. Of an untied model one array is embedding and head: a backend keeps the first and packs
@@ -148,8 +151,8 @@ class RandomWeights:
         return [(name, part.shape) for name in names for part in segments(self.config, self.names, name, layer)]
 
     def _bytes(self, layer: int, names: Collection[str]) -> int:
-        linears = (getattr(self.layer(layer), name) for name in names)
-        return sum(linear.nbytes for linear in linears if linear is not None)
+        bits = 16 if self.group_size is None else self.bits + (16 + self.bits) / self.group_size
+        return sum(math.ceil(bits * math.prod(shape) / 8) for name, shape in self._shapes(layer) if name in names)
 
     def _in_linears(self, layer: int) -> int:
         """Weights in a block."""
@@ -158,12 +161,10 @@ class RandomWeights:
     def _in_quantized(self, layer: int) -> int:
         return sum(math.prod(shape) for name, shape in self._shapes(layer) if name in QUANTIZED)
 
-    def _in_vectors(self, index: int) -> int:
+    def _in_vectors(self, layer: int) -> int:
         """Norms and biases in a block."""
-        layer = self.layer(index)
-        norms = (getattr(layer, name) for name in NORMS)
-        biases = (getattr(layer, name).bias for name in LINEARS)
-        return sum(values.size for values in (*norms, *biases) if values is not None)
+        biases = (shape[0] for name, shape in self._shapes(layer) if name in self.config.biases)
+        return sum(norm_sizes(self.config).values()) + sum(biases)
 
     def _linear(self, name: str, index: int) -> Linear:
         parts = segments(self.config, self.names, name, index)

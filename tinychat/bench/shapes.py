@@ -119,6 +119,43 @@ SHAPES = {
             eos_token_id=128001,
         )
     ),
+    "smollm2-360m": Shape(
+        _llama(
+            vocab_size=49152,
+            hidden_size=960,
+            intermediate_size=2560,
+            num_hidden_layers=32,
+            num_attention_heads=15,
+            num_key_value_heads=5,
+            max_position_embeddings=8192,
+            rope_theta=100000,
+            tie_word_embeddings=True,
+        ),
+        group_size=64,  # 960 = 15 * 64 inputs
+    ),
+    "llama-3.2-3b": Shape(
+        _llama(
+            vocab_size=128256,
+            hidden_size=3072,
+            intermediate_size=8192,
+            num_hidden_layers=28,
+            num_attention_heads=24,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=131072,
+            rope_theta=500000.0,
+            rope_scaling={
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            tie_word_embeddings=True,
+            bos_token_id=128000,
+            eos_token_id=128001,
+        )
+    ),
     "qwen3-0.6b": Shape(_qwen3(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16)),
     "qwen3-4b": Shape(_qwen3(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32)),
     "mixtral-8x7b": Shape(

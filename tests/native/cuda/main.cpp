@@ -1,5 +1,8 @@
 // The CUDA kernels on the host (csrc/cuda/host) without Python, so that the sanitizers see every byte they touch: packed
 // weights, activations and results in memory of exactly their size. And what the host build itself promises to find.
+//
+//     cmake -S . -B build/native -DTINYCHAT_NATIVE_TESTS=ON [-DTINYCHAT_SANITIZE=address,undefined]
+//     cmake --build build/native --target native_cuda_tests && build/native/native_cuda_tests
 #include <stdexcept>
 
 #include "check.h"
@@ -172,8 +175,10 @@ void test_host() {
 }
 
 }  // namespace
+}  // namespace tinychat::test
 
-void test_cuda() {
+int main() {
+    using namespace tinychat::test;
     test_host();
     Random random(6);
     test_products(random, 40, 200, 1, 4, 3);
@@ -182,6 +187,6 @@ void test_cuda() {
     test_products(random, 33, 129, 0, 8, 16);
     test_products(random, 140, 264, 2, 8, 70);
     test_products(random, 16, 448, 2, 4, 130);
+    std::printf("cuda on the host: %d checks, %d failed\n", checks, failures);
+    return failures ? 1 : 0;
 }
-
-}  // namespace tinychat::test
