@@ -144,10 +144,9 @@ def test_linear(device, dtype, shape, rows):
     q = weight(*shape)
     linear = Linear((q,), None if rows % 2 else rng.standard_normal(shape[0]).astype(np.float32))
     packed, x = CudaLinear.pack(linear, device, DTYPES[dtype]), inputs(rows, shape[1], dtype, device)
-    want = exact(linear, x)
-    assert nmse(packed(x), want) <= NMSE[dtype]
-    if isinstance(packed.parts[0], Quantized):
-        assert nmse(packed(x, wide=True), want) <= SUMS
+    wide = packed(x, wide=True)
+    assert nmse(wide, exact(linear, x)) <= SUMS
+    assert torch.equal(packed(x), wide.to(DTYPES[dtype]))  # rounded once: by itself up to 1.5e-5 of one bf16 number
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -76,12 +76,11 @@ class Quantized:
     weight: Any  # `PackedWeight` of the extension
 
     @classmethod
-    def pack(cls, segments: list[QTensor | AwqWords], device: torch.device) -> Quantized:
-        """See `cuda_packing.pack`."""
-        packed = pack(segments, device)
+    def of(cls, packed: Packed) -> Quantized:
+        """`packed`, which is kept, for the kernels of its device."""
         found = device_group(packed.group_size, packed.k)
         assert found is not None  # or pack had refused it
-        weight = extension(device).PackedWeight(
+        weight = extension(packed.codes.device).PackedWeight(
             codes=packed.codes.data_ptr(),
             scales=packed.scales.data_ptr(),
             zeros=packed.zeros.data_ptr(),
@@ -138,14 +137,14 @@ class CudaLinear:
         for segment in linear.segments:
             plain = isinstance(segment, np.ndarray) or not _has_kernel(segment)
             if alike and (plain or not same_kind(alike[-1], segment)):  # type: ignore[arg-type]
-                parts.append(Quantized.pack(alike, device))
+                parts.append(Quantized.of(pack(alike, device)))
                 alike = []
             if plain:
                 parts.append(Dense(_dense(segment, dtype, device), segment))
             else:
                 alike.append(segment)  # type: ignore[arg-type]
         if alike:
-            parts.append(Quantized.pack(alike, device))
+            parts.append(Quantized.of(pack(alike, device)))
         bias = None if linear.bias is None else tensor(np.asarray(linear.bias, np.float32), device)
         workspace = Workspace.of(device)
         workspace.weights = max(
