@@ -106,11 +106,14 @@ __global__ void __launch_bounds__(kWarps* kWarp) gemm_kernel(LinearCall call, fl
 #pragma unroll
             for (int i = 0; i < kTiles; i++) {
                 const uint4* of = groups + (i * 2 + half) * kGroupPieces;
-                const GroupRaw raw = read_group(of, of + kGroupPieces - 1, g, weight.wide);
-                const uint32_t upper = Of::upper(raw.zeros & 0xff), lower = Of::lower(raw.zeros >> 8);
-                scales[i] = scales_of(raw, weight.wide);
-                Of::fragment(words[i], 2 * half, upper, lower, weights[i][0]);
-                Of::fragment(words[i], 2 * half + 1, upper, lower, weights[i][1]);
+                const auto unpack = [&](const auto& group) {
+                    const uint32_t upper = Of::upper(group.upper_zero()), lower = Of::lower(group.lower_zero());
+                    scales[i] = make_float2(group.upper_scale(), group.lower_scale());
+                    Of::fragment(words[i], 2 * half, upper, lower, weights[i][0]);
+                    Of::fragment(words[i], 2 * half + 1, upper, lower, weights[i][1]);
+                };
+                weight.wide ? unpack(Group<true>::read(of, of + kGroupPieces - 1, g))
+                            : unpack(Group<false>::read(of, of + kGroupPieces - 1, g));
             }
 #pragma unroll
             for (int j = 0; j < kRows / 8; j++) {
