@@ -45,13 +45,14 @@ void bind_linear(py::module_& m) {
     m.def(
         "gemm",
         [](const PackedWeight& weight, uintptr_t x, uintptr_t bias, uintptr_t y, int rows, int x_stride, int y_stride,
-           Dtype dtype, bool wide_output, uintptr_t stream, uintptr_t workspace, int64_t workspace_bytes) {
-            gemm(call_of(weight, x, bias, y, rows, x_stride, y_stride, dtype, wide_output), pointer<float>(workspace),
-                 workspace_bytes, pointer(stream));
+           Dtype dtype, bool wide_output, uintptr_t stream, uintptr_t workspace, int64_t workspace_bytes,
+           int parts) {
+            gemm(call_of(weight, x, bias, y, rows, x_stride, y_stride, dtype, wide_output), parts,
+                 pointer<float>(workspace), workspace_bytes, pointer(stream));
         },
         py::arg("weight"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("rows"), py::arg("x_stride"),
         py::arg("y_stride"), py::arg("dtype"), py::arg("wide_output"), py::arg("stream"), py::arg("workspace") = 0,
-        py::arg("workspace_bytes") = 0, "The same for any number of rows.");
+        py::arg("workspace_bytes") = 0, py::arg("parts") = 0, "The same for any number of rows.");
     m.def(
         "dequantize",
         [](const PackedWeight& weight, Dtype dtype, uintptr_t values, uintptr_t stream) {

@@ -31,6 +31,8 @@ PYBIND11_MODULE(TINYCHAT_CUDA_MODULE, m) {
             return properties;
         },
         py::arg("index"), "What device `index` is; `integrated`: its memory is the host's.");
+    m.def("overlap", [](bool on) { overlap = on; }, py::arg("on"),
+          "Let kernels begin while the one before them ends, where device and kernel can; off at first.");
 #ifdef TINYCHAT_CUDA_HOST
     m.def("reverse", [](bool on) { host::reverse = on; }, py::arg("on"), "Run threads and blocks from the last to the first.");
 #endif

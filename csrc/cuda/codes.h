@@ -47,6 +47,17 @@ __device__ __forceinline__ uint32_t fused<Half>(uint32_t a, uint32_t b, uint32_t
 #endif
 }
 
+// a + b of pairs.
+__device__ __forceinline__ uint32_t sum_of_halves(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+    uint32_t result;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+#else
+    return pair<Half>(low_of<Half>(a) + low_of<Half>(b), high_of<Half>(a) + high_of<Half>(b));
+#endif
+}
+
 template <>
 __device__ __forceinline__ uint32_t fused<BFloat>(uint32_t a, uint32_t b, uint32_t c) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -77,12 +88,12 @@ struct Codes<Half, 4> {
     static __device__ __forceinline__ uint32_t lower(uint32_t zero) { return twice(0xd400 | zero << 4); }  // -(64 + z)
     static __device__ __forceinline__ void fragment(const uint32_t* words, int step, uint32_t upper, uint32_t lower,
                                                     uint32_t (&a)[4]) {
-        constexpr uint32_t one = twice(0x3c00), sixteenth = twice(0x2c00);
+        constexpr uint32_t sixteenth = twice(0x2c00);
         uint32_t word = words[step];
-        a[0] = fused<Half>(insert<0x000f000f, 0x64006400>(word), one, upper);
+        a[0] = sum_of_halves(insert<0x000f000f, 0x64006400>(word), upper);
         a[1] = fused<Half>(insert<0x00f000f0, 0x64006400>(word), sixteenth, lower);
         word >>= 8;
-        a[2] = fused<Half>(insert<0x000f000f, 0x64006400>(word), one, upper);
+        a[2] = sum_of_halves(insert<0x000f000f, 0x64006400>(word), upper);
         a[3] = fused<Half>(insert<0x00f000f0, 0x64006400>(word), sixteenth, lower);
     }
 };
@@ -110,12 +121,12 @@ struct Codes<Half, 8> {
     static __device__ __forceinline__ uint32_t lower(uint32_t zero) { return upper(zero); }
     static __device__ __forceinline__ void fragment(const uint32_t* words, int step, uint32_t upper, uint32_t lower,
                                                     uint32_t (&a)[4]) {
-        constexpr uint32_t one = twice(0x3c00), magic = 0x64646464;
+        constexpr uint32_t magic = 0x64646464;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const uint32_t word = words[2 * step + h];
-            a[2 * h] = fused<Half>(choose_bytes(word, magic, 0x4140), one, upper);
-            a[2 * h + 1] = fused<Half>(choose_bytes(word, magic, 0x4342), one, lower);
+            a[2 * h] = sum_of_halves(choose_bytes(word, magic, 0x4140), upper);
+            a[2 * h + 1] = sum_of_halves(choose_bytes(word, magic, 0x4342), lower);
         }
     }
 };
@@ -140,28 +151,35 @@ struct Codes<BFloat, 8> {
 };
 
 // Scales and zeros of a lane's two outputs in one group, as they lie.
-struct GroupRaw {
-    uint2 scales;  // fp16 both in x, or fp32 in x and y
+template <bool kWide>
+struct Group {
+    uint32_t scales[kWide ? 2 : 1];
     uint32_t zeros;
+
+    // Pair `i` of both.
+    static __device__ __forceinline__ Group read(const void* scales, const void* zeros, int i) {
+        Group group;
+        if constexpr (kWide) {
+            const uint2 both = static_cast<const uint2*>(scales)[i];
+            group.scales[0] = both.x;
+            group.scales[1] = both.y;
+        } else {
+            group.scales[0] = static_cast<const uint32_t*>(scales)[i];
+        }
+        group.zeros = static_cast<const uint16_t*>(zeros)[i];
+        return group;
+    }
+    __device__ __forceinline__ uint32_t upper_zero() const { return zeros & 0xff; }
+    __device__ __forceinline__ uint32_t lower_zero() const { return zeros >> 8; }
+    __device__ __forceinline__ float upper_scale() const { return kWide ? as_float(scales[0]) : low_of<Half>(scales[0]); }
+    __device__ __forceinline__ float lower_scale() const {
+        return kWide ? as_float(scales[kWide]) : high_of<Half>(scales[0]);
+    }
 };
 
-// Those of `g`; scales and zeros begin at their group.
-__device__ __forceinline__ GroupRaw read_group(const void* scales, const void* zeros, int g, bool wide) {
-    GroupRaw raw;
-    raw.scales = wide ? static_cast<const uint2*>(scales)[g] : make_uint2(static_cast<const uint32_t*>(scales)[g], 0);
-    raw.zeros = static_cast<const uint16_t*>(zeros)[g];
-    return raw;
-}
-
-__device__ __forceinline__ GroupRaw load_group(const PackedWeight& weight, int tile, int group, int g) {
-    const int64_t at = (static_cast<int64_t>(tile) * weight.groups + group) * 8;
-    return read_group(static_cast<const char*>(weight.scales) + at * (weight.wide ? 8 : 4), weight.zeros + at * 2, g,
-                      weight.wide);
-}
-
-__device__ __forceinline__ float2 scales_of(const GroupRaw& raw, bool wide) {
-    if (wide) return make_float2(as_float(raw.scales.x), as_float(raw.scales.y));
-    return make_float2(low_of<Half>(raw.scales.x), high_of<Half>(raw.scales.x));
+// Where pair g of a tile's group lies; 32 bits count the pairs of any weight.
+__device__ __forceinline__ int group_pair(const PackedWeight& weight, int tile, int group, int g) {
+    return (tile * weight.groups + group) * 8 + g;
 }
 
 // The words of a lane's loads, one after another.

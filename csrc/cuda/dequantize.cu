@@ -47,11 +47,17 @@ __global__ void __launch_bounds__(kWarps* kWarp) dequantize_kernel(PackedWeight 
     const int output = tile * kTileOutputs + g;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const GroupRaw raw = load_group(weight, tile, (2 * chunk + half) >> weight.group_shift, g);
-        const float2 scales = scales_of(raw, weight.wide);
         uint32_t first[4], second[4];
-        Of::fragment(words, 2 * half, Of::upper(raw.zeros & 0xff), Of::lower(raw.zeros >> 8), first);
-        Of::fragment(words, 2 * half + 1, Of::upper(raw.zeros & 0xff), Of::lower(raw.zeros >> 8), second);
+        float2 scales;
+        const auto unpack = [&](const auto& group) {
+            const uint32_t upper = Of::upper(group.upper_zero()), lower = Of::lower(group.lower_zero());
+            scales = make_float2(group.upper_scale(), group.lower_scale());
+            Of::fragment(words, 2 * half, upper, lower, first);
+            Of::fragment(words, 2 * half + 1, upper, lower, second);
+        };
+        const int at = group_pair(weight, tile, (2 * chunk + half) >> weight.group_shift, g);
+        weight.wide ? unpack(Group<true>::read(weight.scales, weight.zeros, at))
+                    : unpack(Group<false>::read(weight.scales, weight.zeros, at));
         const int k = chunk * kChunk + half * 32 + t * 8;
         const uint32_t upper[4] = {first[0], first[2], second[0], second[2]};
         const uint32_t lower[4] = {first[1], first[3], second[1], second[3]};

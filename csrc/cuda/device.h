@@ -146,6 +146,23 @@ __device__ __forceinline__ uint4 load_once(const uint4* at) {
 #endif
 }
 
+// ---- kernels one after another, from sm_90 on
+
+// Waits until the kernel before has ended and its writes are seen: in a kernel that may begin early (launch.h), before
+// it reads what others write and before it writes anything. Elsewhere it has ended already.
+__device__ __forceinline__ void await_earlier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The kernel after this one, if it may begin early, finds its place once all blocks have said so or ended.
+__device__ __forceinline__ void admit_later() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- warps
 
 __device__ __forceinline__ float warp_sum(float value) {

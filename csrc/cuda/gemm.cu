@@ -106,11 +106,14 @@ __global__ void __launch_bounds__(kWarps* kWarp) gemm_kernel(LinearCall call, fl
 #pragma unroll
             for (int i = 0; i < kTiles; i++) {
                 const uint4* of = groups + (i * 2 + half) * kGroupPieces;
-                const GroupRaw raw = read_group(of, of + kGroupPieces - 1, g, weight.wide);
-                const uint32_t upper = Of::upper(raw.zeros & 0xff), lower = Of::lower(raw.zeros >> 8);
-                scales[i] = scales_of(raw, weight.wide);
-                Of::fragment(words[i], 2 * half, upper, lower, weights[i][0]);
-                Of::fragment(words[i], 2 * half + 1, upper, lower, weights[i][1]);
+                const auto unpack = [&](const auto& group) {
+                    const uint32_t upper = Of::upper(group.upper_zero()), lower = Of::lower(group.lower_zero());
+                    scales[i] = make_float2(group.upper_scale(), group.lower_scale());
+                    Of::fragment(words[i], 2 * half, upper, lower, weights[i][0]);
+                    Of::fragment(words[i], 2 * half + 1, upper, lower, weights[i][1]);
+                };
+                weight.wide ? unpack(Group<true>::read(of, of + kGroupPieces - 1, g))
+                            : unpack(Group<false>::read(of, of + kGroupPieces - 1, g));
             }
 #pragma unroll
             for (int j = 0; j < kRows / 8; j++) {
@@ -203,9 +206,9 @@ int choose_parts(const LinearCall& call, int blocks, int64_t workspace_bytes) {
 }
 
 template <class T, int kBits, int kRows>
-void start(const LinearCall& call, float* workspace, int64_t workspace_bytes, Stream stream) {
+void start(const LinearCall& call, int parts, float* workspace, int64_t workspace_bytes, Stream stream) {
     const int of_rows = divide_up(call.rows, kRows), of_outputs = divide_up(call.weight.n, kBlockOutputs);
-    const int parts = choose_parts(call, of_rows * of_outputs, workspace_bytes);
+    if (!parts) parts = choose_parts(call, of_rows * of_outputs, workspace_bytes);
     const Grid grid{dim3(of_rows, of_outputs, parts), dim3(kWarps * kWarp), Stage<kBits, kRows>::kBytes};
     launch("gemm", gemm_kernel<T, kBits, kRows>, grid, stream, call, workspace);
     if (parts == 1) return;
@@ -216,21 +219,21 @@ void start(const LinearCall& call, float* workspace, int64_t workspace_bytes, St
 
 // At 8 bits, of few weights, one size serves.
 template <class T, int kBits>
-void start(const LinearCall& call, float* workspace, int64_t workspace_bytes, Stream stream) {
+void start(const LinearCall& call, int parts, float* workspace, int64_t workspace_bytes, Stream stream) {
     if constexpr (kBits == 8) {
-        start<T, kBits, 64>(call, workspace, workspace_bytes, stream);
+        start<T, kBits, 64>(call, parts, workspace, workspace_bytes, stream);
     } else {
         const auto sized = call.rows <= 32 ? start<T, kBits, 32> : call.rows <= 64 ? start<T, kBits, 64> : start<T, kBits, 128>;
-        sized(call, workspace, workspace_bytes, stream);
+        sized(call, parts, workspace, workspace_bytes, stream);
     }
 }
 
 }  // namespace
 
-void gemm(const LinearCall& call, float* workspace, int64_t workspace_bytes, Stream stream) {
+void gemm(const LinearCall& call, int parts, float* workspace, int64_t workspace_bytes, Stream stream) {
     const auto of = call.dtype == Dtype::f16 ? (call.weight.bits == 4 ? start<Half, 4> : start<Half, 8>)
                                              : (call.weight.bits == 4 ? start<BFloat, 4> : start<BFloat, 8>);
-    of(call, workspace, workspace_bytes, stream);
+    of(call, parts, workspace, workspace_bytes, stream);
 }
 
 }  // namespace tinychat::cuda

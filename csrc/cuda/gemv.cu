@@ -16,6 +16,8 @@
 // give that, since each block begins and ends without loads in flight. Blocks do not come in full waves (4096 outputs:
 // 256 blocks on 132), but the memory is shared: the blocks that are left run faster.
 //
+// The first reads are of weights alone, so that they may begin while the kernel before still runs (launch.h, `overlap`).
+//
 // Activations are read through L1, which the weights do not enter: 8 KiB a row at K = 4096, 16 bytes a lane, and only
 // by lanes whose row exists.
 #include "codes.h"
@@ -30,17 +32,24 @@ namespace {
 constexpr int kMaxWarps = 16;
 constexpr int kSumStride = 20;  // of a row of 16 sums: no two lanes in one bank
 
-// A lane's share of one chunk. kScales: 1 if a chunk lies in one group, 2 if its halves are in two.
-template <int kParts, int kScales>
+// How scales are read: once for a chunk that lies in one group, or for each half, in fp16 or in fp32.
+enum class Scales { one, two, wide };
+
+// A lane's share of one chunk.
+template <int kParts, Scales kScales>
 struct Chunk {
+    using GroupOf = Group<kScales == Scales::wide>;
+    static constexpr int kGroups = kScales == Scales::one ? 1 : 2;
     uint4 codes[kParts];
-    GroupRaw groups[kScales];
+    GroupOf groups[kGroups];
 };
 
 // kRowTiles: 8 rows each.
-template <class T, int kBits, int kScales, int kRowTiles>
-__global__ void __launch_bounds__(kMaxWarps* kWarp) gemv_kernel(LinearCall call) {
+template <class T, int kBits, Scales kScales, int kRowTiles>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kScales == Scales::one && kRowTiles == 1 ? 2 : 1)
+    gemv_kernel(LinearCall call) {
     using Of = Codes<T, kBits>;
+    using Share = Chunk<Of::kParts, kScales>;
     constexpr int kDepth = 4 / Of::kParts;
     const PackedWeight& weight = call.weight;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -49,28 +58,33 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) gemv_kernel(LinearCall call)
 
     const uint4* codes = static_cast<const uint4*>(weight.codes) +
                          static_cast<int64_t>(tile) * weight.chunks * Of::kParts * kWarp + lane;
-    const auto load = [&](Chunk<Of::kParts, kScales>& into, int chunk) {
+    const auto load = [&](Share& into, int chunk) {
 #pragma unroll
         for (int p = 0; p < Of::kParts; p++) into.codes[p] = load_once(codes + (chunk * Of::kParts + p) * kWarp);
 #pragma unroll
-        for (int i = 0; i < kScales; i++) into.groups[i] = load_group(weight, tile, (2 * chunk + i) >> weight.group_shift, g);
+        for (int i = 0; i < Share::kGroups; i++) {
+            const int at = group_pair(weight, tile, (2 * chunk + i) >> weight.group_shift, g);
+            into.groups[i] = Share::GroupOf::read(weight.scales, weight.zeros, at);
+        }
     };
-    Chunk<Of::kParts, kScales> slots[kDepth];
+    Share slots[kDepth];
 #pragma unroll
     for (int i = 0; i < kDepth; i++) {
         if (begin + i < end) load(slots[i], begin + i);
     }
+    admit_later();
+    await_earlier();  // what was loaded so far no kernel writes
 
     const uint16_t* inputs = static_cast<const uint16_t*>(call.x) + static_cast<int64_t>(g) * call.x_stride + t * 8;
     float sums[kRowTiles][4] = {};
-    const auto multiply_chunk = [&](const Chunk<Of::kParts, kScales>& slot, int chunk) {
+    const auto multiply_chunk = [&](const Share& slot, int chunk) {
         uint32_t words[4 * Of::kParts];
         spread(slot.codes, words);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const GroupRaw& raw = slot.groups[half % kScales];
-            const uint32_t upper = Of::upper(raw.zeros & 0xff), lower = Of::lower(raw.zeros >> 8);
-            const float2 scales = scales_of(raw, weight.wide);
+            const typename Share::GroupOf& group = slot.groups[half % Share::kGroups];
+            const uint32_t upper = Of::upper(group.upper_zero()), lower = Of::lower(group.lower_zero());
+            const float upper_scale = group.upper_scale(), lower_scale = group.lower_scale();
             const int k = chunk * kChunk + half * 32;
             uint32_t first[4], second[4];
             Of::fragment(words, 2 * half, upper, lower, first);
@@ -84,10 +98,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) gemv_kernel(LinearCall call)
                 float products[4];
                 product<T>(products, first, x.x, x.y);
                 multiply<T>(products, second, x.z, x.w);
-                sums[j][0] += scales.x * products[0];
-                sums[j][1] += scales.x * products[1];
-                sums[j][2] += scales.y * products[2];
-                sums[j][3] += scales.y * products[3];
+                sums[j][0] += upper_scale * products[0];
+                sums[j][1] += upper_scale * products[1];
+                sums[j][2] += lower_scale * products[2];
+                sums[j][3] += lower_scale * products[3];
             }
         }
     };
@@ -132,8 +146,10 @@ template <class T, int kBits, int kRowTiles>
 void start(const LinearCall& call, int warps, Stream stream) {
     const int tiles = divide_up(call.weight.n, kTileOutputs);
     if (!warps) warps = choose_warps(tiles, call.weight.chunks);
-    const Grid grid{dim3(tiles), dim3(warps * kWarp), warps * kRowTiles * 8 * kSumStride * sizeof(float)};
-    const auto kernel = call.weight.group_shift ? gemv_kernel<T, kBits, 1, kRowTiles> : gemv_kernel<T, kBits, 2, kRowTiles>;
+    const Grid grid{dim3(tiles), dim3(warps * kWarp), warps * kRowTiles * 8 * kSumStride * sizeof(float), true};
+    const auto kernel = call.weight.wide          ? gemv_kernel<T, kBits, Scales::wide, kRowTiles>
+                        : call.weight.group_shift ? gemv_kernel<T, kBits, Scales::one, kRowTiles>
+                                                  : gemv_kernel<T, kBits, Scales::two, kRowTiles>;
     launch("gemv", kernel, grid, stream, call);
 }
 

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "device.h"
+#include "runtime.h"
 #include "stream.h"
 
 namespace tinychat::cuda {
@@ -11,7 +12,8 @@ namespace tinychat::cuda {
 struct Grid {
     dim3 blocks;
     dim3 threads;
-    size_t shared = 0;  // bytes of dynamic_shared
+    size_t shared = 0;   // bytes of dynamic_shared
+    bool early = false;  // it may begin before the kernel before it has ended: it calls `await_earlier` (device.h)
 };
 
 #ifdef __CUDACC__
@@ -31,8 +33,17 @@ void launch(const char* name, void (*kernel)(P...), const Grid& grid, Stream str
                                    static_cast<int>(grid.shared)),
               name);
     }
-    kernel<<<grid.blocks, grid.threads, grid.shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
-    check(cudaGetLastError(), name);
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid.blocks;
+    config.blockDim = grid.threads;
+    config.dynamicSmemBytes = grid.shared;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = grid.early && overlap && capability() >= 90;
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...), name);
 }
 
 #else

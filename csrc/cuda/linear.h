@@ -8,8 +8,9 @@ namespace tinychat::cuda {
 constexpr int kGemvRows = 16;
 void gemv(const LinearCall& call, int warps, Stream stream);
 
-// Any number of rows, on tensor cores. `workspace` holds sums of parts of K, where that pays: nothing is kept in it.
-void gemm(const LinearCall& call, float* workspace, int64_t workspace_bytes, Stream stream);
+// Any number of rows, on tensor cores. `parts` of K whose sums meet in `workspace` (4 rows n bytes each), where nothing
+// is kept; 0 chooses as many as pay and as it holds.
+void gemm(const LinearCall& call, int parts, float* workspace, int64_t workspace_bytes, Stream stream);
 
 // W [n, k] in `dtype`, rounded once.
 void dequantize(const PackedWeight& weight, Dtype dtype, void* values, Stream stream);

@@ -19,4 +19,8 @@ Device device(int index);
 int multiprocessors();
 int capability();  // 80 for 8.0
 
+// Whether kernels that can may begin while the one before them ends, where the device does that (sm_90): their first
+// reads then hide its end and the launch. Off unless asked for.
+inline bool overlap = false;
+
 }  // namespace tinychat::cuda

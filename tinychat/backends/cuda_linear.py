@@ -1,8 +1,8 @@
 """One linear on the CUDA kernels: packing a canonical weight, y = x W^T + b, and which kernel for how many rows.
 
 It runs with `tinychat._cuda` on tensors of a GPU, and with `tinychat._cuda_host`, the same kernels on the CPU, on the
-CPU's tensors: the device of the tensors decides. What is not quantized, and groups that no kernel has, are multiplied by
-torch in 16 bits. Nothing synchronizes, so that a graph may capture it.
+CPU's tensors: the device of the tensors decides. What is not quantized, and groups that no kernel has, are multiplied
+by torch in 16 bits. Nothing synchronizes, so that a graph may capture it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ class Workspace:
             self.values = torch.empty(max(self.weights, n * k), dtype=dtype, device=device)
         return self.values[: n * k].view(n, k)
 
-
     @staticmethod
     def of(device: torch.device) -> Workspace:
         """That of `device`."""
@@ -77,12 +76,11 @@ class Quantized:
     weight: Any  # `PackedWeight` of the extension
 
     @classmethod
-    def pack(cls, segments: list[QTensor | AwqWords], device: torch.device) -> Quantized:
-        """See `cuda_packing.pack`."""
-        packed = pack(segments, device)
+    def of(cls, packed: Packed) -> Quantized:
+        """`packed`, which is kept, for the kernels of its device."""
         found = device_group(packed.group_size, packed.k)
         assert found is not None  # or pack had refused it
-        weight = extension(device).PackedWeight(
+        weight = extension(packed.codes.device).PackedWeight(
             codes=packed.codes.data_ptr(),
             scales=packed.scales.data_ptr(),
             zeros=packed.zeros.data_ptr(),
@@ -127,6 +125,8 @@ class CudaLinear:
             device = torch.device("cuda", torch.cuda.current_device())
         if dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"activations are fp16 or bf16, not {dtype}")
+        if dtype == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            raise BackendError(f"{torch.cuda.get_device_name(device)} cannot multiply bf16: take fp16 activations")
         if not isinstance(linear, Linear):
             linear = Linear((linear,))
         n, k = linear.shape
@@ -137,17 +137,19 @@ class CudaLinear:
         for segment in linear.segments:
             plain = isinstance(segment, np.ndarray) or not _has_kernel(segment)
             if alike and (plain or not same_kind(alike[-1], segment)):  # type: ignore[arg-type]
-                parts.append(Quantized.pack(alike, device))
+                parts.append(Quantized.of(pack(alike, device)))
                 alike = []
             if plain:
                 parts.append(Dense(_dense(segment, dtype, device), segment))
             else:
                 alike.append(segment)  # type: ignore[arg-type]
         if alike:
-            parts.append(Quantized.pack(alike, device))
+            parts.append(Quantized.of(pack(alike, device)))
         bias = None if linear.bias is None else tensor(np.asarray(linear.bias, np.float32), device)
         workspace = Workspace.of(device)
-        workspace.weights = max(workspace.weights, *(p.packed.n * k if isinstance(p, Quantized) else 0 for p in parts), 0)
+        workspace.weights = max(
+            workspace.weights, *(p.packed.n * k if isinstance(p, Quantized) else 0 for p in parts), 0
+        )
         return cls(n, k, tuple(parts), bias, dtype, device, workspace)
 
     def unpack(self) -> Linear:

@@ -1,7 +1,7 @@
 """Quantized weights in the layout of the CUDA kernels (csrc/cuda/linear_layout.h), made and unmade by torch.
 
-Packing is a permutation of bytes; torch does it on the device that the weight will live on, tile by tile, from the codes
-spread out or from AWQ's words as a file holds them.
+Packing is a permutation of bytes; torch does it on the device that the weight will live on, tile by tile, from the
+codes spread out or from AWQ's words as a file holds them.
 """
 
 from __future__ import annotations

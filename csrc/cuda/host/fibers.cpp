@@ -1,4 +1,5 @@
 // See shim.h: the threads of a block as fibers, switched where they wait.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <deque>
@@ -38,6 +39,8 @@ struct Warp {
 struct Fiber {
     enum State { ready, in_barrier, in_warp, done } state = done;
     ucontext_t context;
+    jmp_buf jump;
+    bool entered = false;
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     void* sanitizer = nullptr;
     dim3 index;
@@ -54,6 +57,7 @@ struct Launch {
     std::unique_ptr<char[]> memory;
     Fiber* current = nullptr;
     ucontext_t main;
+    jmp_buf jump;
     void* main_sanitizer = nullptr;
     const void* main_stack = nullptr;
     size_t main_stack_bytes = 0;
@@ -61,54 +65,65 @@ struct Launch {
 };
 Launch launched;
 
-void switched([[maybe_unused]] void* sanitizer, [[maybe_unused]] bool to_fiber) {
-#ifdef __SANITIZE_ADDRESS__
-    if (to_fiber) {
-        __sanitizer_finish_switch_fiber(sanitizer, &launched.main_stack, &launched.main_stack_bytes);
-    } else {
-        __sanitizer_finish_switch_fiber(sanitizer, nullptr, nullptr);
-    }
-#endif
-}
-
-void to_fiber(Fiber& fiber) {
-    launched.current = &fiber;
-    threadIdx = fiber.index;
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_start_switch_fiber(&launched.main_sanitizer, fiber.stack.get(), kStackBytes);
-#endif
-    swapcontext(&launched.main, &fiber.context);
-    switched(launched.main_sanitizer, false);
-}
-
 // After a failure every fiber that still runs is unwound.
 void stop_if_failed() {
     if (launched.failed) std::rethrow_exception(launched.failed);
 }
 
-// Leaves the running fiber in `state`; goes on here when it is resumed.
-void leave(Fiber::State state) {
-    Fiber& fiber = *launched.current;
-    fiber.state = state;
 #ifdef __SANITIZE_ADDRESS__
-    __sanitizer_start_switch_fiber(state == Fiber::done ? nullptr : &fiber.sanitizer, launched.main_stack,
-                                   launched.main_stack_bytes);
-#endif
-    swapcontext(&fiber.context, &launched.main);
-    switched(fiber.sanitizer, true);
-    stop_if_failed();
+
+// The sanitizer is told of every change of stacks.
+void to_fiber(Fiber& fiber) {
+    __sanitizer_start_switch_fiber(&launched.main_sanitizer, fiber.stack.get(), kStackBytes);
+    swapcontext(&launched.main, &fiber.context);
+    __sanitizer_finish_switch_fiber(launched.main_sanitizer, nullptr, nullptr);
 }
 
+void to_main(Fiber& fiber) {
+    __sanitizer_start_switch_fiber(&fiber.sanitizer, launched.main_stack, launched.main_stack_bytes);
+    swapcontext(&fiber.context, &launched.main);
+    __sanitizer_finish_switch_fiber(fiber.sanitizer, &launched.main_stack, &launched.main_stack_bytes);
+}
+
+void entered() { __sanitizer_finish_switch_fiber(nullptr, &launched.main_stack, &launched.main_stack_bytes); }
+
+#else
+
+// A jump between stacks costs a tenth of swapcontext, which calls the kernel; a context is only entered by it.
+void to_fiber(Fiber& fiber) {
+    if (_setjmp(launched.jump)) return;
+    if (fiber.entered) _longjmp(fiber.jump, 1);
+    fiber.entered = true;
+    setcontext(&fiber.context);
+}
+
+void to_main(Fiber& fiber) {
+    if (!_setjmp(fiber.jump)) _longjmp(launched.jump, 1);
+}
+
+void entered() {}
+
+#endif
+
+// Leaves the running fiber in `state`; goes on here when it is resumed.
+void leave(Fiber::State state) {
+    launched.current->state = state;
+    to_main(*launched.current);
+}
+
+// A fiber lives on from block to block and from launch to launch.
 void enter() {
-    switched(nullptr, true);
-    try {
-        (*launched.body)();
-    } catch (...) {
-        if (!launched.failed) launched.failed = std::current_exception();
+    entered();
+    for (;;) {
+        try {
+            (*launched.body)();
+        } catch (...) {
+            if (!launched.failed) launched.failed = std::current_exception();
+        }
+        launched.current->open.clear();
+        launched.current->groups.clear();
+        leave(Fiber::done);
     }
-    launched.current->open.clear();
-    launched.current->groups.clear();
-    leave(Fiber::done);
 }
 
 void prepare(Fiber& fiber, int number) {
@@ -117,11 +132,16 @@ void prepare(Fiber& fiber, int number) {
     fiber.warp = &launched.warps[number / kLanes];
     fiber.lane = number % kLanes;
     fiber.warp->lanes++;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
+}
+
+std::unique_ptr<Fiber> new_fiber() {
+    auto fiber = std::make_unique<Fiber>();
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = fiber->stack.get();
+    fiber->context.uc_stack.ss_size = kStackBytes;
+    fiber->context.uc_link = nullptr;
+    makecontext(&fiber->context, enter, 0);
+    return fiber;
 }
 
 std::string waiting(const char* name, int n) {
@@ -140,7 +160,7 @@ std::string waiting(const char* name, int n) {
 
 void run_block(const char* name, int n) {
     launched.warps.assign((n + kLanes - 1) / kLanes, {});
-    while (static_cast<int>(launched.fibers.size()) < n) launched.fibers.push_back(std::make_unique<Fiber>());
+    while (static_cast<int>(launched.fibers.size()) < n) launched.fibers.push_back(new_fiber());
     for (int i = 0; i < n; i++) prepare(*launched.fibers[i], i);
     for (;;) {
         bool progress = false;
@@ -149,6 +169,8 @@ void run_block(const char* name, int n) {
             Fiber& fiber = *launched.fibers[reverse ? n - 1 - i : i];
             if (fiber.state == Fiber::ready || launched.failed) {
                 if (fiber.state == Fiber::done) continue;
+                launched.current = &fiber;
+                threadIdx = fiber.index;
                 to_fiber(fiber);
                 progress = true;
             }
@@ -194,6 +216,7 @@ void* dynamic_memory() { return launched.memory.get(); }
 void block_barrier() {
     stop_if_failed();
     leave(Fiber::in_barrier);
+    stop_if_failed();
 }
 
 void together(const char* what, void* part, void (*operate)(void* const*)) {
@@ -207,6 +230,7 @@ void together(const char* what, void* part, void (*operate)(void* const*)) {
     warp.parts[fiber.lane] = part;
     if (++warp.arrived < warp.lanes) {
         leave(Fiber::in_warp);
+        stop_if_failed();
         return;
     }
     operate(warp.parts);
