@@ -184,26 +184,8 @@ void join_planes(int8_t* planes, int64_t length, Block* block) {
     std::memcpy(&block->halves, &alone, 4);
 }
 
-// LinearKernels::prepare
-void prepare(const LinearShape& shape, const float* x, void* activation, int64_t begin, int64_t end) {
-    prepare_part(shape, x, activation, begin, end);
-    if (shape.type != WeightType::quantized || shape.activation_bits != 16) return;
-    const QuantizedLayout layout(shape);
-    const int64_t first = begin / layout.group, in_first = begin % layout.group;
-    auto* row = static_cast<char*>(activation);
-    auto* planes = reinterpret_cast<int8_t*>(row) + (first * layout.padded_group + in_first) * 2;
-    auto* block = reinterpret_cast<Block*>(row + layout.blocks_at) + first * layout.group_blocks + in_first / kBlock;
-    for (int64_t k = begin; k < end; block++) {
-        const int64_t length = smaller(smaller(kBlock, layout.group - k % layout.group), end - k);
-        const int64_t padded = round_up(length, kStep);
-        join_planes(planes, padded, block);
-        planes += padded * 2;
-        k += length;
-    }
-}
-
 constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step,
-                              prepare, linear<Dots>};
+                              prepare<join_planes>, linear<Dots>};
 
 }  // namespace
 
