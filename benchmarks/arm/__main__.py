@@ -13,7 +13,7 @@ import boards
 import build
 import emulate
 import report
-from peers import CORES, CPUS, FORMS
+from peers import CORES, CPUS
 
 HELP = """
 Instructions and cycles of the ARM kernels on a machine without an ARM processor, beside llama.cpp's, and the speed of
@@ -67,7 +67,7 @@ def cases(level: str) -> list[report.Case]:
 def measure(case: report.Case, programs: dict[str, Path], n: int, k: int) -> dict:
     """Instructions and, of each core that runs the level, cycles: of one weight with one row."""
     if case.engine == "llama.cpp":
-        program, arguments = programs[f"llama {case.level}"], [FORMS[case.level].name, case.rows, n, k]
+        program, arguments = programs[f"llama {case.level}"], [case.rows, n, k]
     else:
         name = f"naive-{case.level}" if case.engine == "naive" else case.level
         program, arguments = programs["ours"], [name, case.bits, case.activations, case.rows, n, k]

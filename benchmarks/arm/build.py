@@ -58,6 +58,8 @@ def llama(sources: Path, work: Path, level: str) -> Path:
         objects.append(str(target))
     program = folder / "llama_count"
     link = [COMPILERS[".cpp"], "-O2", "-static", "-Wl,--gc-sections"]  # what no kernel here uses is missing
+    if form.interleaved:
+        link.append(f"-DINTERLEAVED={form.interleaved}")
     quiet([*link, str(HERE / "llama_count.cpp"), *objects, "-o", str(program)])
     return program
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Form:
-    """A kernel of llama.cpp: `name` for llama_count, and what it is built from."""
+    """A kernel of llama.cpp: outputs interleaved as `interleaved` says, or "" where none are; what it is built from."""
 
-    name: str
+    interleaved: str
     architecture: str
     sources: tuple[str, ...]
 
 
 # Of llama.cpp's choice at load (ggml-cpu/repack.cpp): without a dot product it repacks nothing.
 FORMS = {
-    "neon": Form("dot", "armv8-a", ("quants.c",)),
+    "neon": Form("", "armv8-a", ("quants.c",)),
     "dotprod": Form("4x4", "armv8.2-a+dotprod+fp16", ("quants.c", "repack.cpp")),
     "i8mm": Form("4x8", "armv8.2-a+dotprod+fp16+i8mm", ("quants.c", "repack.cpp")),
 }

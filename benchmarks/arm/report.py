@@ -24,7 +24,8 @@ class Case:
     def __str__(self) -> str:
         """As the tables call it."""
         rows = "decode" if self.rows == 1 else f"{self.rows} rows"
-        words = {"tinychat": "tinychat", "naive": "naive order", "llama.cpp": f"llama.cpp Q4_0 {FORMS[self.level].name}"}
+        peer = f"llama.cpp Q4_0 {FORMS[self.level].interleaved}".strip()
+        words = {"tinychat": "tinychat", "naive": "naive order", "llama.cpp": peer}
         return f"{words[self.engine]}, {self.bits} x {self.activations} bits, {rows}"
 
 
