@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import boards
-import build
+import cross_build
 import emulate
 import report
 from peers import CORES, CPUS
@@ -80,10 +80,10 @@ def measure(case: report.Case, programs: dict[str, Path], n: int, k: int) -> dic
 def run(args: argparse.Namespace, work: Path) -> dict[report.Case, dict]:
     """Builds, counts, and says on stderr what it is at."""
     print("building", file=sys.stderr)
-    programs = {"ours": build.ours(work)}
+    programs = {"ours": cross_build.ours(work)}
     if not args.no_llama:
-        sources = args.llama or build.llama_sources(work)
-        programs |= {f"llama {level}": build.llama(sources, work, level) for level in args.levels}
+        sources = args.llama or cross_build.llama_sources(work)
+        programs |= {f"llama {level}": cross_build.llama(sources, work, level) for level in args.levels}
     found = {}
     for case in [case for level in args.levels for case in cases(level)]:
         if case.engine == "llama.cpp" and args.no_llama:

@@ -32,8 +32,8 @@ class Board:
         return self.measured or SHARE * self.peak
 
 
-# Clocks and peaks as the makers publish them (32 bits of LPDDR4-3200 are 12.8 GB/s). The Pi 4's measurement: STREAM on a
-# board without a display, 5.56 GB/s at best, https://www.sci-pi.org.uk/bench/stream.html.
+# Clocks and peaks as the makers publish them (32 bits of LPDDR4-3200 are 12.8 GB/s). The Pi 4's measurement is STREAM's
+# on a board without a display, 5.56 GB/s at best: https://www.sci-pi.org.uk/bench/stream.html.
 BOARDS = (
     Board("Raspberry Pi 4B", "neon", "cortex-a72", 4, 1.8, 12.8, 5.5),
     Board("Raspberry Pi 5", "dotprod", "neoverse-n1", 4, 2.4, 17.1),

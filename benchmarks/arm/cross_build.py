@@ -43,7 +43,7 @@ def llama(sources: Path, work: Path, level: str) -> Path:
     """llama_count.cpp with llama.cpp's kernels for `level`, optimized as its own release build does it."""
     found = next((g for g in (sources / "ggml", sources / "vendor/llama.cpp/ggml") if g.is_dir()), None)
     if found is None:
-        raise FileNotFoundError(f"{sources}: expected llama.cpp's sources, or those of llama-cpp-python, and found no ggml")
+        raise FileNotFoundError(f"{sources}: found no ggml, expected the sources of llama.cpp or llama-cpp-python")
     folder = work / f"llama-{level}"
     folder.mkdir(parents=True, exist_ok=True)
     kernels = found / "src" / "ggml-cpu"
