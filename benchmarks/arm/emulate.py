@@ -1,9 +1,9 @@
 """The instructions that an emulated ARM program runs between two marks, and the cycles a core's model gives them.
 
 qemu, told to translate one instruction at a time, logs each that it runs with its address; what lies between the two
-calls of `count_mark` is the kernel, counted exactly: loop, epilogue, prologue, calls. The same sequence, disassembled in
-the order in which it ran, goes through llvm-mca: cycles of the core's pipelines with every load in the first cache and
-every branch foreseen.
+calls of `count_mark` is the kernel, counted exactly: loop, epilogue, prologue, calls. The same sequence, disassembled
+in the order in which it ran, goes through llvm-mca: cycles of the core's pipelines with every load in the first cache
+and every branch foreseen.
 """
 
 from __future__ import annotations

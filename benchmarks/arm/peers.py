@@ -21,8 +21,8 @@ FORMS = {
     "i8mm": Form("4x8", "armv8.2-a+dotprod+fp16+i8mm", ("quants.c", "repack.cpp")),
 }
 CPUS = {"neon": "cortex-a72", "dotprod": "cortex-a76", "i8mm": "max"}  # of qemu
-# Of llvm-mca, the cores that run a level. LLVM gives cortex-a72, -a76 and -a78 the pipelines of a Cortex-A57; those of a
-# Neoverse are its own, and N1 is the A76's design.
+# Of llvm-mca, the cores that run a level. LLVM gives cortex-a72, -a76 and -a78 the pipelines of a Cortex-A57; those of
+# a Neoverse are its own, and N1 is the A76's design.
 CORES = {
     "neon": ("cortex-a72",),
     "dotprod": ("cortex-a76", "cortex-a78", "neoverse-n1"),
