@@ -60,4 +60,15 @@ def predictions(found: dict[Case, dict], hardware: Iterable[boards.Board]) -> st
 def cell(limits: boards.Limits) -> str:
     """The limit, what sets it, and the other one."""
     other = "arithmetic" if limits.bound == "memory" else "memory"
-    return f"{limits.at_most:.3g} ({limits.bound}; {other} {max(limits.memory, limits.arithmetic):.3g})"
+    return f"{rate(limits.at_most)} ({limits.bound}; {other} {rate(max(limits.memory, limits.arithmetic))})"
+
+
+def rate(tokens_per_s: float) -> str:
+    """To two or three figures."""
+    return (
+        f"{tokens_per_s:.0f}"
+        if tokens_per_s >= 100
+        else f"{tokens_per_s:.2g}"
+        if tokens_per_s < 1
+        else f"{tokens_per_s:.1f}"
+    )
