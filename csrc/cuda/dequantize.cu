@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) dequantize_kernel(PackedWeight 
         uint32_t first[4], second[4];
         float2 scales;
         const auto unpack = [&](const auto& group) {
-            const uint32_t upper = Of::upper(group.upper_zero()), lower = Of::lower(group.lower_zero());
+            const uint32_t upper = Of::upper(group.zeros), lower = Of::lower(group.zeros);
             scales = make_float2(group.upper_scale(), group.lower_scale());
             Of::fragment(words, 2 * half, upper, lower, first);
             Of::fragment(words, 2 * half + 1, upper, lower, second);

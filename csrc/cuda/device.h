@@ -146,6 +146,29 @@ __device__ __forceinline__ uint4 load_once(const uint4* at) {
 #endif
 }
 
+// ---- who one is
+
+// threadIdx.x and blockIdx.x, asked anew: what a kernel keeps from its beginning to its end costs its loops registers.
+__device__ __forceinline__ int thread_anew() {
+#ifdef __CUDACC__
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+#else
+    return static_cast<int>(threadIdx.x);
+#endif
+}
+
+__device__ __forceinline__ int block_anew() {
+#ifdef __CUDACC__
+    int block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    return block;
+#else
+    return static_cast<int>(blockIdx.x);
+#endif
+}
+
 // ---- kernels one after another, from sm_90 on
 
 // Waits until the kernel before has ended and its writes are seen: in a kernel that may begin early (launch.h), before

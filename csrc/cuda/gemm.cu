@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) gemm_kernel(LinearCall call, fl
             for (int i = 0; i < kTiles; i++) {
                 const uint4* of = groups + (i * 2 + half) * kGroupPieces;
                 const auto unpack = [&](const auto& group) {
-                    const uint32_t upper = Of::upper(group.upper_zero()), lower = Of::lower(group.lower_zero());
+                    const uint32_t upper = Of::upper(group.zeros), lower = Of::lower(group.zeros);
                     scales[i] = make_float2(group.upper_scale(), group.lower_scale());
                     Of::fragment(words[i], 2 * half, upper, lower, weights[i][0]);
                     Of::fragment(words[i], 2 * half + 1, upper, lower, weights[i][1]);
