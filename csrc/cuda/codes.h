@@ -172,6 +172,19 @@ struct Group {
         group.zeros = static_cast<const uint16_t*>(zeros)[i];
         return group;
     }
+    // The pairs at these addresses of shared memory.
+    static __device__ __forceinline__ Group read_shared(SharedAt scales, SharedAt zeros) {
+        Group group;
+        if constexpr (kWide) {
+            const uint2 both = load_shared2(scales);
+            group.scales[0] = both.x;
+            group.scales[1] = both.y;
+        } else {
+            group.scales[0] = load_shared(scales);
+        }
+        group.zeros = load_shared16(zeros);
+        return group;
+    }
     __device__ __forceinline__ float upper_scale() const { return kWide ? as_float(scales[0]) : low_of<Half>(scales[0]); }
     __device__ __forceinline__ float lower_scale() const {
         return kWide ? as_float(scales[kWide]) : high_of<Half>(scales[0]);

@@ -38,14 +38,14 @@ constexpr int kSumStride = 20;  // of a row of 16 sums: no two lanes in one bank
 // How scales are read: once for a step that lies in one group, or for each half-chunk, in fp16 or in fp32.
 enum class Scales { whole, half, wide };
 
-// A warp's ring, in pieces of 16 bytes.
+// A warp's ring, in bytes.
 template <int kBits, Scales kScales>
 struct Ring {
     static constexpr int kParts = kBits / 4;      // 16-byte loads of a lane's codes of a chunk
     static constexpr int kChunks = 2 / kParts;    // of a step
     static constexpr int kGroups = kScales == Scales::whole ? 1 : 2 * kChunks;
     static constexpr int kPieces = kScales == Scales::wide ? 5 : 3;  // of a group: scales, and one of zeros
-    static constexpr int kCodes = 2 * kWarp, kStep = kCodes + kGroups * kPieces;
+    static constexpr int kCodes = 1024, kStep = kCodes + kGroups * kPieces * 16;
     static constexpr int kSteps = 3, kSize = kSteps * kStep;
 };
 
@@ -56,35 +56,40 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kScales == Scales::whole && 
     using Of = Codes<T, kBits>;
     using In = Ring<kBits, kScales>;
     using GroupOf = Group<kScales == Scales::wide>;
+    constexpr int kHalves = 2 * In::kChunks;
     const PackedWeight& weight = call.weight;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     const int g = lane / 4, t = lane % 4, tile = blockIdx.x, steps = divide_up(weight.chunks, In::kChunks);
     const int begin = steps * warp / warps, end = steps * (warp + 1) / warps;
-    uint4* const ring = dynamic_shared<uint4>() + warp * In::kSize;
+    const SharedAt ring = shared_at(dynamic_shared<char>() + warp * In::kSize), ring_of_lane = ring + lane * 16;
+    const SharedAt ring_of_scales = ring + In::kCodes + g * (kScales == Scales::wide ? 8 : 4);
+    const SharedAt ring_of_zeros = ring + In::kCodes + 16 * (In::kPieces - 1) + g * 2;
 
     const uint4* codes = static_cast<const uint4*>(weight.codes) +
                          (static_cast<int64_t>(tile) * weight.chunks + begin * In::kChunks) * In::kParts * kWarp + lane;
     // The piece of each group that a lane copies: of scales, or the last, of zeros.
     const int piece = lane % In::kPieces;
     const bool of_zeros = piece == In::kPieces - 1;
-    const int group_pieces = of_zeros ? 1 : In::kPieces - 1;
-    const uint4* groups = of_zeros ? reinterpret_cast<const uint4*>(weight.zeros)
-                                   : static_cast<const uint4*>(weight.scales) + piece;
-    groups += static_cast<int64_t>(tile) * weight.groups * group_pieces;
-    // Starts the copies of the step after the one filled last.
-    const auto fill = [&](uint4* to, int step) {
-        copy_async(to + lane, codes);
-        if (In::kChunks == 1 || step * 2 + 1 < weight.chunks) copy_async(to + kWarp + lane, codes + kWarp);
-        codes += In::kCodes;
+    const uint32_t group_bytes = of_zeros ? 16 : 16 * (In::kPieces - 1);
+    const char* groups = of_zeros ? reinterpret_cast<const char*>(weight.zeros)
+                                  : static_cast<const char*>(weight.scales) + 16 * piece;
+    groups += static_cast<int64_t>(tile) * weight.groups * group_bytes;
+    // Starts the copies of the step after the one that came last, to a place of the ring.
+    const auto fill = [&](int place, int step) {
+        const SharedAt to = ring_of_lane + place;
+        copy_async_at(to, codes);
+        if (In::kChunks == 1 || step * 2 + 1 < weight.chunks) copy_async_at(to + 512, codes + kWarp);
+        codes += 2 * kWarp;
         if (lane < In::kGroups * In::kPieces) {
-            const int half = step * In::kChunks * 2 + (In::kGroups == 1 ? 0 : lane / In::kPieces);
-            const int group = smaller(half >> weight.group_shift, weight.groups - 1);
-            copy_async(to + In::kCodes + lane, groups + group * group_pieces);
+            int group = step * In::kChunks * 2 + (In::kGroups == 1 ? 0 : lane / In::kPieces);
+            group >>= weight.group_shift;
+            if (In::kGroups > 1) group = smaller(group, weight.groups - 1);  // of a chunk that is not there
+            copy_async_at(to + In::kCodes, groups + static_cast<uint64_t>(static_cast<uint32_t>(group)) * group_bytes);
         }
     };
 #pragma unroll
     for (int i = 0; i < In::kSteps - 1; i++) {
-        if (begin + i < end) fill(ring + i * In::kStep, begin + i);
+        if (begin + i < end) fill(i * In::kStep, begin + i);
         copies_end();
     }
     admit_later();
@@ -99,54 +104,58 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kScales == Scales::whole && 
                     begin * In::kChunks * kChunk + t * 8;
     }
     float sums[kRowTiles][4] = {};
-    // A step times the inputs that `read(row tile, inputs from the step's first)` gives.
-    const auto multiply_step = [&](const uint4* slot, const auto& read) {
-        const uint4 parts[2] = {slot[lane], slot[kWarp + lane]};
+    int place = 0, free = (In::kSteps - 1) * In::kStep;  // in the ring: of this step, and to be filled next
+    for (int step = begin; step < end; step++) {
+        copies_arrived<In::kSteps - 2>();
+        __syncwarp();  // the step is there for all lanes, and none reads the one before any more
+        if (step + In::kSteps - 1 < end) fill(free, step + In::kSteps - 1);
+        copies_end();
+        uint4 x[kHalves][kRowTiles];
+        const int left = call.x_stride - step * In::kChunks * kChunk;  // inputs that there are
+        if (left >= In::kChunks * kChunk) {
+#pragma unroll
+            for (int i = 0; i < kHalves * kRowTiles; i++) {
+                x[i / kRowTiles][i % kRowTiles] =
+                    *reinterpret_cast<const uint4*>(inputs[i % kRowTiles] + i / kRowTiles * 32);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kHalves * kRowTiles; i++) {
+                x[i / kRowTiles][i % kRowTiles] = make_uint4(0, 0, 0, 0);
+                if (i / kRowTiles * 32 + t * 8 >= left) continue;
+                x[i / kRowTiles][i % kRowTiles] =
+                    *reinterpret_cast<const uint4*>(inputs[i % kRowTiles] + i / kRowTiles * 32);
+            }
+        }
+        const uint4 parts[2] = {load_shared4(ring_of_lane + place), load_shared4(ring_of_lane + place + 512)};
         uint32_t words[8];
         spread(parts, words);
         float products[kRowTiles][4];
 #pragma unroll
-        for (int half = 0; half < 2 * In::kChunks; half++) {
-            constexpr int kHalfWords = 2 * In::kParts, kLast = 2 * In::kChunks - 1;
-            const uint4* of = slot + In::kCodes + (In::kGroups == 1 ? 0 : half * In::kPieces);
-            const GroupOf group = GroupOf::read(of, of + In::kPieces - 1, g);
+        for (int half = 0; half < kHalves; half++) {
+            const int of = place + (In::kGroups == 1 ? 0 : half * In::kPieces * 16);
+            const GroupOf group = GroupOf::read_shared(ring_of_scales + of, ring_of_zeros + of);
             const uint32_t upper = Of::upper(group.zeros), lower = Of::lower(group.zeros);
             uint32_t first[4], second[4];
-            Of::fragment(words + half * kHalfWords, 0, upper, lower, first);
-            Of::fragment(words + half * kHalfWords, 1, upper, lower, second);
+            Of::fragment(words + half * 2 * In::kParts, 0, upper, lower, first);
+            Of::fragment(words + half * 2 * In::kParts, 1, upper, lower, second);
 #pragma unroll
             for (int j = 0; j < kRowTiles; j++) {
-                const uint4 x = read(j, half * 32);
                 if (In::kGroups > 1 || half == 0) {
-                    product<T>(products[j], first, x.x, x.y);
+                    product<T>(products[j], first, x[half][j].x, x[half][j].y);
                 } else {  // of one group products go on
-                    multiply<T>(products[j], first, x.x, x.y);
+                    multiply<T>(products[j], first, x[half][j].x, x[half][j].y);
                 }
-                multiply<T>(products[j], second, x.z, x.w);
-                if (In::kGroups == 1 && half < kLast) continue;
+                multiply<T>(products[j], second, x[half][j].z, x[half][j].w);
+                if (In::kGroups == 1 && half < kHalves - 1) continue;
                 sums[j][0] += group.upper_scale() * products[j][0];
                 sums[j][1] += group.upper_scale() * products[j][1];
                 sums[j][2] += group.lower_scale() * products[j][2];
                 sums[j][3] += group.lower_scale() * products[j][3];
             }
         }
-    };
-    uint4 *slot = ring, *free = ring + (In::kSteps - 1) * In::kStep;
-    for (int step = begin; step < end; step++) {
-        copies_arrived<In::kSteps - 2>();
-        __syncwarp();  // the step is there for all lanes, and none reads the one before any more
-        if (step + In::kSteps - 1 < end) fill(free, step + In::kSteps - 1);
-        copies_end();
-        const int left = call.x_stride - step * In::kChunks * kChunk;  // inputs that there are
-        if (left >= In::kChunks * kChunk) {
-            multiply_step(slot, [&](int j, int k) { return *reinterpret_cast<const uint4*>(inputs[j] + k); });
-        } else {
-            multiply_step(slot, [&](int j, int k) {
-                return k + t * 8 < left ? *reinterpret_cast<const uint4*>(inputs[j] + k) : make_uint4(0, 0, 0, 0);
-            });
-        }
-        free = slot;
-        slot = slot == ring + (In::kSteps - 1) * In::kStep ? ring : slot + In::kStep;
+        free = place;
+        place = place + In::kStep == In::kSize ? 0 : place + In::kStep;
 #pragma unroll
         for (int j = 0; j < kRowTiles; j++) inputs[j] += In::kChunks * kChunk;
     }
@@ -155,7 +164,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kScales == Scales::whole && 
     __syncwarp();
     const int thread = thread_anew(), first_output = block_anew() * kTileOutputs;
     const float* shared = dynamic_shared<float>();
-    constexpr int kSums = In::kSize * 4;
+    constexpr int kSums = In::kSize / 4;
     static_assert(kRowTiles * 8 * kSumStride <= kSums, "they fit");
 #pragma unroll
     for (int j = 0; j < kRowTiles; j++) {
@@ -188,7 +197,7 @@ template <class T, int kBits, Scales kScales, int kRowTiles>
 void start(const LinearCall& call, int warps, Stream stream) {
     const int tiles = divide_up(call.weight.n, kTileOutputs);
     if (!warps) warps = choose_warps(tiles, call.weight.chunks);
-    const size_t shared = warps * Ring<kBits, kScales>::kSize * sizeof(uint4);
+    const size_t shared = warps * Ring<kBits, kScales>::kSize;
     launch("gemv", gemv_kernel<T, kBits, kScales, kRowTiles>, {dim3(tiles), dim3(warps * kWarp), shared, true}, stream, call);
 }
 
