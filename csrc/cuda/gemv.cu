@@ -198,7 +198,7 @@ void start(const LinearCall& call, int warps, Stream stream) {
     const int tiles = divide_up(call.weight.n, kTileOutputs);
     if (!warps) warps = choose_warps(tiles, call.weight.chunks);
     const size_t shared = warps * Ring<kBits, kScales>::kSize;
-    launch("gemv", gemv_kernel<T, kBits, kScales, kRowTiles>, {dim3(tiles), dim3(warps * kWarp), shared, true}, stream, call);
+    launch("gemv", gemv_kernel<T, kBits, kScales, kRowTiles>, {dim3(tiles), dim3(warps * kWarp), shared}, stream, call);
 }
 
 template <class T, int kBits, int kRowTiles>

@@ -29,6 +29,7 @@ _ACTIVATIONS = {Activation.SILU: 0, Activation.GELU: 1, Activation.GELU_TANH: 2,
 _FEW = 8  # rows of a stretch that go through the kernel of single rows: a mask would cost more
 _PIECE = 512  # rows of a prompt that share a mask: [rows, positions] of each head under ALiBi
 _SPLIT = 64  # positions worth a block of their own
+_GROUPED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5)  # torch's attention knows grouped queries
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,14 +312,15 @@ class CudaOps:
         c, start, n = config, stretch.start, stretch.end - stretch.begin
         keys, values = context.cache.entries(index, stretch.slot, start + n, q.dtype)  # [n_kv_heads, L, padded]
         q = q[stretch.begin : stretch.end].transpose(0, 1)  # [n_heads, n, padded]
-        window = c.window(index)
+        window, group = c.window(index), c.n_heads // c.n_kv_heads
         attend = torch.nn.functional.scaled_dot_product_attention
         if not start and self._slopes is None and not (window and window < n):
-            grouped = c.n_kv_heads < c.n_heads
+            shared: dict[str, Any] = {"enable_gqa": True} if group > 1 and _GROUPED else {}
+            if group > 1 and not shared:
+                keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
             everything = q[None], keys[None], values[None]
-            mixed = attend(*everything, is_causal=True, scale=c.score_scale, enable_gqa=grouped)[0]
+            mixed = attend(*everything, is_causal=True, scale=c.score_scale, **shared)[0]
         else:
-            group = c.n_heads // c.n_kv_heads
             if group > 1:
                 keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
             parts = []
