@@ -219,6 +219,52 @@ def test_the_bench_measures_it(device):
     assert seconds > 0 and runner.cache.lengths[0] > 41
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
+def test_kernels_that_begin_early_compute_the_same(kv_dtype):
+    """Each kernel of a step reads what the one before wrote: on sm_90 it begins before that one has ended."""
+    module, _ = kernels("gpu")
+    weights = family("llama", 4, hidden_size=256, num_attention_heads=8, num_hidden_layers=6)
+
+    def logits(graphs: bool) -> np.ndarray:
+        runner = build("gpu", weights, kv_dtype=kv_dtype, graphs=graphs)
+        found = [runner.step(Rows.of(PROMPT[:9], 0))]
+        found += [runner.step(Rows.of([int(token)], 9 + i)) for i, token in enumerate(np.tile(PROMPT, 2))]
+        return np.concatenate(found)
+
+    module.overlap(False)
+    try:
+        want = logits(False)
+        assert np.array_equal(logits(True), want)
+        module.overlap(True)
+        for _ in range(3):
+            assert np.array_equal(logits(False), want)
+            assert np.array_equal(logits(True), want)
+    finally:
+        module.overlap(True)
+
+
+@pytest.mark.gpu
+def test_another_device_or_stream_may_be_current():
+    """Steps on a stream of the caller's, from another thread, whose device is its own."""
+    import threading
+
+    import torch
+
+    runner, found = build("gpu", family("llama")), []
+    want = runner.step(Rows.of(PROMPT[:9], 0)), runner.step(Rows.of(PROMPT[9:10], 9))
+
+    def again():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            runner.cache.truncate(0, 0)
+            found.extend([runner.step(Rows.of(PROMPT[:9], 0)), runner.step(Rows.of(PROMPT[9:10], 9))])
+
+    thread = threading.Thread(target=again)
+    thread.start()
+    thread.join()
+    assert all(map(np.array_equal, found, want))
+
+
 def test_penalties_and_logprobs_are_left_to_the_host():
     runner, rng = build("host", family("llama")), np.random.default_rng(0)
     assert runner.drawing(0, SamplingParams(logprobs=1), rng) is None
