@@ -227,7 +227,7 @@ def test_kernels_that_begin_early_compute_the_same(kv_dtype):
     weights = family("llama", 4, hidden_size=256, num_attention_heads=8, num_hidden_layers=6)
 
     def logits(graphs: bool) -> np.ndarray:
-        runner = build("gpu", weights, kv_dtype=kv_dtype, graphs=graphs)
+        runner = build("gpu", weights, kv_dtype=kv_dtype, graphs=graphs, head=8)
         found = [runner.step(Rows.of(PROMPT[:9], 0))]
         found += [runner.step(Rows.of([int(token)], 9 + i)) for i, token in enumerate(np.tile(PROMPT, 2))]
         return np.concatenate(found)
