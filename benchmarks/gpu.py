@@ -9,7 +9,8 @@ favours them. First token: after 4096 tokens of Llama-3-8B. Kernels: see gpu_ker
     huggingface     transformers, fp16, as a user calls it
     plain           gpu_plain.py in fp16 without a compiler: eager; "graph": a captured step
     compiled        the same under torch.compile (reduce-overhead), as gpt-fast does; "int4": torch's own matmul
-    tinychat        this project; fp16 without and with graphs; int4
+    tinychat        this project; fp16 without and with graphs; int4; without graphs, and with kernels that begin only when
+                    the one before has ended
 
 Each result is on disk (gpu.json, gpu.md) before the next contender starts, and one that fails says why and loses
 nothing else. What would start after --minutes is left out and named.
@@ -20,7 +21,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -118,10 +121,14 @@ def tinychat_engine(shape: str, bits: int, graphs: bool, ctx_size: int) -> tuple
     return Engine(runner), source
 
 
-def tinychat(bits: int, graphs: bool, copy_gb_s: float) -> Contender:
-    """Tokens as a user gets them: each has reached the host and passed through `Engine.stream`."""
+def tinychat(bits: int, graphs: bool, copy_gb_s: float, overlap: bool = True) -> Contender:
+    """Tokens as a user gets them: each has reached the host and passed through `Engine.stream`.
+
+    overlap: kernels may begin while the one before them ends
+    """
 
     def run(shape: str) -> Found:
+        os.environ["TINYCHAT_CUDA_OVERLAP"] = "1" if overlap else "0"
         engine, source = tinychat_engine(shape, bits, graphs, CAPACITY)
         options: Found = {"max_tokens": TOKENS, "temperature": 0.0, "ignore_eos": True}
         latencies: list[float] = []
@@ -284,6 +291,15 @@ def captured(step: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return run
 
 
+def driver() -> str:
+    """Its version, as nvidia-smi tells it."""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure everything that is asked for, the most telling first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -300,13 +316,15 @@ def main(argv: list[str] | None = None) -> None:
 
     results = Results(args.out)
     copy_gb_s = gpu_kernels.copy_rate()
-    results.facts |= {"gpu": backend("cuda").describe(), "cuda": torch.version.cuda, "copy_gb_s": round(copy_gb_s, 1)}
+    facts = {"gpu": backend("cuda").describe(), "driver": driver(), "cuda": torch.version.cuda}
+    results.facts |= {**facts, "copy_gb_s": round(copy_gb_s, 1), "command": " ".join(sys.argv)}
     everything: dict[str, Contender] = {
         "tinychat int4": tinychat(4, True, copy_gb_s),
         "tinychat fp16": tinychat(16, True, copy_gb_s),
         "huggingface fp16": huggingface,
         "tinychat fp16 without graphs": tinychat(16, False, copy_gb_s),
         "tinychat int4 without graphs": tinychat(4, False, copy_gb_s),
+        "tinychat int4 without overlap": tinychat(4, True, copy_gb_s, overlap=False),
         "plain fp16 graph": plain("graph"),
         "compiled fp16": plain("compiled"),
         "compiled int4 (torch)": plain("compiled", int4=True),

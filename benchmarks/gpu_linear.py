@@ -8,8 +8,8 @@ matrix as fill 1 GiB once, so that no cache holds them, and is replayed; the tim
 events, over the copies. "of copy" is the packed bytes per second over the bytes per second that a copy of 1 GiB reads
 and writes, measured between the figures. For each number of rows: gemv (to 16 rows), gemm, dequantizing once and
 torch.matmul, and torch.matmul of fp16 weights, which rotate likewise; "best" is what `CudaLinear` would call, over
-torch's. --sweep times gemv by warps of a block and gemm by parts of K; On sm_90 a
-kernel begins while the one before it ends, as it does in a model, but for --no-overlap. Results are checked against float64 first.
+torch's. On sm_90 a kernel begins while the one before it ends, as in a model, but for --no-overlap. --sweep times gemv
+by warps of a block and gemm by parts of K as well. Results are checked against float64 first.
 --host runs the same script on the CPU's build of the kernels: its logic, not its figures. The last line is one JSON
 object.
 """

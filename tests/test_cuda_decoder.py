@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
+import torch
 from cuda_devices import DEVICES, kernels
 from tiny_models import memory_weights, tiny
 
 from tinychat.backends import reference
 from tinychat.backends.cuda_runner import CudaRunner, build_on
+from tinychat.backends.cuda_sampling import DeviceSampler
 from tinychat.bench import contexts
 from tinychat.bench.measure import Session
 from tinychat.cache import Rows
@@ -164,6 +167,35 @@ DRAWS = [
 ]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("width", [1, 3, 97, 4096, 5003])
+def test_the_likeliest_token(device, width):
+    """The first of equals; -1 is reported where a logit is not finite, and the next step has a token all the same."""
+    module, where = kernels(device)
+    sampler, rng = DeviceSampler(module, where), np.random.default_rng()
+    sampler.begin(SamplingParams(temperature=0.0), rng)
+    told = torch.tensor([[5, 7], [40, 41]], device=where)
+
+    def drawn(logits: np.ndarray) -> int:
+        before = told.clone()
+        sampler.draw(torch.from_numpy(logits[None]).to(where), told[0, :1], told[1, :1])
+        assert 0 <= told[0, 0] < width and told[1, 0] == before[1, 0] + 1 and torch.equal(told[:, 1], before[:, 1])
+        assert sampler.reported.item() in (-1, told[0, 0].item())
+        return sampler.reported.item()
+
+    for _ in range(3):
+        logits = rng.standard_normal(width).astype(np.float32)
+        assert drawn(logits) == logits.argmax()
+        logits[rng.integers(width, size=3)] = 9.0
+        assert drawn(logits) == logits.argmax()
+        assert drawn(np.full(width, -3.0, np.float32)) == 0
+        for wrong in (np.nan, np.inf, -np.inf):
+            logits[rng.integers(width)] = wrong
+            assert drawn(logits) == -1
+            logits[:] = rng.standard_normal(width)
+    assert drawn(np.full(width, np.nan, np.float32)) == -1
+
+
 class OnTheHost:
     """A runner without its own way of drawing."""
 
@@ -247,10 +279,6 @@ def test_kernels_that_begin_early_compute_the_same(kv_dtype):
 @pytest.mark.gpu
 def test_another_device_or_stream_may_be_current():
     """Steps on a stream of the caller's, from another thread, whose device is its own."""
-    import threading
-
-    import torch
-
     runner, found = build("gpu", family("llama")), []
     want = runner.step(Rows.of(PROMPT[:9], 0)), runner.step(Rows.of(PROMPT[9:10], 9))
 

@@ -3,8 +3,9 @@
 //   y[m, n] = bias[n] + sum over half-chunks of s[n, group] * (sum over its 32 inputs of (q - z)[n, k] x[m, k])
 //
 // The inner sums are tensor-core products of exact numbers (codes.h) with fp32 sums, so nothing is rounded but those
-// sums and, once, y. The cores also make eight rows cost what one does: a lane spends INSTR instructions on a weight,
-// where multiply-adds alone would be 8, and an H100 that reads at its full rate has 5.0 to spend, an H200 3.5.
+// sums and, once, y. The cores also make eight rows cost what one does: a lane spends 2.4 instructions on a weight
+// (at 4 bits and one group a step, counted in sm_90's code), where multiply-adds alone would be 8, and an H100 that reads
+// at its full rate has 4.6 to spend, an H200 3.2.
 //
 //   block    one tile of 16 outputs, its inputs in `warps` equal runs of steps (1 to 16 warps)
 //   step     1 KiB of codes: two chunks at 4 bits, one at 8, with the scales and zeros of their groups

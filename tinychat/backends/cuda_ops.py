@@ -47,7 +47,7 @@ class CudaOps:
         """For steps of `config` on `cache`; `dtype` of activations: fp16 or bf16."""
         self.dtype = dtype
         self.device: torch.device = cache.keys.device
-        self._kernels: Any = kernels
+        self.kernels: Any = kernels
         self._config = config
         self._table: tuple[np.ndarray, Tensor] | None = None
         if config.head_dim > kernels.WIDEST_HEAD:
@@ -66,7 +66,7 @@ class CudaOps:
 
     def _multiprocessors(self) -> int:
         index = self.device.index if self.device.type == "cuda" else None
-        return self._kernels.device(index)["multiprocessors"] if index is not None else 8
+        return self.kernels.device(index)["multiprocessors"] if index is not None else 8
 
     @property
     def stream(self) -> int:
@@ -167,14 +167,14 @@ class CudaOps:
         y: Tensor,
     ) -> None:
         rows, width = x.shape
-        if width > self._kernels.WIDEST_NORM:
-            raise BackendError(f"rows of {width}; the cuda backend norms at most {self._kernels.WIDEST_NORM}")
+        if width > self.kernels.WIDEST_NORM:
+            raise BackendError(f"rows of {width}; the cuda backend norms at most {self.kernels.WIDEST_NORM}")
         for part in added:
             _check(part, (rows, width), self.dtype)
         if x.dtype != self.dtype or x.stride(1) != 1 or weight.shape != (width,) or len(added) > 2:
             raise ValueError(f"a norm of {x.dtype} {list(x.shape)} by {list(weight.shape)}, {len(added)} added")
         first, second = (*added, None, None)[:2]
-        self._kernels.norm(
+        self.kernels.norm(
             TYPES[self.dtype],
             x.data_ptr(),
             stride,
@@ -197,7 +197,7 @@ class CudaOps:
         rows, width = len(up), up.shape[1] // (2 if gated else 1)
         _check(up, (rows, width * (2 if gated else 1)), self.dtype)
         y = torch.empty(rows, width, dtype=up.dtype, device=up.device)
-        kernel, scales = self._kernels.activation, _address(act_scale)
+        kernel, scales = self.kernels.activation, _address(act_scale)
         kernel(
             TYPES[self.dtype],
             up.data_ptr(),
@@ -235,7 +235,7 @@ class CudaOps:
             return out
         padded = context.cache.padded
         turned = torch.empty(rows, config.n_heads, padded, dtype=torch.float16, device=q.device)
-        self._kernels.prepare(target=turned.data_ptr(), stream=self.stream, **told)
+        self.kernels.prepare(target=turned.data_ptr(), stream=self.stream, **told)
         if config.attention_cap is not None or rows <= _FEW:
             self._single({**told, "q": turned.data_ptr()}, out, config, index, append=False)
             return out
@@ -293,7 +293,7 @@ class CudaOps:
 
     def _single(self, told: dict[str, Any], out: Tensor, config: ModelConfig, index: int, *, append: bool) -> None:
         """The kernel of single rows."""
-        self._kernels.attention(
+        self.kernels.attention(
             out=out.data_ptr(),
             scale=config.score_scale,
             cap=config.attention_cap or 0.0,

@@ -68,7 +68,7 @@ class CudaRunner:
         self._decoder = decoder
         self._ops = ops
         self.on_gpu = ops.device.type == "cuda"
-        self.sampler = DeviceSampler(ops.device)
+        self.sampler = DeviceSampler(ops.kernels, ops.device)
         self._graphs = graphs and self.on_gpu
         if self._graphs and self.config.experts is not None:
             self._graphs = False
@@ -134,9 +134,7 @@ class CudaRunner:
                 del self._draws[next(iter(self._draws))]
 
             def draw() -> None:
-                sampler.draw(step.logits)
-                step.tokens.copy_(sampler.token)
-                step.positions.add_(1)
+                sampler.draw(step.logits, step.tokens, step.positions)
 
             self._draws[sampler.kind] = Captured(draw, self._graphs, (step.tokens, step.positions, *sampler.state))
         self._draws[sampler.kind].run()
