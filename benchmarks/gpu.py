@@ -9,8 +9,8 @@ favours them. First token: after 4096 tokens of Llama-3-8B. Kernels: see gpu_ker
     huggingface     transformers, fp16, as a user calls it
     plain           gpu_plain.py in fp16 without a compiler: eager; "graph": a captured step
     compiled        the same under torch.compile (reduce-overhead), as gpt-fast does; "int4": torch's own matmul
-    tinychat        this project; fp16 without and with graphs; int4; without graphs, and with kernels that begin only when
-                    the one before has ended
+    tinychat        this project; fp16 without and with graphs; int4; without graphs, and without overlap: kernels
+                    begin only when the one before has ended
 
 Each result is on disk (gpu.json, gpu.md) before the next contender starts, and one that fails says why and loses
 nothing else. What would start after --minutes is left out and named.
