@@ -9,7 +9,8 @@ favours them. First token: after 4096 tokens of Llama-3-8B. Kernels: see gpu_ker
     huggingface     transformers, fp16, as a user calls it
     plain           gpu_plain.py in fp16 without a compiler: eager; "graph": a captured step
     compiled        the same under torch.compile (reduce-overhead), as gpt-fast does; "int4": torch's own matmul
-    tinychat        this project; fp16 without and with graphs; int4
+    tinychat        this project; fp16 without and with graphs; int4; without graphs, and without overlap: kernels
+                    begin only when the one before has ended
 
 Each result is on disk (gpu.json, gpu.md) before the next contender starts, and one that fails says why and loses
 nothing else. What would start after --minutes is left out and named.
@@ -20,7 +21,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -118,10 +121,14 @@ def tinychat_engine(shape: str, bits: int, graphs: bool, ctx_size: int) -> tuple
     return Engine(runner), source
 
 
-def tinychat(bits: int, graphs: bool, copy_gb_s: float) -> Contender:
-    """Tokens as a user gets them: each has reached the host and passed through `Engine.stream`."""
+def tinychat(bits: int, graphs: bool, copy_gb_s: float, overlap: bool = True) -> Contender:
+    """Tokens as a user gets them: each has reached the host and passed through `Engine.stream`.
+
+    overlap: kernels may begin while the one before them ends
+    """
 
     def run(shape: str) -> Found:
+        os.environ["TINYCHAT_CUDA_OVERLAP"] = "1" if overlap else "0"
         engine, source = tinychat_engine(shape, bits, graphs, CAPACITY)
         options: Found = {"max_tokens": TOKENS, "temperature": 0.0, "ignore_eos": True}
         latencies: list[float] = []
@@ -235,11 +242,12 @@ def plain_model(shape: str, int4: bool = False) -> Plain:
 def plain(kind: str, int4: bool = False) -> Contender:
     """`kind`: eager, graph or compiled."""
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: the compiler looks at the version of the cache that it changes
     def run(shape: str) -> Found:
         model = plain_model(shape, int4)
         step = decode_step(model)
         if kind == "compiled":
+            torch._inductor.config.coordinate_descent_tuning = True  # as gpt-fast has it
             step = torch.compile(step, mode="reduce-overhead", fullgraph=True)
         elif kind == "graph":
             step = captured(step)
@@ -266,6 +274,7 @@ def captured(step: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The step as a CUDA graph."""
     token, position = (torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(2))
     aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         step(token, position)
     torch.cuda.current_stream().wait_stream(aside)
@@ -280,6 +289,15 @@ def captured(step: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return out
 
     return run
+
+
+def driver() -> str:
+    """Its version, as nvidia-smi tells it."""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -298,13 +316,15 @@ def main(argv: list[str] | None = None) -> None:
 
     results = Results(args.out)
     copy_gb_s = gpu_kernels.copy_rate()
-    results.facts |= {"gpu": backend("cuda").describe(), "cuda": torch.version.cuda, "copy_gb_s": round(copy_gb_s, 1)}
+    facts = {"gpu": backend("cuda").describe(), "driver": driver(), "cuda": torch.version.cuda}
+    results.facts |= {**facts, "copy_gb_s": round(copy_gb_s, 1), "command": " ".join(sys.argv)}
     everything: dict[str, Contender] = {
         "tinychat int4": tinychat(4, True, copy_gb_s),
         "tinychat fp16": tinychat(16, True, copy_gb_s),
         "huggingface fp16": huggingface,
         "tinychat fp16 without graphs": tinychat(16, False, copy_gb_s),
         "tinychat int4 without graphs": tinychat(4, False, copy_gb_s),
+        "tinychat int4 without overlap": tinychat(4, True, copy_gb_s, overlap=False),
         "plain fp16 graph": plain("graph"),
         "compiled fp16": plain("compiled"),
         "compiled int4 (torch)": plain("compiled", int4=True),
@@ -318,11 +338,11 @@ def main(argv: list[str] | None = None) -> None:
     def wanted(name: str) -> bool:
         return args.contenders is None or any(part in name for part in args.contenders)
 
-    slow = ("compiled",)  # of other shapes than the first they come last
+    slow = ("compiled",)  # minutes of compiling each: they come last
     for late in (False, True):
-        for index, shape in enumerate(args.shapes):
+        for shape in args.shapes:
             for name, contender in everything.items():
-                if wanted(name) and (index > 0 and name.startswith(slow)) == late:
+                if wanted(name) and name.startswith(slow) == late:
                     attempt(results, shape, name, contender, deadline)
         if not late and "llama-3-8b" in args.shapes:
             for name, contender in first.items():

@@ -56,6 +56,7 @@ def safely(measure: Callable[[], Iterator[Found]]) -> Iterator[Found]:
 def seconds(calls: list[Callable[[], Any]], repeats: int = 5) -> float:
     """Of one of the calls, all of them captured one after the other."""
     aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for call in calls[:2]:
             call()

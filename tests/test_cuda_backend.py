@@ -34,7 +34,7 @@ def test_without_a_driver_it_is_not_there_and_nothing_heavy_is_imported(monkeypa
 
 def kernels(devices=1, capability=(9, 0), integrated=False):
     found = {"name": "NVIDIA H200", "capability": capability, "integrated": integrated}
-    return SimpleNamespace(device_count=lambda: devices, device=lambda index: found)
+    return SimpleNamespace(device_count=lambda: devices, current_device=lambda: 0, device=lambda index: found)
 
 
 @pytest.fixture

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
+import torch
 from cuda_devices import DEVICES, kernels
 from tiny_models import memory_weights, tiny
 
 from tinychat.backends import reference
 from tinychat.backends.cuda_runner import CudaRunner, build_on
+from tinychat.backends.cuda_sampling import DeviceSampler
 from tinychat.bench import contexts
 from tinychat.bench.measure import Session
 from tinychat.cache import Rows
@@ -164,6 +167,35 @@ DRAWS = [
 ]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("width", [1, 3, 97, 4096, 5003])
+def test_the_likeliest_token(device, width):
+    """The first of equals; -1 is reported where a logit is not finite, and the next step has a token all the same."""
+    module, where = kernels(device)
+    sampler, rng = DeviceSampler(module, where), np.random.default_rng()
+    sampler.begin(SamplingParams(temperature=0.0), rng)
+    told = torch.tensor([[5, 7], [40, 41]], device=where)
+
+    def drawn(logits: np.ndarray) -> int:
+        before = told.clone()
+        sampler.draw(torch.from_numpy(logits[None]).to(where), told[0, :1], told[1, :1])
+        assert 0 <= told[0, 0] < width and told[1, 0] == before[1, 0] + 1 and torch.equal(told[:, 1], before[:, 1])
+        assert sampler.reported.item() in (-1, told[0, 0].item())
+        return sampler.reported.item()
+
+    for _ in range(3):
+        logits = rng.standard_normal(width).astype(np.float32)
+        assert drawn(logits) == logits.argmax()
+        logits[rng.integers(width, size=3)] = 9.0
+        assert drawn(logits) == logits.argmax()
+        assert drawn(np.full(width, -3.0, np.float32)) == 0
+        for wrong in (np.nan, np.inf, -np.inf):
+            logits[rng.integers(width)] = wrong
+            assert drawn(logits) == -1
+            logits[:] = rng.standard_normal(width)
+    assert drawn(np.full(width, np.nan, np.float32)) == -1
+
+
 class OnTheHost:
     """A runner without its own way of drawing."""
 
@@ -217,6 +249,48 @@ def test_the_bench_measures_it(device):
     contexts.fill(runner.cache, 40)
     seconds, _ = contexts._one(runner, 40, None)
     assert seconds > 0 and runner.cache.lengths[0] > 41
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
+def test_kernels_that_begin_early_compute_the_same(kv_dtype):
+    """Each kernel of a step reads what the one before wrote: on sm_90 it begins before that one has ended."""
+    module, _ = kernels("gpu")
+    weights = family("llama", 4, hidden_size=256, num_attention_heads=8, num_hidden_layers=6)
+
+    def logits(graphs: bool) -> np.ndarray:
+        runner = build("gpu", weights, kv_dtype=kv_dtype, graphs=graphs, head=8)
+        found = [runner.step(Rows.of(PROMPT[:9], 0))]
+        found += [runner.step(Rows.of([int(token)], 9 + i)) for i, token in enumerate(np.tile(PROMPT, 2))]
+        return np.concatenate(found)
+
+    module.overlap(False)
+    try:
+        want = logits(False)
+        assert np.array_equal(logits(True), want)
+        module.overlap(True)
+        for _ in range(3):
+            assert np.array_equal(logits(False), want)
+            assert np.array_equal(logits(True), want)
+    finally:
+        module.overlap(True)
+
+
+@pytest.mark.gpu
+def test_another_device_or_stream_may_be_current():
+    """Steps on a stream of the caller's, from another thread, whose device is its own."""
+    runner, found = build("gpu", family("llama")), []
+    want = runner.step(Rows.of(PROMPT[:9], 0)), runner.step(Rows.of(PROMPT[9:10], 9))
+
+    def again():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            runner.cache.truncate(0, 0)
+            found.extend([runner.step(Rows.of(PROMPT[:9], 0)), runner.step(Rows.of(PROMPT[9:10], 9))])
+
+    thread = threading.Thread(target=again)
+    thread.start()
+    thread.join()
+    assert all(map(np.array_equal, found, want))
 
 
 def test_penalties_and_logprobs_are_left_to_the_host():

@@ -19,7 +19,8 @@ from tinychat.weights import Linear  # noqa: E402
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 NMSE = {"fp16": 1e-6, "bf16": 1e-5}
-SUMS = 1e-12  # fp32 sums of exact products: before y is rounded there is no other error
+# fp32 sums of exact products: before y is rounded there is no other error. A GPU's tensor cores cut off what they add.
+SUMS = {"cpu": 1e-12, "cuda": 1e-11}
 ON_HOST = pytest.param("cpu")
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 rng = np.random.default_rng()  # fresh data at every run: what fails prints its error
@@ -145,7 +146,7 @@ def test_linear(device, dtype, shape, rows):
     linear = Linear((q,), None if rows % 2 else rng.standard_normal(shape[0]).astype(np.float32))
     packed, x = CudaLinear.pack(linear, device, DTYPES[dtype]), inputs(rows, shape[1], dtype, device)
     wide = packed(x, wide=True)
-    assert nmse(wide, exact(linear, x)) <= SUMS
+    assert nmse(wide, exact(linear, x)) <= SUMS[device.type]
     assert torch.equal(packed(x), wide.to(DTYPES[dtype]))  # rounded once: by itself up to 1.5e-5 of one bf16 number
 
 
@@ -170,7 +171,7 @@ def test_every_way_to_share_the_work(device, dtype, bits):
         y = torch.full((rows, n + 5), guard, device=device)
         stream = cuda_linear.stream(device)
         kernel(part.weight, x.data_ptr(), 0, y.data_ptr() + 8, rows, k, n + 5, kind, True, stream, **options)
-        assert nmse(y[:, 2 : n + 2], exact(Linear((q,)), x)) <= SUMS, (kernel, rows, options)
+        assert nmse(y[:, 2 : n + 2], exact(Linear((q,)), x)) <= SUMS[device.type], (kernel, rows, options)
         assert (y[:, :2] == guard).all() and (y[:, n + 2 :] == guard).all(), (kernel, rows, options)
 
 
@@ -239,7 +240,7 @@ def test_inputs_may_be_a_view_and_large(device):
     for x in (inputs(3, 80, "fp16", device)[:, 3:75], inputs(72, 5, "fp16", device).T[1:]):
         assert nmse(packed(x), exact(Linear((q,)), x)) <= NMSE["fp16"]
     x = 60000 * inputs(3, 72, "fp16", device).sign()
-    assert nmse(packed(x, wide=True), exact(Linear((q,)), x)) <= SUMS
+    assert nmse(packed(x, wide=True), exact(Linear((q,)), x)) <= SUMS[device.type]
     assert packed(x[:0]).shape == (0, 24)
 
 
@@ -267,20 +268,23 @@ GPU_SHAPES = [
     (4097, 3072, 64, 4),
     (2560, 4096, 4096, 4),
     (5003, 1024, 128, 8),
+    (1024, 1000, 32, 8),
+    (300, 96, 64, 4),
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=name_of)
-@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 16, 17, 33, 64, 100, 128, 300, 511, 512, 2048])
-def test_linear_at_size(gpu, dtype, shape, rows):
+def test_linear_at_size(gpu, dtype, shape):
     linear = Linear((weight(*shape),), rng.standard_normal(shape[0]).astype(np.float32))
-    packed, x = CudaLinear.pack(linear, gpu, DTYPES[dtype]), inputs(rows, shape[1], dtype, gpu)
+    packed = CudaLinear.pack(linear, gpu, DTYPES[dtype])
     plain = torch.from_numpy(linear.segments[0].dequantize(np.float64)).to(gpu)
-    want = (x.double() @ plain.T + torch.from_numpy(linear.bias).to(gpu).double()).cpu().numpy()
-    assert nmse(packed(x), want) <= NMSE[dtype]
-    if rows < cuda_linear.DEQUANTIZE_ROWS:
-        assert nmse(packed(x, wide=True), want) <= 1e-9  # tensor cores add in fp32, but not by IEEE's rounding
+    for rows in (*range(1, 10), 16, 17, 33, 64, 100, 128, 300, 511, 512, 2048):
+        x = inputs(rows, shape[1], dtype, gpu)
+        want = (x.double() @ plain.T + torch.from_numpy(linear.bias).to(gpu).double()).cpu().numpy()
+        assert nmse(packed(x), want) <= NMSE[dtype], rows
+        if rows < cuda_linear.DEQUANTIZE_ROWS:
+            assert nmse(packed(x, wide=True), want) <= 1e-9, rows  # tensor cores add in fp32, but cut off
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64])
@@ -310,9 +314,10 @@ def test_kernels_that_begin_early_wait_for_what_they_read(gpu):
         return x
 
     cuda, x = extension(gpu), inputs(4, 2048, "fp16", gpu)
-    want = chain(x)
-    cuda.overlap(True)
+    cuda.overlap(False)
     try:
+        want = chain(x)
+        cuda.overlap(True)
         assert all(torch.equal(chain(x), want) for _ in range(5))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -321,7 +326,7 @@ def test_kernels_that_begin_early_wait_for_what_they_read(gpu):
             graph.replay()
             assert torch.equal(y, want)
     finally:
-        cuda.overlap(False)
+        cuda.overlap(True)
 
 
 def test_bf16_of_fp32_scales(device):
@@ -329,5 +334,5 @@ def test_bf16_of_fp32_scales(device):
     q = weight(32, 128, 64, scales=np.float32)
     tiny = QTensor(q.codes, q.scales * np.float32(1e-6), q.zeros, 4, 64)
     packed, x = CudaLinear.pack(tiny, device, torch.bfloat16), inputs(2, 128, "bf16", device)
-    assert nmse(packed(x, wide=True), exact(Linear((tiny,)), x)) <= SUMS
+    assert nmse(packed(x, wide=True), exact(Linear((tiny,)), x)) <= SUMS[device.type]
     assert packed.unpack().segments[0].scales.dtype == np.float32 and ml_dtypes.bfloat16 is bfloat16.type

@@ -31,6 +31,8 @@ __device__ float activated(float x, ActivationKind kind) {
 
 template <class T, int N>
 __global__ void activation_kernel(ActivationArguments a) {
+    admit_later();
+    await_earlier();
     const int at = (blockIdx.x * blockDim.x + threadIdx.x) * N;
     if (at >= a.width) return;
     const size_t row = a.first + blockIdx.y;

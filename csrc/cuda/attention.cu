@@ -145,8 +145,13 @@ __device__ inline void take(const AttentionArguments& a, const Work& work, Share
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, padded = a.cache.padded;
     for (int i = threadIdx.x; i < HEADS * kWidth; i += kThreads) shared.q[i / kWidth][i % kWidth] = 0;
     __syncthreads();
-    for (int h = warp; h < work.n_heads; h += kThreads / kWarp) {
-        if (a.append) {
+    const int own = work.n_heads;  // a warp's next task after the queries: the row's own key, then its value
+    for (int h = warp; h < own + (work.own ? 2 : 0); h += kThreads / kWarp) {
+        if (h >= own) {
+            const Part which = h == own ? Part::k : Part::v;
+            take_head(a.heads, which, work.row, work.kv_head, padded, shared.own[h - own]);
+            keep_head(a.cache, which, work.entries + work.position, shared.own[h - own], work.first_tile);
+        } else if (a.append) {
             take_head(a.heads, Part::q, work.row, work.first_head + h, padded, shared.q[h]);
         } else {
             const size_t at = (static_cast<size_t>(work.row) * a.heads.n_heads + work.first_head + h) * padded;
@@ -154,11 +159,6 @@ __device__ inline void take(const AttentionArguments& a, const Work& work, Share
                 shared.q[h][j] = to_float(static_cast<const Half*>(a.heads.q)[at + j]);
             }
         }
-    }
-    if (work.own && warp < 2) {
-        const Part which = warp ? Part::v : Part::k;
-        take_head(a.heads, which, work.row, work.kv_head, padded, shared.own[warp]);
-        keep_head(a.cache, which, work.entries + work.position, shared.own[warp], work.first_tile);
     }
     __syncthreads();
 }
@@ -319,10 +319,33 @@ __device__ inline void join_blocks(const AttentionArguments& a, const Work& work
     }
 }
 
+// Asks the L2 cache for the keys and values of a block's share, its first kilobytes, and the row of angles, while the
+// kernel before still runs. What is asked for may be stale as yet: nothing of it is looked at. Where rows lie is: the
+// step's own kernels do not write that.
+template <class E>
+__device__ inline void ask_for(const AttentionArguments& a, const Work& work) {
+    constexpr int kLine = 128, kMost = 16 << 10;
+    const Index bytes = (work.end - work.begin) * a.cache.padded * static_cast<int>(sizeof(E));
+    const size_t from = (work.entries + work.begin) * a.cache.padded;
+    for (int at = threadIdx.x * kLine; at < (bytes < kMost ? bytes : kMost); at += kThreads * kLine) {
+        prefetch(reinterpret_cast<const char*>(static_cast<const E*>(a.cache.keys) + from) + at);
+        prefetch(reinterpret_cast<const char*>(static_cast<const E*>(a.cache.values) + from) + at);
+    }
+    const int half = a.heads.rope_dim / 2, each = kLine / static_cast<int>(sizeof(float));
+    if (half && static_cast<int>(threadIdx.x) * each < half) {
+        const size_t angle = static_cast<size_t>(a.heads.angles[work.row]) * half + threadIdx.x * each;
+        prefetch(a.heads.cos + angle);
+        prefetch(a.heads.sin + angle);
+    }
+}
+
 template <class E, int LANES, int HEADS>
 __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArguments a) {
     auto& shared = *dynamic_shared<Shared<LANES, HEADS>>();
     const Work work = work_of<HEADS>(a);
+    admit_later();
+    if (work.share < work.shares) ask_for<E>(a, work);
+    await_earlier();
     if (work.share >= work.shares) return;
     take(a, work, shared);
     Running<HEADS> run;

@@ -1,8 +1,9 @@
-// Norm, activation and attention for Python; checked by tinychat/backends/cuda_ops.py.
+// Norm, activation, attention and greedy drawing for Python; checked by tinychat/backends/cuda_ops.py, cuda_sampling.py.
 #include <pybind11/pybind11.h>
 
 #include "activation.h"
 #include "attention.h"
+#include "draw.h"
 #include "norm.h"
 
 namespace py = pybind11;
@@ -96,6 +97,14 @@ void bind_ops(py::module_& m) {
         },
         py::arg("type"), py::arg("up"), py::arg("act_scale"), py::arg("y"), py::arg("rows"), py::arg("width"),
         py::arg("kind"), py::arg("gated"), py::arg("stream"), "See csrc/cuda/activation.h.");
+    m.def(
+        "greedy",
+        [](Address logits, int width, Address reported, Address token, Address position, Address stream) {
+            greedy({pointer<float>(logits), width, pointer<Index>(reported), pointer<Index>(token), pointer<Index>(position)},
+                   pointer(stream));
+        },
+        py::arg("logits"), py::arg("width"), py::arg("reported"), py::arg("token"), py::arg("position"), py::arg("stream"),
+        "See csrc/cuda/draw.h.");
     m.def(
         "prepare",
         [](Address target, Address stream, const py::kwargs& a) {

@@ -31,8 +31,9 @@ PYBIND11_MODULE(TINYCHAT_CUDA_MODULE, m) {
             return properties;
         },
         py::arg("index"), "What device `index` is; `integrated`: its memory is the host's.");
+    m.def("current_device", &current_device, "The index of the calling thread's device.");
     m.def("overlap", [](bool on) { overlap = on; }, py::arg("on"),
-          "Let kernels begin while the one before them ends, where device and kernel can; off at first.");
+          "Whether kernels may begin while the one before them ends, where the device does that; on at first.");
 #ifdef TINYCHAT_CUDA_HOST
     m.def("reverse", [](bool on) { host::reverse = on; }, py::arg("on"), "Run threads and blocks from the last to the first.");
 #endif

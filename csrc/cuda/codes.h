@@ -76,7 +76,8 @@ __device__ __forceinline__ uint32_t fused<BFloat>(uint32_t a, uint32_t b, uint32
 // Twice the same 16 bits.
 __device__ __forceinline__ constexpr uint32_t twice(uint32_t bits) { return bits * 0x10001u; }
 
-// What a lane reads of a chunk: its codes, and for each of its two outputs the zero in the form that `fragment` adds.
+// What a lane makes of a chunk. `upper` and `lower` take the zeros of its two outputs, bytes 0 and 1 of a register, and
+// give them in the form that `fragment` adds.
 template <class T, int kBits>
 struct Codes;
 
@@ -84,8 +85,10 @@ template <>
 struct Codes<Half, 4> {
     static constexpr int kParts = 1;  // 16-byte loads
     // The lower output's nibbles stand 4 bits higher: (1024 + 16 q) / 16 is 64 + q.
-    static __device__ __forceinline__ uint32_t upper(uint32_t zero) { return twice(0xe400 | zero); }        // -(1024 + z)
-    static __device__ __forceinline__ uint32_t lower(uint32_t zero) { return twice(0xd400 | zero << 4); }  // -(64 + z)
+    static __device__ __forceinline__ uint32_t upper(uint32_t zeros) { return choose_bytes(zeros, 0xe4, 0x4040); }  // -(1024 + z)
+    static __device__ __forceinline__ uint32_t lower(uint32_t zeros) {
+        return choose_bytes(zeros, 0, 0x4141) * 16 + twice(0xd400);  // -(64 + z)
+    }
     static __device__ __forceinline__ void fragment(const uint32_t* words, int step, uint32_t upper, uint32_t lower,
                                                     uint32_t (&a)[4]) {
         constexpr uint32_t sixteenth = twice(0x2c00);
@@ -101,8 +104,8 @@ struct Codes<Half, 4> {
 template <>
 struct Codes<BFloat, 4> {
     static constexpr int kParts = 1;
-    static __device__ __forceinline__ uint32_t upper(uint32_t zero) { return twice(0xc300 | zero); }  // -(128 + z)
-    static __device__ __forceinline__ uint32_t lower(uint32_t zero) { return upper(zero); }
+    static __device__ __forceinline__ uint32_t upper(uint32_t zeros) { return choose_bytes(zeros, 0xc3, 0x4040); }  // -(128 + z)
+    static __device__ __forceinline__ uint32_t lower(uint32_t zeros) { return choose_bytes(zeros, 0xc3, 0x4141); }
     static __device__ __forceinline__ void fragment(const uint32_t* words, int step, uint32_t upper, uint32_t lower,
                                                     uint32_t (&a)[4]) {
         constexpr uint32_t one = twice(0x3f80);
@@ -117,8 +120,8 @@ struct Codes<BFloat, 4> {
 template <>
 struct Codes<Half, 8> {
     static constexpr int kParts = 2;
-    static __device__ __forceinline__ uint32_t upper(uint32_t zero) { return twice(0xe400 | zero); }
-    static __device__ __forceinline__ uint32_t lower(uint32_t zero) { return upper(zero); }
+    static __device__ __forceinline__ uint32_t upper(uint32_t zeros) { return choose_bytes(zeros, 0xe4, 0x4040); }
+    static __device__ __forceinline__ uint32_t lower(uint32_t zeros) { return choose_bytes(zeros, 0xe4, 0x4141); }
     static __device__ __forceinline__ void fragment(const uint32_t* words, int step, uint32_t upper, uint32_t lower,
                                                     uint32_t (&a)[4]) {
         constexpr uint32_t magic = 0x64646464;
@@ -135,8 +138,8 @@ struct Codes<Half, 8> {
 template <>
 struct Codes<BFloat, 8> {
     static constexpr int kParts = 2;
-    static __device__ __forceinline__ uint32_t upper(uint32_t zero) { return 0x4b000000 | zero; }
-    static __device__ __forceinline__ uint32_t lower(uint32_t zero) { return upper(zero); }
+    static __device__ __forceinline__ uint32_t upper(uint32_t zeros) { return choose_bytes(zeros, 0x4b000000, 0x7440); }
+    static __device__ __forceinline__ uint32_t lower(uint32_t zeros) { return choose_bytes(zeros, 0x4b000000, 0x7441); }
     static __device__ __forceinline__ uint32_t difference(uint32_t word, uint32_t byte, uint32_t zero) {
         return as_bits(as_float(choose_bytes(word, 0x4b000000, 0x7440 | byte)) - as_float(zero));
     }
@@ -169,8 +172,19 @@ struct Group {
         group.zeros = static_cast<const uint16_t*>(zeros)[i];
         return group;
     }
-    __device__ __forceinline__ uint32_t upper_zero() const { return zeros & 0xff; }
-    __device__ __forceinline__ uint32_t lower_zero() const { return zeros >> 8; }
+    // The pairs at these addresses of shared memory.
+    static __device__ __forceinline__ Group read_shared(SharedAt scales, SharedAt zeros) {
+        Group group;
+        if constexpr (kWide) {
+            const uint2 both = load_shared2(scales);
+            group.scales[0] = both.x;
+            group.scales[1] = both.y;
+        } else {
+            group.scales[0] = load_shared(scales);
+        }
+        group.zeros = load_shared16(zeros);
+        return group;
+    }
     __device__ __forceinline__ float upper_scale() const { return kWide ? as_float(scales[0]) : low_of<Half>(scales[0]); }
     __device__ __forceinline__ float lower_scale() const {
         return kWide ? as_float(scales[kWide]) : high_of<Half>(scales[0]);

@@ -35,12 +35,14 @@ __global__ void __launch_bounds__(kWarps* kWarp) dequantize_kernel(PackedWeight 
     using Of = Codes<T, kBits>;
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const int tile = blockIdx.y, chunk = blockIdx.x * kWarps + threadIdx.x / kWarp;
-    if (chunk >= weight.chunks) return;
     const uint4* codes = static_cast<const uint4*>(weight.codes) +
                          (static_cast<int64_t>(tile) * weight.chunks + chunk) * Of::kParts * kWarp + lane;
-    uint4 parts[Of::kParts];
+    uint4 parts[Of::kParts] = {};
 #pragma unroll
-    for (int p = 0; p < Of::kParts; p++) parts[p] = load_once(codes + p * kWarp);
+    for (int p = 0; p < Of::kParts && chunk < weight.chunks; p++) parts[p] = load_once(codes + p * kWarp);
+    admit_later();
+    await_earlier();
+    if (chunk >= weight.chunks) return;
     uint32_t words[4 * Of::kParts];
     spread(parts, words);
     const bool vectors = weight.k % 8 == 0;
@@ -50,7 +52,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) dequantize_kernel(PackedWeight 
         uint32_t first[4], second[4];
         float2 scales;
         const auto unpack = [&](const auto& group) {
-            const uint32_t upper = Of::upper(group.upper_zero()), lower = Of::lower(group.lower_zero());
+            const uint32_t upper = Of::upper(group.zeros), lower = Of::lower(group.zeros);
             scales = make_float2(group.upper_scale(), group.lower_scale());
             Of::fragment(words, 2 * half, upper, lower, first);
             Of::fragment(words, 2 * half + 1, upper, lower, second);

@@ -133,6 +133,66 @@ __device__ __forceinline__ T* dynamic_shared() {
 #endif
 }
 
+// An address of shared memory: a number of 32 bits, which the compiler keeps; of a pointer it would make a new one from
+// the window's base at each use.
+#ifdef __CUDACC__
+using SharedAt = uint32_t;
+#else
+using SharedAt = char*;
+#endif
+
+__device__ __forceinline__ SharedAt shared_at(void* pointer) {
+#ifdef __CUDACC__
+    SharedAt at;
+    asm volatile("mov.u32 %0, %1;" : "=r"(at) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(pointer))));
+    return at;
+#else
+    return static_cast<char*>(pointer);
+#endif
+}
+
+__device__ __forceinline__ uint4 load_shared4(SharedAt at) {
+#ifdef __CUDACC__
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(at));
+    return value;
+#else
+    return *static_cast<const uint4*>(host::aligned(at, 16));
+#endif
+}
+
+__device__ __forceinline__ uint2 load_shared2(SharedAt at) {
+#ifdef __CUDACC__
+    uint2 value;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(at));
+    return value;
+#else
+    return *static_cast<const uint2*>(host::aligned(at, 8));
+#endif
+}
+
+__device__ __forceinline__ uint32_t load_shared(SharedAt at) {
+#ifdef __CUDACC__
+    uint32_t value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at));
+    return value;
+#else
+    return *static_cast<const uint32_t*>(host::aligned(at, 4));
+#endif
+}
+
+__device__ __forceinline__ uint32_t load_shared16(SharedAt at) {
+#ifdef __CUDACC__
+    uint16_t value;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(at));
+    return value;
+#else
+    return *static_cast<const uint16_t*>(host::aligned(at, 2));
+#endif
+}
+
 // 16 bytes of a weight: read once, so they shall not displace activations and scales from the L1 cache.
 __device__ __forceinline__ uint4 load_once(const uint4* at) {
 #ifdef __CUDACC__
@@ -143,6 +203,29 @@ __device__ __forceinline__ uint4 load_once(const uint4* at) {
     return value;
 #else
     return *static_cast<const uint4*>(host::aligned(at, 16));
+#endif
+}
+
+// ---- who one is
+
+// threadIdx.x and blockIdx.x, asked anew: what a kernel keeps from its beginning to its end costs its loops registers.
+__device__ __forceinline__ int thread_anew() {
+#ifdef __CUDACC__
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+#else
+    return static_cast<int>(threadIdx.x);
+#endif
+}
+
+__device__ __forceinline__ int block_anew() {
+#ifdef __CUDACC__
+    int block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    return block;
+#else
+    return static_cast<int>(blockIdx.x);
 #endif
 }
 

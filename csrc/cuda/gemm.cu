@@ -28,6 +28,7 @@ constexpr int kPieces = kChunk * 2 / 16;  // of 16 bytes, of a row of x in a sta
 constexpr int kGroupPieces = 5;           // of 8 pairs of scales (4, or 2 in fp16) and of zeros (1)
 constexpr int kSharedBytes = 64 << 10;    // what every architecture grants
 constexpr int kSumStride = kTiles * kTileOutputs + 4;
+constexpr int kCombined = 128;  // threads that add sums of parts of K
 
 // One stage, in pieces of 16 bytes.
 template <int kBits, int kRows>
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) gemm_kernel(LinearCall call, fl
     // Offsets are counted in 16 bytes, so that 32 bits hold them. Tiles beyond the last are computed as the last, and
     // not stored.
     const int last_tile = divide_up(weight.n, kTileOutputs) - 1, row_pieces = call.x_stride / 8;
-    const auto fill = [&](int chunk) {
+    const auto fill_weights = [&](int chunk) {
         uint4* stage = shared + chunk % In::kCount * In::kSize;
         const int first_tile = first_output / kTileOutputs;
 #pragma unroll
@@ -64,15 +65,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) gemm_kernel(LinearCall call, fl
             const int at = ((tile * weight.chunks + chunk) * In::kParts + i % In::kParts) * kWarp + lane;
             copy_async(stage + (warp * kTiles * In::kParts + i) * kWarp + lane, static_cast<const uint4*>(weight.codes) + at);
         }
-        stage += In::kCodes;
-#pragma unroll
-        for (int i = 0; i < In::kInputs / (kWarps * kWarp); i++) {
-            const int m = i * (kWarps * kWarp / kPieces) + threadIdx.x / kPieces, p = threadIdx.x % kPieces;
-            const bool there = first_row + m < call.rows && chunk * kPieces + p < row_pieces;
-            const int at = there ? (first_row + m) * row_pieces + chunk * kPieces + p : 0;
-            copy_async(stage + m * kPieces + (p ^ (m & 1) << 2), static_cast<const uint4*>(call.x) + at, there ? 16 : 0);
-        }
-        stage += In::kInputs;
+        stage += In::kCodes + In::kInputs;
         if (lane < kTiles * 2 * kGroupPieces) {
             const int of = lane / kGroupPieces, piece = lane % kGroupPieces;  // of: tile and half
             const int group = (2 * chunk + of % 2) >> weight.group_shift;
@@ -83,6 +76,16 @@ __global__ void __launch_bounds__(kWarps* kWarp) gemm_kernel(LinearCall call, fl
             } else if (weight.wide || piece < 2) {
                 copy_async(to, static_cast<const uint4*>(weight.scales) + at * (weight.wide ? 4 : 2) + piece);
             }
+        }
+    };
+    const auto fill_inputs = [&](int chunk) {
+        uint4* stage = shared + chunk % In::kCount * In::kSize + In::kCodes;
+#pragma unroll
+        for (int i = 0; i < In::kInputs / (kWarps * kWarp); i++) {
+            const int m = i * (kWarps * kWarp / kPieces) + threadIdx.x / kPieces, p = threadIdx.x % kPieces;
+            const bool there = first_row + m < call.rows && chunk * kPieces + p < row_pieces;
+            const int at = there ? (first_row + m) * row_pieces + chunk * kPieces + p : 0;
+            copy_async(stage + m * kPieces + (p ^ (m & 1) << 2), static_cast<const uint4*>(call.x) + at, there ? 16 : 0);
         }
     };
 
@@ -107,7 +110,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) gemm_kernel(LinearCall call, fl
             for (int i = 0; i < kTiles; i++) {
                 const uint4* of = groups + (i * 2 + half) * kGroupPieces;
                 const auto unpack = [&](const auto& group) {
-                    const uint32_t upper = Of::upper(group.upper_zero()), lower = Of::lower(group.lower_zero());
+                    const uint32_t upper = Of::upper(group.zeros), lower = Of::lower(group.zeros);
                     scales[i] = make_float2(group.upper_scale(), group.lower_scale());
                     Of::fragment(words[i], 2 * half, upper, lower, weights[i][0]);
                     Of::fragment(words[i], 2 * half + 1, upper, lower, weights[i][1]);
@@ -132,15 +135,25 @@ __global__ void __launch_bounds__(kWarps* kWarp) gemm_kernel(LinearCall call, fl
         }
     };
 
+    // The first stages' weights, which no kernel writes, while the kernel before still runs.
 #pragma unroll
     for (int i = 0; i < In::kCount - 1; i++) {
-        if (begin + i < end) fill(begin + i);
+        if (begin + i < end) fill_weights(begin + i);
+    }
+    admit_later();
+    await_earlier();
+#pragma unroll
+    for (int i = 0; i < In::kCount - 1; i++) {
+        if (begin + i < end) fill_inputs(begin + i);
         copies_end();
     }
     for (int chunk = begin; chunk < end; chunk++) {
         copies_arrived<In::kCount - 2>();
         __syncthreads();  // the stage of `chunk` is there for all, and nobody reads the one before any more
-        if (chunk + In::kCount - 1 < end) fill(chunk + In::kCount - 1);
+        if (chunk + In::kCount - 1 < end) {
+            fill_weights(chunk + In::kCount - 1);
+            fill_inputs(chunk + In::kCount - 1);
+        }
         copies_end();
         multiply_stage(chunk);
     }
@@ -175,15 +188,31 @@ __global__ void __launch_bounds__(kWarps* kWarp) gemm_kernel(LinearCall call, fl
     }
 }
 
-// y = bias + the sums of the parts of K, in order: the same bits at every call.
-template <class T>
-__global__ void __launch_bounds__(256) combine_kernel(LinearCall call, const float* sums, int parts) {
-    const int64_t n = call.weight.n, size = n * call.rows, at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at >= size) return;
-    float sum = 0;
+// y = bias + the sums of the parts of K, in order: the same bits at every call. A thread adds four outputs of a row,
+// or one where a row of sums is not of whole vectors.
+template <class T, int N>
+__global__ void __launch_bounds__(kCombined) combine_kernel(LinearCall call, const float* sums, int parts) {
+    admit_later();
+    await_earlier();
+    const int output = (blockIdx.y * kCombined + threadIdx.x) * N, row = blockIdx.x;
+    if (output >= call.weight.n) return;
+    const int64_t size = static_cast<int64_t>(call.weight.n) * call.rows;
+    const float* of = sums + static_cast<int64_t>(row) * call.weight.n + output;
+    float sum[N] = {};
 #pragma unroll 4
-    for (int part = 0; part < parts; part++) sum += sums[part * size + at];
-    store_output<T>(call, static_cast<int>(at / n), static_cast<int>(at % n), sum);
+    for (int part = 0; part < parts; part++) {
+        if constexpr (N == 4) {
+            const float4 more = *reinterpret_cast<const float4*>(of + part * size);
+            sum[0] += more.x;
+            sum[1] += more.y;
+            sum[2] += more.z;
+            sum[3] += more.w;
+        } else {
+            sum[0] += of[part * size];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) store_output<T>(call, row, output + i, sum[i]);
 }
 
 // How many parts of K, in units of the time of one stage: what a multiprocessor does, two blocks at a time, then the
@@ -212,9 +241,11 @@ void start(const LinearCall& call, int parts, float* workspace, int64_t workspac
     const Grid grid{dim3(of_rows, of_outputs, parts), dim3(kWarps * kWarp), Stage<kBits, kRows>::kBytes};
     launch("gemm", gemm_kernel<T, kBits, kRows>, grid, stream, call, workspace);
     if (parts == 1) return;
-    const int64_t size = static_cast<int64_t>(call.rows) * call.weight.n;
-    launch("combine", combine_kernel<T>, {dim3(static_cast<unsigned>(divide_up(size, 256))), dim3(256)}, stream, call, workspace,
-           parts);
+    const auto combine = [&](auto* kernel, int at_once) {
+        const dim3 blocks(call.rows, divide_up(call.weight.n, kCombined * at_once));
+        launch("combine", kernel, {blocks, dim3(kCombined)}, stream, call, workspace, parts);
+    };
+    call.weight.n % 4 ? combine(combine_kernel<T, 1>, 1) : combine(combine_kernel<T, 4>, 4);
 }
 
 // At 8 bits, of few weights, one size serves.

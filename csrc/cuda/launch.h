@@ -13,7 +13,6 @@ struct Grid {
     dim3 blocks;
     dim3 threads;
     size_t shared = 0;   // bytes of dynamic_shared
-    bool early = false;  // it may begin before the kernel before it has ended: it calls `await_earlier` (device.h)
 };
 
 #ifdef __CUDACC__
@@ -25,6 +24,10 @@ inline void check(cudaError_t error, const char* what) {
 
 // Runs kernel(arguments...) on `stream`. What fails at launch is thrown here; what fails while running, at the next
 // synchronization, which is the caller's.
+//
+// The kernel may begin before the one before it has ended (runtime.h, `overlap`), so that launches and first reads are
+// hidden. Each therefore calls `await_earlier` (device.h) in every thread, before it reads anything but weights and
+// before it writes: then whatever came before has ended, for that kernel has waited likewise.
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), const Grid& grid, Stream stream, A... arguments) {
     constexpr size_t granted = 48 << 10;  // without asking
@@ -42,7 +45,7 @@ void launch(const char* name, void (*kernel)(P...), const Grid& grid, Stream str
     config.dynamicSmemBytes = grid.shared;
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &attribute;
-    config.numAttrs = grid.early && overlap && capability() >= 90;
+    config.numAttrs = overlap && overlaps();
     check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...), name);
 }
 

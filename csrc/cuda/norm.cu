@@ -40,6 +40,18 @@ __device__ float block_sum(float value, float* scratch) {
 template <class T, int N, int ITEMS>
 __global__ void __launch_bounds__(kThreads, 1) norm_kernel(NormArguments a) {
     float(*scratch)[33] = dynamic_shared<float[33]>();  // of each sum
+    // What belongs to the model is asked for before the kernel before has ended.
+    constexpr int kKept = ITEMS <= 2 ? ITEMS : 0;
+    float weights[larger(kKept, 1)][N], biases[larger(kKept, 1)][N];
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+        const int at = (i * blockDim.x + threadIdx.x) * N;
+        if (at >= a.width) continue;
+        load_floats<N>(a.weight + at, a.aligned_weights, weights[i]);
+        if (a.bias) load_floats<N>(a.bias + at, a.aligned_weights, biases[i]);
+    }
+    admit_later();
+    await_earlier();
     const size_t row = blockIdx.x;
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
     float values[ITEMS][N];
@@ -66,8 +78,8 @@ __global__ void __launch_bounds__(kThreads, 1) norm_kernel(NormArguments a) {
     if (a.layer) {
         mean = total / a.width;
         sum = 0;
-    #pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
             if ((i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * N >= a.width) continue;
             for (int j = 0; j < N; ++j) sum += (values[i][j] - mean) * (values[i][j] - mean);
         }
@@ -78,16 +90,19 @@ __global__ void __launch_bounds__(kThreads, 1) norm_kernel(NormArguments a) {
     for (int i = 0; i < ITEMS; ++i) {
         const int at = (i * blockDim.x + threadIdx.x) * N;
         if (at >= a.width) continue;
+        float(&weight)[N] = weights[i < kKept ? i : 0], (&bias)[N] = biases[i < kKept ? i : 0];
+        if (i >= kKept) load_floats<N>(a.weight + at, a.aligned_weights, weight);
+        if (i >= kKept && a.bias) load_floats<N>(a.bias + at, a.aligned_weights, bias);
         for (int j = 0; j < N; ++j) {
-            const float bias = a.bias ? a.bias[at + j] : 0.0f;
-            values[i][j] = (values[i][j] - mean) * factor * a.weight[at + j] + bias;
+            values[i][j] = (values[i][j] - mean) * factor * weight[j] + (a.bias ? bias[j] : 0.0f);
         }
         store<N>(static_cast<T*>(a.y) + row * a.width + at, values[i]);
     }
 }
 
 template <class T>
-void launch_norm(const NormArguments& a, Stream stream) {
+void launch_norm(NormArguments a, Stream stream) {
+    a.aligned_weights = aligned(a.weight, a.bias);
     const bool vectors = a.width % 8 == 0 && a.x_stride % 8 == 0 && aligned(a.x, a.added[0], a.added[1], a.sum, a.y);
     const int at_once = vectors ? 8 : 1, needed = divide_up(a.width, at_once);
     const int threads = needed < kThreads ? divide_up(needed, kWarp) * kWarp : kThreads;

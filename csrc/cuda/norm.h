@@ -22,6 +22,7 @@ struct NormArguments {
     int width;
     float eps;
     bool layer;            // LayerNorm
+    bool aligned_weights = false;  // to 16 bytes; set by `norm`
 };
 
 void norm(Dtype type, const NormArguments& arguments, Stream stream);

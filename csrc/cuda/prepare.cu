@@ -10,6 +10,8 @@ namespace {
 constexpr int kWarps = 4;
 
 __global__ void prepare_kernel(Heads a, Cache cache, Half* q) {
+    admit_later();
+    await_earlier();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.x;
     const int head = blockIdx.y * kWarps + warp;
     float* x = dynamic_shared<float>() + warp * cache.padded;

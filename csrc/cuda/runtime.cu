@@ -14,14 +14,16 @@ int attribute(cudaDeviceAttr which, int index) {
     return value;
 }
 
+// Compiled as all kernels are.
+__global__ void nothing() {}
+
 // Devices beyond these are asked anew at each call.
 constexpr int kRemembered = 64;
 
 // Of the current device; 0 is "not asked yet".
 template <class Ask>
 int remembered(std::atomic<int>* values, Ask ask) {
-    int index = 0;
-    check(cudaGetDevice(&index), "current device");
+    const int index = current_device();
     if (index >= kRemembered) return ask(index);
     int value = values[index].load(std::memory_order_relaxed);
     if (!value) values[index].store(value = ask(index), std::memory_order_relaxed);
@@ -46,6 +48,12 @@ Device device(int index) {
             properties.integrated != 0};
 }
 
+int current_device() {
+    int index = 0;
+    check(cudaGetDevice(&index), "current device");
+    return index;
+}
+
 int multiprocessors() {
     static std::atomic<int> values[kRemembered];
     return remembered(values, [](int index) { return attribute(cudaDevAttrMultiProcessorCount, index); });
@@ -56,6 +64,15 @@ int capability() {
     return remembered(values, [](int index) {
         return 10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index);
     });
+}
+
+bool overlaps() {
+    static std::atomic<int> values[kRemembered];
+    return remembered(values, [](int) {
+               cudaFuncAttributes attributes;
+               check(cudaFuncGetAttributes(&attributes, nothing), "attributes of a kernel");
+               return capability() >= 90 && attributes.ptxVersion >= 90 ? 2 : 1;
+           }) == 2;
 }
 
 }  // namespace tinychat::cuda

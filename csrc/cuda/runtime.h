@@ -14,13 +14,17 @@ struct Device {
 
 int device_count();
 Device device(int index);
+int current_device();  // of the calling thread
 
 // Of the current device; remembered.
 int multiprocessors();
 int capability();  // 80 for 8.0
 
-// Whether kernels that can may begin while the one before them ends, where the device does that (sm_90): their first
-// reads then hide its end and the launch. Off unless asked for.
-inline bool overlap = false;
+// Whether the current device begins kernels early (9.0 and later), and these were compiled to wait for each other then:
+// what is compiled at run time for an older architecture does not.
+bool overlaps();
+
+// Whether kernels may begin while the one before them ends, where the device does that.
+inline bool overlap = true;
 
 }  // namespace tinychat::cuda

@@ -77,6 +77,18 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
 #endif
 }
 
+// The same to an address of shared memory.
+__device__ __forceinline__ void copy_async_at(SharedAt shared, const void* global) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    const uint4 value = *static_cast<const uint4*>(global);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(value.x), "r"(value.y), "r"(value.z),
+                 "r"(value.w)
+                 : "memory");
+#else
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+#endif
+}
+
 // Ends a group of copies, perhaps an empty one.
 __device__ __forceinline__ void copies_end() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
@@ -129,6 +141,7 @@ inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 
 // The copy is made when it is waited for, and until then its target holds NaNs.
 inline void copy_async(void* shared, const void* global, int bytes = 16) { host::copy_later(shared, global, bytes); }
+inline void copy_async_at(SharedAt shared, const void* global) { host::copy_later(shared, global, 16); }
 inline void copies_end() { host::end_copies(); }
 template <int kMayRun>
 inline void copies_arrived() {

@@ -20,6 +20,21 @@ __device__ __forceinline__ void load(const T* at, float (&x)[N]) {
     }
 }
 
+// The same of fp32, by 16 bytes where `aligned`.
+template <int N>
+__device__ __forceinline__ void load_floats(const float* at, bool aligned, float (&x)[N]) {
+    static_assert(N == 1 || N == 8);
+    if (N == 8 && aligned) {
+        const float4 low = reinterpret_cast<const float4*>(at)[0], high = reinterpret_cast<const float4*>(at)[1];
+        const float both[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int i = 0; i < N; i++) x[i] = both[i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) x[i] = at[i];
+    }
+}
+
 template <int N, class T>
 __device__ __forceinline__ void store(T* at, const float (&x)[N]) {
     static_assert(N == 1 || (N == 8 && sizeof(T) == 2));
@@ -43,6 +58,15 @@ __device__ __forceinline__ float read_anew(const float* at) {
     return __ldcg(at);
 #else
     return *at;
+#endif
+}
+
+// Asks the L2 cache for a line.
+__device__ __forceinline__ void prefetch(const void* at) {
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#else
+    static_cast<void>(at);
 #endif
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ def available() -> str | None:
         return f"its kernels do not load ({error})"
     if kernels.device_count() == 0:
         return "NVIDIA's driver shows no GPU (or is older than the CUDA that the kernels were built with)"
-    major, minor = kernels.device(0)["capability"]
+    major, minor = _device()["capability"]
     if (major, minor) < (7, 5):
         return f"a GPU of compute capability {major}.{minor}; the kernels need 7.5 (Turing) or later"
     try:
@@ -101,8 +102,9 @@ def build(
 
     threads: not used; kv_dtype fp16, int8, or fp32, which is kept as fp16; activations: 16 alone; head: 16 for the
     output head as it is stored, 8 to round it; dtype: of activations, fp16 or bf16, by default bf16 where the
-    checkpoint's own is; graphs: decoding steps are captured once and replayed; progress(done, total): called after each
-    layer. Raises UsageError for another option, BackendError where the GPU cannot hold or run the model.
+    checkpoint's own is and the GPU multiplies it (8.0 and later); graphs: decoding steps are captured once and
+    replayed; progress(done, total): called after each layer.
+    Raises UsageError for another option, BackendError where the GPU cannot hold or run the model.
     """
     if reason := available():
         raise BackendError(f"backend 'cuda' cannot be used here: {reason}")
@@ -112,6 +114,7 @@ def build(
 
     check_options(kv_dtype, activations, dtype)
     kernels = importlib.import_module("tinychat._cuda")
+    kernels.overlap(os.environ.get("TINYCHAT_CUDA_OVERLAP", "1") != "0")
     where = torch.device("cuda", torch.cuda.current_device())
     options: dict[str, Any] = {"kv_dtype": KV_DTYPES[kv_dtype], "head": head, "dtype": dtype, "graphs": graphs}
     try:
@@ -136,4 +139,5 @@ def check_options(kv_dtype: str, activations: int, dtype: str | None) -> None:
 
 def _device() -> dict[str, Any]:
     """Of the GPU that is used: the process's current one."""
-    return importlib.import_module("tinychat._cuda").device(0)
+    kernels = importlib.import_module("tinychat._cuda")
+    return kernels.device(kernels.current_device())

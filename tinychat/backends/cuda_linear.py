@@ -146,6 +146,8 @@ class CudaLinear:
         if alike:
             parts.append(Quantized.of(pack(alike, device)))
         bias = None if linear.bias is None else tensor(np.asarray(linear.bias, np.float32), device)
+        if device.type == "cuda":  # kernels read weights before the one ahead of them has ended (csrc/cuda/launch.h)
+            torch.cuda.current_stream(device).synchronize()
         workspace = Workspace.of(device)
         workspace.weights = max(
             workspace.weights, *(p.packed.n * k if isinstance(p, Quantized) else 0 for p in parts), 0
@@ -191,7 +193,9 @@ class CudaLinear:
             self._dense(self.dequantized(part), x, y, begin)
             return
         cuda = extension(self.device)
-        x = torch.nn.functional.pad(x, (0, -self.k % 8)).contiguous()  # rows begin at multiples of 16 bytes
+        if self.k % 8:  # rows begin at multiples of 16 bytes; torch's pad copies even where it adds nothing
+            x = torch.nn.functional.pad(x, (0, -self.k % 8))
+        x = x.contiguous()
         if x.data_ptr() % 16:
             x = x.clone()
         bias = 0 if self.bias is None else self.bias.data_ptr() + 4 * begin

@@ -29,6 +29,7 @@ _ACTIVATIONS = {Activation.SILU: 0, Activation.GELU: 1, Activation.GELU_TANH: 2,
 _FEW = 8  # rows of a stretch that go through the kernel of single rows: a mask would cost more
 _PIECE = 512  # rows of a prompt that share a mask: [rows, positions] of each head under ALiBi
 _SPLIT = 64  # positions worth a block of their own
+_GROUPED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5)  # torch's attention knows grouped queries
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class CudaOps:
         """For steps of `config` on `cache`; `dtype` of activations: fp16 or bf16."""
         self.dtype = dtype
         self.device: torch.device = cache.keys.device
-        self._kernels: Any = kernels
+        self.kernels: Any = kernels
         self._config = config
         self._table: tuple[np.ndarray, Tensor] | None = None
         if config.head_dim > kernels.WIDEST_HEAD:
@@ -65,7 +66,7 @@ class CudaOps:
 
     def _multiprocessors(self) -> int:
         index = self.device.index if self.device.type == "cuda" else None
-        return self._kernels.device(index)["multiprocessors"] if index is not None else 8
+        return self.kernels.device(index)["multiprocessors"] if index is not None else 8
 
     @property
     def stream(self) -> int:
@@ -166,14 +167,14 @@ class CudaOps:
         y: Tensor,
     ) -> None:
         rows, width = x.shape
-        if width > self._kernels.WIDEST_NORM:
-            raise BackendError(f"rows of {width}; the cuda backend norms at most {self._kernels.WIDEST_NORM}")
+        if width > self.kernels.WIDEST_NORM:
+            raise BackendError(f"rows of {width}; the cuda backend norms at most {self.kernels.WIDEST_NORM}")
         for part in added:
             _check(part, (rows, width), self.dtype)
         if x.dtype != self.dtype or x.stride(1) != 1 or weight.shape != (width,) or len(added) > 2:
             raise ValueError(f"a norm of {x.dtype} {list(x.shape)} by {list(weight.shape)}, {len(added)} added")
         first, second = (*added, None, None)[:2]
-        self._kernels.norm(
+        self.kernels.norm(
             TYPES[self.dtype],
             x.data_ptr(),
             stride,
@@ -196,7 +197,7 @@ class CudaOps:
         rows, width = len(up), up.shape[1] // (2 if gated else 1)
         _check(up, (rows, width * (2 if gated else 1)), self.dtype)
         y = torch.empty(rows, width, dtype=up.dtype, device=up.device)
-        kernel, scales = self._kernels.activation, _address(act_scale)
+        kernel, scales = self.kernels.activation, _address(act_scale)
         kernel(
             TYPES[self.dtype],
             up.data_ptr(),
@@ -234,7 +235,7 @@ class CudaOps:
             return out
         padded = context.cache.padded
         turned = torch.empty(rows, config.n_heads, padded, dtype=torch.float16, device=q.device)
-        self._kernels.prepare(target=turned.data_ptr(), stream=self.stream, **told)
+        self.kernels.prepare(target=turned.data_ptr(), stream=self.stream, **told)
         if config.attention_cap is not None or rows <= _FEW:
             self._single({**told, "q": turned.data_ptr()}, out, config, index, append=False)
             return out
@@ -292,7 +293,7 @@ class CudaOps:
 
     def _single(self, told: dict[str, Any], out: Tensor, config: ModelConfig, index: int, *, append: bool) -> None:
         """The kernel of single rows."""
-        self._kernels.attention(
+        self.kernels.attention(
             out=out.data_ptr(),
             scale=config.score_scale,
             cap=config.attention_cap or 0.0,
@@ -311,14 +312,15 @@ class CudaOps:
         c, start, n = config, stretch.start, stretch.end - stretch.begin
         keys, values = context.cache.entries(index, stretch.slot, start + n, q.dtype)  # [n_kv_heads, L, padded]
         q = q[stretch.begin : stretch.end].transpose(0, 1)  # [n_heads, n, padded]
-        window = c.window(index)
+        window, group = c.window(index), c.n_heads // c.n_kv_heads
         attend = torch.nn.functional.scaled_dot_product_attention
         if not start and self._slopes is None and not (window and window < n):
-            grouped = c.n_kv_heads < c.n_heads
+            shared: dict[str, Any] = {"enable_gqa": True} if group > 1 and _GROUPED else {}
+            if group > 1 and not shared:
+                keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
             everything = q[None], keys[None], values[None]
-            mixed = attend(*everything, is_causal=True, scale=c.score_scale, enable_gqa=grouped)[0]
+            mixed = attend(*everything, is_causal=True, scale=c.score_scale, **shared)[0]
         else:
-            group = c.n_heads // c.n_kv_heads
             if group > 1:
                 keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
             parts = []

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from tinychat.decoder import Decoder
 from tinychat.sampling import SamplingParams
 from tinychat.weights import RoundedHead, WeightSource
 
+_DRAWS = 8  # kinds of draws whose graphs are kept
 _WARM = 2  # runs before a capture: what libraries allocate at their first call does not belong into a graph
 
 
@@ -41,7 +44,8 @@ def build_on(
     """See `cuda.build`; `kernels` and `device` as of `CudaOps`."""
     config = source.config
     if dtype is None:
-        dtype = "bf16" if config.dtype == "bfloat16" else "fp16"
+        multiplied = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+        dtype = "bf16" if config.dtype == "bfloat16" and multiplied else "fp16"
     if head == 8:
         source = RoundedHead(source)
     cache = DeviceCache(config, n_slots, ctx_size, kv_dtype, device)
@@ -64,7 +68,7 @@ class CudaRunner:
         self._decoder = decoder
         self._ops = ops
         self.on_gpu = ops.device.type == "cuda"
-        self.sampler = DeviceSampler(ops.device)
+        self.sampler = DeviceSampler(ops.kernels, ops.device)
         self._graphs = graphs and self.on_gpu
         if self._graphs and self.config.experts is not None:
             self._graphs = False
@@ -76,7 +80,7 @@ class CudaRunner:
         self._steps: dict[int, DecodeStep] = {}
         self._draws: dict[tuple, Captured] = {}
         if self._graphs:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.here():
                 self.single.run()  # captured at load, on an empty cache, not while the first token is waited for
 
     @torch.inference_mode()
@@ -85,6 +89,10 @@ class CudaRunner:
 
         Raises ValueError where the rows do not continue their slots, or a token is not in the vocabulary.
         """
+        with self.here():
+            return self._step(rows)
+
+    def _step(self, rows: Rows) -> np.ndarray:
         n = len(rows)
         alone = len(np.unique(rows.slots)) == n
         every = np.array_equal(rows.wanted, np.arange(n))
@@ -97,6 +105,10 @@ class CudaRunner:
         step.run()
         self.cache.lengths[:] = lengths
         return step.logits.cpu().numpy()
+
+    def here(self) -> AbstractContextManager[Any]:
+        """The runner's device as the thread's own, whichever that was: kernels go to the current one."""
+        return torch.cuda.device(self._ops.device) if self.on_gpu else nullcontext()
 
     def drawing(self, slot: int, params: SamplingParams, rng: np.random.Generator) -> Callable[[int], int] | None:
         """A function that runs a token at the end of `slot` and draws the next one, on the device: see `backends`."""
@@ -118,11 +130,11 @@ class CudaRunner:
         step.run()
         sampler.provide()
         if sampler.kind not in self._draws:
+            if len(self._draws) >= _DRAWS:
+                del self._draws[next(iter(self._draws))]
 
             def draw() -> None:
-                sampler.draw(step.logits)
-                step.tokens.copy_(sampler.token)
-                step.positions.add_(1)
+                sampler.draw(step.logits, step.tokens, step.positions)
 
             self._draws[sampler.kind] = Captured(draw, self._graphs, (step.tokens, step.positions, *sampler.state))
         self._draws[sampler.kind].run()
@@ -212,12 +224,16 @@ class Drawing:
         self._events = [torch.cuda.Event() if on_gpu else None for _ in range(2)]
         self._launches = 0
         self._ahead: tuple[int, int] | None = None  # (token, position) that a step was launched for already
-        with torch.inference_mode():
+        with torch.inference_mode(), runner.here():
             runner.sampler.begin(params, rng)
 
     @torch.inference_mode()
     def __call__(self, token: int) -> int:
         """Run `token` at the end of the slot; the token drawn after it, or -1 where the logits are not finite."""
+        with self._runner.here():
+            return self._next(token)
+
+    def _next(self, token: int) -> int:
         runner, cache = self._runner, self._runner.cache
         rows = Rows.of([token], int(cache.lengths[self._slot]), self._slot)
         lengths = cache.check(rows)

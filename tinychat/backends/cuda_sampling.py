@@ -6,9 +6,13 @@ and sent ahead, so that a seed gives the same tokens on every backend, as far as
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import numpy as np
 import torch
 
+from tinychat.backends.cuda_linear import stream
 from tinychat.sampling import SamplingParams
 
 Tensor = torch.Tensor
@@ -24,12 +28,12 @@ def draws(params: SamplingParams) -> bool:
 class DeviceSampler:
     """Draws from logits [1, vocab_size]; one request at a time.
 
-    token     int64 [1]: what `draw` drew last
-    reported  int64 [1]: the same, or -1 where the logits were not finite
+    reported  int64 [1]: what `draw` drew last, or -1 where the logits were not finite
     """
 
-    def __init__(self, device: torch.device):
-        self.token = torch.zeros(1, dtype=torch.int64, device=device)
+    def __init__(self, kernels: ModuleType, device: torch.device):
+        """`kernels` and `device` as of `cuda_ops.CudaOps`."""
+        self._kernels: Any = kernels
         self.reported = torch.zeros(1, dtype=torch.int64, device=device)
         self._numbers = torch.zeros(AHEAD, dtype=torch.float64, device=device)
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
@@ -65,13 +69,18 @@ class DeviceSampler:
         p = self._params
         return (True, 0, False, False) if p.greedy else (False, p.top_k, p.top_p < 1, p.min_p > 0)
 
-    def draw(self, logits: Tensor) -> None:
-        """The next token of fp32 logits [1, vocab_size]."""
+    def draw(self, logits: Tensor, token: Tensor, position: Tensor) -> None:
+        """The next token of fp32 logits [1, vocab_size], into `token`, at the next `position`, int64 [1] both."""
         greedy, top_k, nucleus, least = self.kind
         row = logits[0]
-        token = row.argmax() if greedy else self._drawn(row, top_k, nucleus, least)
-        self.token.copy_(token.reshape(1))
-        self.reported.copy_(torch.where(torch.isfinite(row).all(), token, -1).reshape(1))
+        if greedy and row.data_ptr() % 16 == 0 and row.is_contiguous():
+            places = self.reported.data_ptr(), token.data_ptr(), position.data_ptr()
+            self._kernels.greedy(row.data_ptr(), len(row), *places, stream(row.device))
+            return
+        drawn = row.argmax() if greedy else self._drawn(row, top_k, nucleus, least)
+        token.copy_(drawn.reshape(1))
+        position.add_(1)
+        self.reported.copy_(torch.where(torch.isfinite(row).all(), drawn, -1).reshape(1))
 
     def _drawn(self, row: Tensor, top_k: int, nucleus: bool, least: bool) -> Tensor:
         """See `sampling.candidates`: tokens that a filter takes away keep their place, at a weight of 0."""
