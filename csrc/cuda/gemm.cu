@@ -280,7 +280,7 @@ void start(const LinearCall& call, int parts, float* workspace, int64_t workspac
 template <class T, int kBits>
 void start(const LinearCall& call, int parts, float* workspace, int64_t workspace_bytes, Stream stream) {
     // Not 128: registers would be full, and no room to sum a chunk's products before they are scaled.
-    const auto sized = kBits == 4 && call.rows <= 32 ? start<T, kBits, 32> : start<T, kBits, 64>;
+    const auto sized = call.rows <= 32 ? start<T, kBits, 32> : start<T, kBits, 64>;
     sized(call, parts, workspace, workspace_bytes, stream);
 }
 
