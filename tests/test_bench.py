@@ -181,6 +181,7 @@ def test_the_probe_reads_with_every_thread_and_walks_its_buffer(tiny):
     found.complete()
     assert found.bytes_read >= 8 << 20
     assert all(0 < speed < 10_000 for speed in found.samples)  # GB/s: it does read
+    assert 0 < found.core_share <= 1
     assert len(set(places)) == 1  # of a buffer of 4 MiB, one slice of 3 fits
 
 
@@ -198,15 +199,16 @@ def test_a_probe_in_two_steady_modes_is_valid():
 
 
 @pytest.mark.parametrize(
-    "samples, fraction, least, reason",
+    "samples, fraction, least, share, reason",
     [
-        ([10.0, 20.0] * 10, 0.9, None, "a slice and the next differ by 67%"),
-        ([10.0] * 9, 1.2, None, "1.20 times as fast"),
-        ([10.0] * 9, 0.9, 35, "reads 10.0 GB/s, less than the 35"),
+        ([10.0, 20.0] * 10, 0.9, None, 1.0, "a slice and the next differ by 67%"),
+        ([10.0] * 9, 1.2, None, 1.0, "1.20 times as fast"),
+        ([10.0] * 9, 0.9, 35, 1.0, "reads 10.0 GB/s, less than the 35"),
+        ([10.0] * 9, 0.9, None, 0.62, "had a core 62% of the time"),
     ],
 )
-def test_a_probe_that_cannot_be_the_limit_is_invalid(samples, fraction, least, reason):
-    verdict = probe.judge(samples, 1 << 30, fraction, least)
+def test_a_probe_that_cannot_be_the_limit_is_invalid(samples, fraction, least, share, reason):
+    verdict = probe.judge(samples, 1 << 30, fraction, least, share)
     assert not verdict.valid and reason in verdict.reasons[0] and len(verdict.reasons) == 1
 
 

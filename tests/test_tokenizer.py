@@ -6,9 +6,11 @@ import random
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from tokenizer_files import (
     LLAMA,
     PIECES,
@@ -103,17 +105,52 @@ CONFIGS = {
             str(len(PIECES) + 1): {"content": "xyzzy", "special": False, "normalized": True, "lstrip": True},
         },
     },
+    "no class, first space only": {"add_bos_token": True, "legacy": False},
+    "no class, renamed tokens": {
+        "added_tokens_decoder": {
+            "0": {"content": "<unk>", "special": True},
+            "2": {"content": "<|stop|>", "special": True},
+            str(len(PIECES)): {"content": "xyzzy", "special": False, "normalized": True},
+        },
+        "eos_token": "<|stop|>",
+    },
     "null tokens": {"bos_token": None, "unk_token": None, "add_bos_token": True},
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+own_rules = pytest.mark.skipif(
+    Version(version("transformers")) < Version("5.24"),
+    reason="transformers before 5.24 does not follow a SentencePiece model's own rules",
+)
+NO_CLASS = {
+    "no file",
+    "no class",
+    "no class, first space only",
+    "no class, renamed tokens",
+    "other class",
+    "null tokens",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=own_rules) if n in NO_CLASS else n for n in CONFIGS])
 def test_tokenizer_config_is_read_as_transformers_reads_it(tmp_path, name):
     directory = make_directory(tmp_path, CONFIGS[name], sentencepiece_model(PIECES))
     assert differences(directory, TEXTS) == []
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3"])
+PREFIX_SPACE, SINGLE_SPACES, ESCAPED_SPACES = 3, 4, 5  # fields of a model's normalizer
+
+
+@own_rules
+@pytest.mark.parametrize(
+    "off", [(), (PREFIX_SPACE,), (SINGLE_SPACES,), (PREFIX_SPACE, SINGLE_SPACES), (ESCAPED_SPACES,)]
+)
+def test_a_model_without_a_class_is_read_by_its_own_rules(tmp_path, off):
+    directory = make_directory(tmp_path, None, sentencepiece_model(PIECES, normalizer=dict.fromkeys(off, 0)))
+    assert differences(directory, TEXTS) == []
+
+
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("mistral", marks=own_rules), "qwen3"])
 def test_the_older_files_are_read_as_transformers_reads_them(tmp_path, model_type):
     directory = make_directory(
         tmp_path,
@@ -129,6 +166,7 @@ def test_the_older_files_are_read_as_transformers_reads_them(tmp_path, model_typ
     assert differences(directory, TEXTS) == []
 
 
+@own_rules
 def test_without_byte_fallback(tmp_path):
     pieces = [piece for piece in PIECES if piece[1] != BYTE]
     directory = make_directory(tmp_path, None, sentencepiece_model(pieces, byte_fallback=False, f41=-1))

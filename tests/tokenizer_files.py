@@ -39,15 +39,20 @@ def field(number: int, value: int | bytes) -> bytes:
 
 
 def sentencepiece_model(
-    pieces: list[tuple[str, int]], kind: int = 2, byte_fallback: bool = True, **trainer: int
+    pieces: list[tuple[str, int]],
+    kind: int = 2,
+    byte_fallback: bool = True,
+    normalizer: dict[int, int] | None = None,
+    **trainer: int,
 ) -> bytes:
-    """A tokenizer.model, written field by field."""
+    """A tokenizer.model, written field by field; `normalizer` and `trainer` ("f41") by their numbers."""
     body = b"".join(
         field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", -i) + field(3, piece_kind))
         for i, (text, piece_kind) in enumerate(pieces)
     )
     spec = field(3, kind) + field(35, int(byte_fallback)) + b"".join(field(int(k[1:]), v) for k, v in trainer.items())
-    return body + field(2, spec) + field(3, field(1, b"identity"))
+    rules = b"".join(field(number, value) for number, value in (normalizer or {}).items())
+    return body + field(2, spec) + field(3, field(1, b"identity") + rules)
 
 
 PIECES = [

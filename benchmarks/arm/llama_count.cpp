@@ -1,41 +1,47 @@
-// One call of another engine's kernel between two marks, beside kernels/count.cpp: llama.cpp's product of Q4_0 weights with
-// Q8_0 activations, declared here as its headers declare it and linked from its own sources.
+// One call of another engine's kernel between two marks, beside kernels/count.cpp: llama.cpp's products of Q4_0 weights with
+// Q8_0 activations, declared here as its headers declare them and linked from its own sources.
 //
-//     llama_count rows|4x4|4x8 N K
+//     llama_count ROWS N K
 //
-// rows: a dot product for each output row; 4x4, 4x8: four rows interleaved, as its loader repacks them.
+// Compiled with INTERLEAVED=4x4 or 4x8: four outputs interleaved, as its loader repacks them, for one row or four; without,
+// a dot product for each output.
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
-#include <string>
 #include <vector>
 
+#define JOIN(a, b, c) a##b##c
+#define NAMED(a, b, c) JOIN(a, b, c)
+
 extern "C" {
+#ifdef INTERLEAVED
+using Product = void(int n, float* s, size_t bs, const void* x, const void* y, int rows, int columns);
+Product NAMED(ggml_gemv_q4_0_, INTERLEAVED, _q8_0), NAMED(ggml_gemm_q4_0_, INTERLEAVED, _q8_0);
+#else
 void ggml_vec_dot_q4_0_q8_0(int n, float* s, size_t bs, const void* x, size_t bx, const void* y, size_t by, int rows);
-void ggml_gemv_q4_0_4x4_q8_0(int n, float* s, size_t bs, const void* x, const void* y, int rows, int columns);
-void ggml_gemv_q4_0_4x8_q8_0(int n, float* s, size_t bs, const void* x, const void* y, int rows, int columns);
+#endif
 
 __attribute__((noinline)) void count_mark() { __asm__ volatile("" ::: "memory"); }
 }
 
 int main(int argc, char** argv) {
     if (argc != 4) return 2;
-    const std::string form = argv[1];
-    const int n = std::atoi(argv[2]), k = std::atoi(argv[3]);
+    const int rows = std::atoi(argv[1]), n = std::atoi(argv[2]), k = std::atoi(argv[3]);
     constexpr size_t kBlock = 32, kWeightBytes = 2 + kBlock / 2, kValueBytes = 2 + kBlock;  // an fp16 scale and codes
-    const size_t row = static_cast<size_t>(k) / kBlock * kWeightBytes;
-    std::vector<char> weights(row * static_cast<size_t>(n), 1), values(static_cast<size_t>(k) / kBlock * kValueBytes, 1);
-    std::vector<float> y(static_cast<size_t>(n));
+    const size_t blocks = static_cast<size_t>(k) / kBlock, outputs = static_cast<size_t>(n), all = static_cast<size_t>(rows);
+    std::vector<char> weights(blocks * kWeightBytes * outputs, 1), values(blocks * kValueBytes * all, 1);
+    std::vector<float> y(outputs * all);
     count_mark();
-    if (form == "4x4") {
-        ggml_gemv_q4_0_4x4_q8_0(k, y.data(), static_cast<size_t>(n), weights.data(), values.data(), 1, n);
-    } else if (form == "4x8") {
-        ggml_gemv_q4_0_4x8_q8_0(k, y.data(), static_cast<size_t>(n), weights.data(), values.data(), 1, n);
-    } else {
-        for (int r = 0; r < n; r++) {
-            ggml_vec_dot_q4_0_q8_0(k, &y[static_cast<size_t>(r)], 0, weights.data() + static_cast<size_t>(r) * row, 0, values.data(), 0, 1);
+#ifdef INTERLEAVED
+    (rows == 1 ? NAMED(ggml_gemv_q4_0_, INTERLEAVED, _q8_0) : NAMED(ggml_gemm_q4_0_, INTERLEAVED, _q8_0))(
+        k, y.data(), outputs, weights.data(), values.data(), rows, n);
+#else
+    for (size_t t = 0; t < all; t++) {
+        for (size_t r = 0; r < outputs; r++) {
+            ggml_vec_dot_q4_0_q8_0(k, &y[t * outputs + r], 0, &weights[r * blocks * kWeightBytes], 0,
+                                   &values[t * blocks * kValueBytes], 0, 1);
         }
     }
+#endif
     count_mark();
     return 0;
 }

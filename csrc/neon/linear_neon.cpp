@@ -9,8 +9,8 @@
 //
 // where sums of the x0 x1 belong to a block of activations and are taken once, when it is prepared (in Block::halves, which
 // no other code of this level reads), and those of the q0 q1 belong to a block of weights: products of bytes, half as many
-// again for one row, and shared by several. A sum fits in 16 bits, 32639 + 128 = 32767, and int32 may overflow on the way,
-// since the result does not. A pair is k, k + 4, which share a byte of codes of 4 bits.
+// again for one row, and shared by several. A sum fits in 16 bits, 32639 + 128 = 32767, and 32 bits may wrap on the way,
+// since the result fits. A pair is k, k + 4, which share a byte of codes of 4 bits.
 //
 // Activations of 8 bits are multiplied as they are, eight at a time.
 #include "neon/linear_tiles.h"
@@ -112,7 +112,7 @@ struct Dots<bits, 2> {
                 const int32x4_t* rows = sums.rows[t][j];
                 const int32x4_t alone = vdupq_n_s32(reinterpret_cast<const Block*>(blocks + t * stride)->halves);
                 const int32x4_t both = vpaddq_s32(vpaddq_s32(rows[0], rows[1]), vpaddq_s32(rows[2], rows[3]));
-                products[t][at + j] += both - codes_alone - alone;
+                products[t][at + j] = (int32x4_t)((Lanes)products[t][at + j] + (Lanes)both - (Lanes)codes_alone - (Lanes)alone);
             }
         }
     }
@@ -184,26 +184,8 @@ void join_planes(int8_t* planes, int64_t length, Block* block) {
     std::memcpy(&block->halves, &alone, 4);
 }
 
-// LinearKernels::prepare
-void prepare(const LinearShape& shape, const float* x, void* activation, int64_t begin, int64_t end) {
-    prepare_part(shape, x, activation, begin, end);
-    if (shape.type != WeightType::quantized || shape.activation_bits != 16) return;
-    const QuantizedLayout layout(shape);
-    const int64_t first = begin / layout.group, in_first = begin % layout.group;
-    auto* row = static_cast<char*>(activation);
-    auto* planes = reinterpret_cast<int8_t*>(row) + (first * layout.padded_group + in_first) * 2;
-    auto* block = reinterpret_cast<Block*>(row + layout.blocks_at) + first * layout.group_blocks + in_first / kBlock;
-    for (int64_t k = begin; k < end; block++) {
-        const int64_t length = smaller(smaller(kBlock, layout.group - k % layout.group), end - k);
-        const int64_t padded = round_up(length, kStep);
-        join_planes(planes, padded, block);
-        planes += padded * 2;
-        k += length;
-    }
-}
-
 constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step,
-                              prepare, linear<Dots>};
+                              prepare<join_planes>, linear<Dots>};
 
 }  // namespace
 

@@ -53,6 +53,26 @@ __attribute__((always_inline)) inline void fetch_unit(const char* at) {
 // Rows of a quarter of a tile as `one_code` wants them.
 typedef uint32_t Lanes __attribute__((vector_size(16)));
 
+// LinearKernels::prepare of a level that reads activations of 16 bits in an order of its own: order(planes, length, block)
+// makes it of the planes of a block.
+template <void (*order)(int8_t*, int64_t, Block*)>
+void prepare(const LinearShape& shape, const float* x, void* activation, int64_t begin, int64_t end) {
+    prepare_part(shape, x, activation, begin, end);
+    if (shape.type != WeightType::quantized || shape.activation_bits != 16) return;
+    const QuantizedLayout layout(shape);
+    const int64_t first = begin / layout.group, in_first = begin % layout.group;
+    auto* row = static_cast<char*>(activation);
+    auto* planes = reinterpret_cast<int8_t*>(row) + (first * layout.padded_group + in_first) * 2;
+    auto* block = reinterpret_cast<Block*>(row + layout.blocks_at) + first * layout.group_blocks + in_first / kBlock;
+    for (int64_t k = begin; k < end; block++) {
+        const int64_t length = smaller(smaller(kBlock, layout.group - k % layout.group), end - k);
+        const int64_t padded = round_up(length, kStep);
+        order(planes, padded, block);
+        planes += padded * 2;
+        k += length;
+    }
+}
+
 // What stays the same for all tiles and rows of a call.
 struct Call {
     QuantizedLayout layout;

@@ -12,6 +12,7 @@ a buffer of 1 GiB, so that no cache serves them.
 from __future__ import annotations
 
 import statistics
+import time
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -22,6 +23,7 @@ BUFFER_BYTES = 1 << 30
 SLICE_BYTES = 128 << 20  # of each thread
 READ_BYTES = 1 << 30  # at least, in all
 UNSTEADY = 0.25  # neighbouring slices differ by more than this: the machine is too busy to compare anything
+CROWDED = 0.9  # of the time that its threads had a core: with less, other programs or too many threads slow it down
 TOO_SLOW = 1.1  # of the probe's speed: a model that reads memory faster shows that the probe is not the limit
 
 
@@ -40,14 +42,22 @@ class Probe:
         self._read = extension().read_probe
         self._place = 0
         self.samples: list[float] = []  # GB/s
+        self._shares: list[float] = []
 
     def read(self) -> float:
         """GB/s of the next slice."""
         address = self._buffer.ctypes.data + self._place
         self._place = (self._place + self._slice) % len(self._buffer)
-        speed = self._slice / self._read(address, self._slice, self.threads) / 1e9
-        self.samples.append(speed)
-        return speed
+        began = time.process_time()
+        seconds = self._read(address, self._slice, self.threads)
+        self._shares.append((time.process_time() - began) / (self.threads * seconds))
+        self.samples.append(self._slice / seconds / 1e9)
+        return self.samples[-1]
+
+    @property
+    def core_share(self) -> float:
+        """Of the time of a slice, how much its threads ran: 1 where nothing else wants their cores; median."""
+        return min(1.0, statistics.median(self._shares))
 
     @property
     def bytes_read(self) -> int:
@@ -76,11 +86,18 @@ class Verdict:
         return not self.reasons
 
 
-def judge(samples: list[float], bytes_read: int, fraction: float | None, min_gb_s: float | None = None) -> Verdict:
+def judge(
+    samples: list[float],
+    bytes_read: int,
+    fraction: float | None,
+    min_gb_s: float | None = None,
+    core_share: float = 1.0,
+) -> Verdict:
     """The verdict on a probe's samples (GB/s, in order).
 
     fraction  of the probe's speed at which the model's weights were read; None where caches may have served them
     min_gb_s  below it the probe is invalid
+    core_share  see `Probe.core_share`
     """
     median = statistics.median(samples)
     low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (median,) * 3
@@ -94,6 +111,10 @@ def judge(samples: list[float], bytes_read: int, fraction: float | None, min_gb_
         reasons.append(f"the weights were read {fraction:.2f} times as fast: the probe is not the machine's limit")
     if unsteadiness > UNSTEADY:
         reasons.append(f"a slice and the next differ by {unsteadiness:.0%}: something else uses the memory")
+    if core_share < CROWDED:
+        reasons.append(
+            f"its threads had a core {core_share:.0%} of the time: others use it, or they are too many"
+        )
     return Verdict(median, (low, high), unsteadiness, bytes_read, reasons)
 
 

@@ -40,7 +40,7 @@ def measure(threads: int, activations: int = 16) -> dict[str, Any]:
     """
     probe = Probe(threads)
     probe.complete()
-    verdict = judge(probe.samples, probe.bytes_read, None)
+    verdict = judge(probe.samples, probe.bytes_read, None, core_share=probe.core_share)
     return {
         "threads": threads,
         "gb_s": verdict.gb_s,

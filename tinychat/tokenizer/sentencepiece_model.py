@@ -7,7 +7,8 @@ Field numbers: sentencepiece_model.proto of the SentencePiece project.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Piece:
 
     text: str
     kind: int
+    score: float = 0.0  # where pieces can be joined in several ways, that of the highest score is
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class SentencePieceModel:
     bos_piece: str | None
     eos_piece: str | None
     character_map: bytes  # the compiled normalization rules; empty for none
+    prefix_space: bool  # one is put before a text
+    single_spaces: bool  # spaces around a text are dropped, several within are one
+    escapes_spaces: bool  # as "▁", which pieces are written with
 
 
 def read_model(path: Path) -> SentencePieceModel:
@@ -63,7 +68,8 @@ def read_model(path: Path) -> SentencePieceModel:
                 normalizer.update(_fields(_bytes(value)))
         unk, bos, eos = (_special_piece(trainer, *spec) for spec in _SPECIAL_PIECES)
         character_map = _bytes(normalizer.get(2, b""))
-    except (ValueError, IndexError) as error:
+        rules = [bool(normalizer.get(number, 1)) for number in (3, 4, 5)]
+    except (ValueError, IndexError, struct.error) as error:
         raise TokenizerError(f"{path} is not a SentencePiece model, or is damaged: {error}") from None
     if not pieces:
         raise TokenizerError(f"{path} is not a SentencePiece model: it holds no pieces")
@@ -78,23 +84,24 @@ def read_model(path: Path) -> SentencePieceModel:
     texts = {piece.text for piece in pieces}
     if len(texts) < len(pieces):
         raise TokenizerError(f"{path} is damaged: {len(pieces) - len(texts)} of its pieces occur more than once")
-    return SentencePieceModel(pieces, bool(trainer.get(35, 0)), unk, bos, eos, character_map)
+    return SentencePieceModel(pieces, bool(trainer.get(35, 0)), unk, bos, eos, character_map, *rules)
 
 
-def bpe_merges(ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, the pieces of lower id (learned earlier) first, shorter left first."""
+def bpe_merges(pieces: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Every way to join two pieces into a third, in the order of the thirds (learned earlier), shorter left first."""
     return [
         (text[:cut], text[cut:])
-        for text in ids
+        for text in pieces
         for cut in range(1, len(text))
-        if text[:cut] in ids and text[cut:] in ids
+        if text[:cut] in pieces and text[cut:] in pieces
     ]
 
 
 def _piece(data: bytes) -> Piece:
     fields = dict(_fields(data))
     kind = fields.get(3, NORMAL)
-    return Piece(_bytes(fields.get(1, b"")).decode("utf-8"), kind if isinstance(kind, int) else NORMAL)
+    (score,) = struct.unpack("<f", _bytes(fields.get(2, bytes(4))))
+    return Piece(_bytes(fields.get(1, b"")).decode("utf-8"), kind if isinstance(kind, int) else NORMAL, score)
 
 
 def _special_piece(trainer: dict[int, int | bytes], id_field: int, id_: int, field: int, text: bytes) -> str | None:

@@ -1,7 +1,7 @@
 """Text to token ids and back: what a checkpoint's tokenizer files say, as transformers reads them.
 
 `load` builds one `tokenizers.Tokenizer` from `tokenizer.json` or from a SentencePiece `tokenizer.model`; token ids
-equal those of transformers' AutoTokenizer (5.23) on the same directory. Decoding one token after another, where a
+equal those of transformers' AutoTokenizer (5.24) on the same directory. Decoding one token after another, where a
 character may be spread over several, is in `detokenizer`; chat templates in `chat_template`. It knows nothing of
 models.
 """
@@ -12,6 +12,7 @@ import json
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from tinychat.errors import TokenizerError
 from tinychat.tokenizer.chat_template import ChatTemplate, find_template
 from tinychat.tokenizer.detokenizer import IncrementalDecoder, Scheme, read_scheme
-from tinychat.tokenizer.sentencepiece_model import CONTROL, USER_DEFINED, bpe_merges, read_model
+from tinychat.tokenizer.sentencepiece_model import CONTROL, USER_DEFINED, SentencePieceModel, bpe_merges, read_model
+from tinychat.tokenizer.sentencepiece_rules import by_own_rules
 
 if TYPE_CHECKING:
     import tokenizers
@@ -200,6 +202,20 @@ class _Settings:
         if token is not None and name not in self.config:
             self.named_tokens.setdefault(name, token)
 
+    def renamed(self, source: SentencePieceModel) -> SentencePieceModel:
+        """The model with the texts that `added_tokens_decoder` gives its pieces, but for those that others have."""
+        names = {i: _content(token) for i, token in self.declared.items()}
+        kept = {piece.text for i, piece in enumerate(source.pieces) if i not in names}
+        pieces = [
+            replace(piece, text=names[i]) if i in names and names[i] not in kept else piece
+            for i, piece in enumerate(source.pieces)
+        ]
+        return replace(source, pieces=pieces)
+
+    def match_declared_as_written(self) -> None:
+        """Look for declared tokens in the text itself, before spaces become part of its pieces."""
+        self.declared = {i: {**token, "normalized": False} for i, token in self.declared.items()}
+
     def added_around(self, name: str) -> list[str]:
         """The token to put before ("bos_token") or after ("eos_token") a text: one or none."""
         wanted = self.config.get(f"add_{name}") and name in self.named_tokens
@@ -259,39 +275,30 @@ def _from_json(path: Path) -> tuple[tokenizers.Tokenizer, _Settings]:
 
 def _from_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, _Settings]:
     from tokenizers import Tokenizer as Core
-    from tokenizers import decoders, models, normalizers, processors
+    from tokenizers import models, processors
 
     _check_size(path)
     source = read_model(path)
     settings = _Settings(path.parent, is_byte_level=False)
-    ids = {piece.text: token_id for token_id, piece in enumerate(source.pieces)}
-    merges = bpe_merges(ids)
+    unsplit = [
+        {"content": piece.text, "normalized": False, "special": piece.kind == CONTROL}
+        for piece in source.pieces
+        if piece.kind in (CONTROL, USER_DEFINED)
+    ]
     with library_errors(f"cannot build a tokenizer from {path}"):
         if settings.class_name == "LlamaTokenizer":
-            core = Core(models.BPE(vocab=ids, merges=merges, fuse_unk=True, byte_fallback=True))
+            ids = {piece.text: token_id for token_id, piece in enumerate(source.pieces)}
+            core = Core(models.BPE(vocab=ids, merges=bpe_merges(ids), fuse_unk=True, byte_fallback=True))
             _set_llama_pipeline(core, settings.config)
         else:
             settings.set_default("unk_token", source.unk_piece)
             settings.set_default("bos_token", source.bos_piece)
             settings.set_default("eos_token", source.eos_piece)
-            core = Core(
-                models.BPE(
-                    vocab=ids,
-                    merges=merges,
-                    unk_token=source.unk_piece,
-                    fuse_unk=True,
-                    byte_fallback=source.byte_fallback,
-                )
-            )
-            mapped = [normalizers.Precompiled(source.character_map)] if source.character_map else []
-            core.normalizer = normalizers.Sequence([*mapped, normalizers.Replace(" ", "▁")])
-            joined = [decoders.ByteFallback(), decoders.Fuse()] if source.byte_fallback else []
-            core.decoder = decoders.Sequence([decoders.Replace("▁", " "), *joined])
-        unsplit = [
-            {"content": piece.text, "normalized": False, "special": piece.kind == CONTROL}
-            for piece in source.pieces
-            if piece.kind in (CONTROL, USER_DEFINED)
-        ]
+            source = settings.renamed(source)
+            core = by_own_rules(source, legacy=bool(settings.config.get("legacy", True)))
+            unsplit = [token for token in unsplit if token["special"]]
+            if source.prefix_space:
+                settings.match_declared_as_written()
         settings.add_tokens(core, settings.extra_tokens or unsplit)
         before, after = settings.added_around("bos_token"), settings.added_around("eos_token")
         core.post_processor = processors.TemplateProcessing(
