@@ -127,6 +127,11 @@ def test_one_segment_of_q_k_and_v_folds_as_three():
     assert torch.equal(found.weight, expected.weight) and torch.equal(found.bias, expected.bias)
 
 
+def test_nothing_is_folded_through_clipped_values():
+    producers = {group.producer for group in scaling_groups(tiny_config(clip_qkv=4.0))}
+    assert producers == {"norm1", "norm2", "up"}
+
+
 @pytest.mark.parametrize("block_kind", Block)
 def test_plain_mlps_and_parallel_blocks_are_quantized(block_kind):
     config = tiny_config(block=block_kind, norm_bias=True, **PLAIN)
