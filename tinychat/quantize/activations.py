@@ -90,8 +90,12 @@ class Activations:
         ids: list[int] = []
         positions: list[torch.Tensor] = []
         for kind in Use:
-            n = CHUNK_TOKENS if kind is not Use.STATISTICS else min(CHUNK_TOKENS, CHUNK_NUMBERS // config.up_size)
-            for chunk in _chunks([s for s, its in zip(sequences, use, strict=True) if its is kind], n):
+            some = [s for s, its in zip(sequences, use, strict=True) if its is kind]
+            if kind is Use.STATISTICS:
+                n = min(CHUNK_TOKENS, CHUNK_NUMBERS // config.up_size)
+            else:  # in two chunks at least, where it can be, so that half of them can choose
+                n = min(CHUNK_TOKENS, -(-sum(map(len, some)) // 2))
+            for chunk in _chunks(some, n):
                 begin = len(ids)
                 ids += [token for sequence in chunk for token in sequence]
                 context = Context.of_sequences(config, [len(sequence) for sequence in chunk])

@@ -141,11 +141,7 @@ def _search(
     inputs: dict[str, Inputs] = {}
     for name in consumers:
         if any(name in one.exact for one in seen):
-            read = _read(seen, name)  # in memory twice where there are several samples
-            some[name], inputs[name] = (
-                _few(consumers[name], *read, numbers) for numbers in (clip.GLANCED, clip.SEARCHED)
-            )
-            del read
+            some[name], inputs[name] = (_few(consumers[name], seen, n) for n in (clip.GLANCED, clip.SEARCHED))
 
     def scaled(step: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The scales of a step, of the producer's channels and of the consumers'."""
@@ -237,34 +233,26 @@ def _limits(
     return found
 
 
-def _read(readings: list[Reading], name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """By one linear in all of them: what it read [T, K], what it reads, and `Reading.off`."""
-    some = [one for one in readings if name in one.exact]
-    if len(some) == 1:
-        return some[0].exact[name], some[0].given[name], some[0].off
-    exact = torch.cat([one.exact[name] for one in some])
-    if some[0].given is some[0].exact:
-        return exact, exact, None
-    offs = [one.off for one in some if one.off is not None]
-    return exact, torch.cat([one.given[name] for one in some]), torch.cat(offs) if offs else None
-
-
-def _few(linear: Dense, exact: torch.Tensor, given: torch.Tensor, off: torch.Tensor | None, numbers: int) -> Inputs:
-    """Of what `_read` returns as many rows as have so many numbers, for `clip`."""
-    rows = slice(None, None, max(1, given.numel() // numbers))
-    if given is exact:
-        return clip.condensed(exact[rows])
-    apart = DenseOps().linear(given[rows] - exact[rows], replace(linear, bias=None))
-    if off is not None and linear.name in ("out", "down"):
-        apart += off[rows]
-    return clip.condensed(given[rows], apart)
+def _few(linear: Dense, readings: list[Reading], numbers: int) -> Inputs:
+    """Of what a linear reads in all of them as many rows as have so many numbers, for `clip`."""
+    some = [one for one in readings if linear.name in one.exact]
+    rows = slice(None, None, max(1, sum(one.exact[linear.name].numel() for one in some) // numbers))
+    x, apart = [], []
+    for one in some:
+        exact, given = one.exact[linear.name][rows], one.given[linear.name][rows]
+        x.append(given)
+        if one.given is not one.exact:
+            apart.append(DenseOps().linear(given - exact, replace(linear, bias=None)))
+        if one.off is not None and linear.name in ("out", "down"):
+            apart[-1] += one.off[rows]
+    return clip.condensed(torch.cat(x), torch.cat(apart) if apart else None)
 
 
 def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, readings: list[Reading]) -> Loss:
     """How far what attention, MLP or both add to the stream is off when the group's consumers are replaced."""
     if group.ends_block:
         (name,) = group.consumers
-        quadratic = _quadratic_loss(part(layer, name), *_read(readings, name))
+        quadratic = _quadratic_loss(part(layer, name), readings)
         return lambda consumers: quadratic(consumers[name])
     ops = DenseOps()
     n_tokens = TOKENS * max(1, BETWEEN // (TOKENS * config.up_size))
@@ -286,27 +274,33 @@ def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, rea
     expected = run({name: part(layer, name) for name in group.consumers}, exact=True)
     power = _power(expected)
     expected = [y if one.off is None else y - one.off for y, one in zip(expected, readings, strict=True)]
-    return lambda consumers: (
-        sum(float((a - b).square().sum()) for a, b in zip(run(consumers), expected, strict=True)) / power
-    )
+    return lambda consumers: _squares(run(consumers), expected) / power
 
 
-def _quadratic_loss(
-    consumer: Dense, exact: torch.Tensor, given: torch.Tensor, off: torch.Tensor | None
-) -> Callable[[Dense], float]:
+def _quadratic_loss(consumer: Dense, readings: list[Reading]) -> Callable[[Dense], float]:
     """The same where it is y = x W^T: |x E^T + apart|^2 of the weight's error E and of how far y is off without it.
 
     By the Gram matrix x^T x where that is smaller.
     """
     ops = DenseOps()
-    expected = ops.linear(exact, consumer)
-    power = _power([expected])
-    if off is not None:
-        expected = expected - off
-    if len(given) <= given.shape[1]:
-        return lambda other: float((ops.linear(given, other) - expected).square().sum()) / power
-    x, apart = given.double(), (ops.linear(given, consumer) - expected).double()
-    gram, pull, rest = x.T @ x, apart.T @ x, float(apart.square().sum())
+    given = [one.given[consumer.name] for one in readings]
+    expected = [ops.linear(one.exact[consumer.name], consumer) for one in readings]
+    power = _power(expected)
+    expected = [y if one.off is None else y - one.off for y, one in zip(expected, readings, strict=True)]
+
+    def direct(other: Dense) -> float:
+        return _squares(expected, [ops.linear(x, other) for x in given]) / power
+
+    if sum(map(len, given)) <= consumer.shape[1]:
+        return direct
+    gram = torch.zeros(consumer.shape[1], consumer.shape[1], dtype=torch.float64)
+    pull = torch.zeros(consumer.shape, dtype=torch.float64)
+    rest = 0.0
+    for x, y in zip(given, expected, strict=True):
+        apart = (ops.linear(x, consumer) - y).double()
+        gram.addmm_(x.double().T, x.double())
+        pull.addmm_(apart.T, x.double())
+        rest += float(apart.square().sum())
 
     def loss(other: Dense) -> float:
         error = _error(other, consumer).double()
@@ -321,6 +315,10 @@ def _error(made: Dense, exact: Dense) -> torch.Tensor:
     for (rows, one), (_, other) in zip(made.slices(SLICE), exact.slices(SLICE), strict=True):
         torch.sub(one.weight, other.weight, out=error[rows])
     return error
+
+
+def _squares(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    return sum(float((a - b).square().sum()) for a, b in zip(some, others, strict=True))
 
 
 def _power(outputs: list[torch.Tensor]) -> float:
