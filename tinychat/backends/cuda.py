@@ -50,6 +50,11 @@ def available() -> str | None:
     major, minor = _device()["capability"]
     if (major, minor) < (7, 5):
         return f"a GPU of compute capability {major}.{minor}; the kernels need 7.5 (Turing) or later"
+    if not kernels.compiled():
+        return (
+            f"its kernels are not compiled for a GPU of compute capability {major}.{minor}; install tinychat anew with "
+            f"CUDAARCHS={major}{minor}"
+        )
     try:
         import torch
     except (ImportError, OSError) as error:
