@@ -31,14 +31,15 @@
 //   chunk: | m x scales[16] | m x zeros[16] (uint8) | pad to 64 | codes of group 0 | .. | codes of group m-1 |
 //
 // Padding (rows beyond n, k beyond a group's end) is zero: codes, scales and zeros. A kernel may multiply whole units: the
-// bytes that follow a block's integers in an activation, 24 at the least, then meet codes of zero.
+// bytes that follow a block's integers in an activation, 64 at the least, then meet codes of zero.
 // Weights of the other types are k-major within the tile, values[k][16], k padded to 4 with zeros.
 //
 // Activations. For the other types: the row as fp32, padded to 4. For quantized weights: integers x with a scale per block.
 // A block is a group, or a piece of at most 128 of one that is longer: 128 * 255 * 32639 = 1.07e9 fits in int32, and one
 // scale should not serve more. The integers of a block of L values (padded to 8) are planes of bytes with sign: of 16 bits
-// hi[L], then lo[L], x = 256 hi + lo; of 8 bits one plane. Every level reads the same: instructions that multiply bytes
-// are the fast ones everywhere, and codes of any width meet the same activations.
+// hi[L], then lo[L], x = 256 hi + lo; of 8 bits one plane. Instructions that multiply bytes are the fast ones nearly
+// everywhere, and codes of any width meet the same activations. Levels of ARM put them in an order of their own, in the
+// same space (csrc/neon/linear_tiles.h: prepare).
 //
 //   row: | planes of the blocks | pad to 64 | Block per block | Outlier[block_outliers] per block |
 //

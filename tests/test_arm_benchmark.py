@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,8 @@ LISTING = """\
   40058c:\ttbz\tw3, #4, 400580 <main>
   400590:\tadrp\tx0, 48b000 <tunable_list+0x618>
   400594:\tmov\tw1, #0x80                  \t// #128
+  400598:\tbl\t400700 <count_mark>
+  40059c:\tblr\tx3
 """
 
 
@@ -63,6 +66,8 @@ def test_a_listing_becomes_a_program_with_one_label(module):
         0x40058C: "tbz w3, #4, next",
         0x400590: "adrp x0, next",
         0x400594: "mov w1, #0x80",
+        0x400598: "b next",
+        0x40059C: "br x3",
     }
 
 
@@ -71,6 +76,30 @@ def test_cycles_of_a_report(module):
     assert emulate.total_cycles("Iterations:        1\nInstructions:      400\nTotal Cycles:      304\n") == 304
     with pytest.raises(RuntimeError, match="no 'Total Cycles'"):
         emulate.total_cycles("error: unknown target\n")
+
+
+def test_a_program_is_counted_by_the_tools_themselves(module, tmp_path):
+    emulate = module("emulate")
+    needed = ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-objdump", emulate.EMULATOR)
+    if missing := [tool for tool in needed if shutil.which(tool) is None]:
+        pytest.skip(f"{', '.join(missing)} not found; see benchmarks/arm --help")
+    (tmp_path / "three.c").write_text(
+        '__attribute__((noinline)) void count_mark(void) { __asm__ volatile("" ::: "memory"); }\n'
+        "int main(int argc, char** argv) {\n"
+        "    count_mark();\n"
+        '    for (int i = 0; i < argc; i++) __asm__ volatile("nop\\n sdot v0.4s, v1.16b, v2.16b");\n'
+        "    count_mark();\n"
+        "}\n"
+    )
+    command = ["aarch64-linux-gnu-gcc", "-O1", "-static", "-march=armv8.2-a+dotprod", "three.c", "-o", "three"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    ran = emulate.executed(tmp_path / "three", ["a", "b"], "cortex-a76")
+    assert [text.split()[0] for text in ran].count("nop") == 3 and ran.count("sdot v0.4s, v1.16b, v2.16b") == 3, ran
+    assert ran[-1] == "b next" and len(ran) < 30, ran
+    if emulate.mca():
+        assert 3 <= emulate.cycles(ran, "cortex-a76") < 60
+    with pytest.raises(subprocess.CalledProcessError):  # the emulator's A72 has no dot product
+        emulate.executed(tmp_path / "three", [], "cortex-a72")
 
 
 def test_a_prediction_is_the_lower_limit(module):

@@ -59,9 +59,8 @@ void packing(const char* isa, Quantized& weight, const Memory& packed) {
 // `weight(row, k)` is what the packed weight stands for.
 template <class Weight>
 void product(const char* isa, const LinearShape& shape, const Weight& weight, const Memory& packed, int64_t rows,
-             double limit, Random& random) {
+             double limit, const std::vector<float>& x) {
     const LinearKernels& kernels = tinychat::kernels(isa).linear;
-    const std::vector<float> x = random.normals(rows * shape.k);
     const int64_t bytes = kernels.activation_bytes(shape), step = kernels.prepare_step(shape);
     const Memory activations(bytes * rows);
     for (int64_t t = 0; t < rows; t++) {  // in two parts
@@ -89,6 +88,26 @@ void product(const char* isa, const LinearShape& shape, const Weight& weight, co
     check(error <= limit, "NMSE " + std::to_string(error) + " of " + name(isa, shape, rows));
 }
 
+// The largest codes, less a zero of 0, meet the largest activations of either sign: nothing overflows that counts.
+void saturated(const char* isa, int32_t bits, int32_t activation_bits) {
+    Random random(3);
+    for (int64_t group : {1100, 128}) {
+        Quantized weight(17, 1100, group, bits, activation_bits, random);
+        std::memset(weight.codes.data(), (1 << bits) - 1, weight.codes.size());
+        std::memset(weight.zeros.data(), 0, weight.zeros.size());
+        const Memory packed(kernels(isa).linear.packed_bytes(weight.shape));
+        packing(isa, weight, packed);
+        const auto exact = [&](int64_t row, int64_t at) { return weight.weight(row, at); };
+        for (float size : {3.0f, -3.0f}) {
+            const std::vector<float> same(static_cast<size_t>(5 * weight.shape.k), size);
+            for (int64_t rows : {1, 5}) product(isa, weight.shape, exact, packed, rows, 1e-12, same);
+            std::vector<float> mixed = same;  // with others of the other sign, whose sums go the other way
+            for (size_t i = 0; i < mixed.size(); i += 3) mixed[i] = -mixed[i];
+            for (int64_t rows : {1, 5}) product(isa, weight.shape, exact, packed, rows, 1e-12, mixed);
+        }
+    }
+}
+
 // fp32, fp16 and bf16: unpacking gives the same bytes.
 void plain(const char* isa, WeightType type, int64_t n, int64_t k, Random& random) {
     const LinearKernels& kernels = tinychat::kernels(isa).linear;
@@ -111,7 +130,7 @@ void plain(const char* isa, WeightType type, int64_t n, int64_t k, Random& rando
     kernels.unpack(shape, packed.data(), {found.data(), nullptr, nullptr});
     check(values == found, "unpacking undoes packing: " + name(isa, shape, 0));
     const auto weight = [&](int64_t row, int64_t at) { return numbers[static_cast<size_t>(row * k + at)]; };
-    for (int64_t rows : {1, 2, 7}) product(isa, shape, weight, packed, rows, 1e-12, random);
+    for (int64_t rows : {1, 2, 7}) product(isa, shape, weight, packed, rows, 1e-12, random.normals(rows * k));
 }
 
 }  // namespace
@@ -129,10 +148,14 @@ void test_linear() {
                     packing(isa.c_str(), weight, packed);
                     const auto exact = [&](int64_t row, int64_t at) { return weight.weight(row, at); };
                     for (int64_t rows : {1, 2, 3, 8, 13, 33}) {
-                        product(isa.c_str(), weight.shape, exact, packed, rows, activation_bits == 8 ? 5e-4 : 1e-7, random);
+                        const double limit = activation_bits == 8 ? 5e-4 : 1e-7;
+                        product(isa.c_str(), weight.shape, exact, packed, rows, limit, random.normals(rows * k));
                     }
                 }
             }
+        }
+        for (int32_t bits : {2, 3, 4, 8}) {
+            for (int32_t activation_bits : {16, 8}) saturated(isa.c_str(), bits, activation_bits);
         }
         Random random(5);
         for (const WeightType type : {WeightType::f32, WeightType::f16, WeightType::bf16}) {
