@@ -32,9 +32,14 @@ def test_without_a_driver_it_is_not_there_and_nothing_heavy_is_imported(monkeypa
     assert run.stdout.split("\n")[0] == "[] False"
 
 
-def kernels(devices=1, capability=(9, 0), integrated=False):
+def kernels(devices=1, capability=(9, 0), integrated=False, compiled=True):
     found = {"name": "NVIDIA H200", "capability": capability, "integrated": integrated}
-    return SimpleNamespace(device_count=lambda: devices, current_device=lambda: 0, device=lambda index: found)
+    return SimpleNamespace(
+        device_count=lambda: devices,
+        current_device=lambda: 0,
+        device=lambda index: found,
+        compiled=lambda: compiled,
+    )
 
 
 @pytest.fixture
@@ -65,6 +70,7 @@ def driver(monkeypatch, tmp_path):
         (None, "nvcc"),
         (kernels(devices=0), "shows no GPU"),
         (kernels(capability=(7, 0)), "7.0"),
+        (kernels(capability=(12, 1), compiled=False), "CUDAARCHS=121"),
         (kernels(), "without CUDA"),  # PyTorch
     ],
 )

@@ -274,6 +274,13 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
         linear_float_avx2(shape, packed, activations, rows, tile_begin, tile_end, y, y_stride);
         return;
     }
+#ifndef __AVXVNNI__
+    const int64_t many = (shape.bits == 8 ? 2 : 6) * (shape.activation_bits == 8 ? 2 : 1);  // from which unpacking apart pays
+    if (rows >= many) {
+        linear_rows_avx2(shape, packed, activations, rows, tile_begin, tile_end, y, y_stride);
+        return;
+    }
+#endif
     const Call call{QuantizedLayout(shape), shape.wide_scales, shape.n, y_stride};
     const char *at = static_cast<const char*>(packed), *x = static_cast<const char*>(activations);
     with_bits(shape.bits, [&](auto bits) {

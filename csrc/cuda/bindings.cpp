@@ -32,6 +32,7 @@ PYBIND11_MODULE(TINYCHAT_CUDA_MODULE, m) {
         },
         py::arg("index"), "What device `index` is; `integrated`: its memory is the host's.");
     m.def("current_device", &current_device, "The index of the calling thread's device.");
+    m.def("compiled", &compiled, "Whether the kernels were compiled for the current device.");
     m.def("overlap", [](bool on) { overlap = on; }, py::arg("on"),
           "Whether kernels may begin while the one before them ends, where the device does that; on at first.");
 #ifdef TINYCHAT_CUDA_HOST

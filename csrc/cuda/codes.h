@@ -176,13 +176,13 @@ struct Group {
     static __device__ __forceinline__ Group read_shared(SharedAt scales, SharedAt zeros) {
         Group group;
         if constexpr (kWide) {
-            const uint2 both = load_shared2(scales);
+            const uint2 both = load_shared<uint2>(scales);
             group.scales[0] = both.x;
             group.scales[1] = both.y;
         } else {
-            group.scales[0] = load_shared(scales);
+            group.scales[0] = load_shared<uint32_t>(scales);
         }
-        group.zeros = load_shared16(zeros);
+        group.zeros = load_shared<uint16_t>(zeros);
         return group;
     }
     __device__ __forceinline__ float upper_scale() const { return kWide ? as_float(scales[0]) : low_of<Half>(scales[0]); }

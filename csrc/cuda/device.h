@@ -151,45 +151,13 @@ __device__ __forceinline__ SharedAt shared_at(void* pointer) {
 #endif
 }
 
-__device__ __forceinline__ uint4 load_shared4(SharedAt at) {
+// A number there; plain loads, which barriers and waits order.
+template <class T>
+__device__ __forceinline__ T load_shared(SharedAt at) {
 #ifdef __CUDACC__
-    uint4 value;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "r"(at));
-    return value;
+    return *static_cast<const T*>(__cvta_shared_to_generic(at));
 #else
-    return *static_cast<const uint4*>(host::aligned(at, 16));
-#endif
-}
-
-__device__ __forceinline__ uint2 load_shared2(SharedAt at) {
-#ifdef __CUDACC__
-    uint2 value;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(at));
-    return value;
-#else
-    return *static_cast<const uint2*>(host::aligned(at, 8));
-#endif
-}
-
-__device__ __forceinline__ uint32_t load_shared(SharedAt at) {
-#ifdef __CUDACC__
-    uint32_t value;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at));
-    return value;
-#else
-    return *static_cast<const uint32_t*>(host::aligned(at, 4));
-#endif
-}
-
-__device__ __forceinline__ uint32_t load_shared16(SharedAt at) {
-#ifdef __CUDACC__
-    uint16_t value;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(at));
-    return value;
-#else
-    return *static_cast<const uint16_t*>(host::aligned(at, 2));
+    return *static_cast<const T*>(host::aligned(at, sizeof(T)));
 #endif
 }
 

@@ -11,8 +11,9 @@
 // will read. x lies in rows of 8 pieces of 16 bytes, piece p of row m at p ^ 4 (m & 1): eight lanes that read one piece
 // each, of two rows and four t, meet all 32 banks, and one read serves both products of a half.
 //
-// A product of 2048 multiply-adds takes a quarter of a multiprocessor some 6 cycles (H100, mma.sync); it comes with 2
-// multiply-adds of scales, a quarter of a shared read and, at 64 rows, 2 instructions of unpacking: the cores lead.
+// A product of 2048 multiply-adds takes a quarter of a multiprocessor some 6 cycles (H100, mma.sync); with all that belongs
+// to it, scales, reads, unpacking and copies, it is 5 instructions at 64 rows (in sm_90's code, of groups from 64 on), so
+// that the cores can lead; at 32 rows 7.
 #include "codes.h"
 #include "launch.h"
 #include "linear.h"
@@ -43,89 +44,111 @@ struct Stage {
     static constexpr int kBytes = larger(kCount * kSize * 16, kWarps * 8 * kSumStride * 4);
 };
 
-template <class T, int kBits, int kRows>
+// kWhole: a chunk lies in one group, so that its products are one sum before they are scaled.
+template <class T, int kBits, int kRows, bool kWhole>
 __global__ void __launch_bounds__(kWarps* kWarp) gemm_kernel(LinearCall call, float* sums_of_parts) {
     using Of = Codes<T, kBits>;
     using In = Stage<kBits, kRows>;
+    constexpr int kOfWarp = kTiles * In::kParts * kWarp * 16, kGroupBytes = kGroupPieces * 16;
     const PackedWeight& weight = call.weight;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
     const int first_row = blockIdx.x * kRows, first_output = (blockIdx.y * kWarps + warp) * kTiles * kTileOutputs;
     const int begin = weight.chunks * blockIdx.z / gridDim.z, end = weight.chunks * (blockIdx.z + 1) / gridDim.z;
-    uint4* shared = dynamic_shared<uint4>();
+    const SharedAt shared = shared_at(dynamic_shared<char>());
 
-    // Offsets are counted in 16 bytes, so that 32 bits hold them. Tiles beyond the last are computed as the last, and
-    // not stored.
+    // What a thread copies of a stage: codes of its warp's tiles, a piece of x in every 16th row, for some a piece of scales
+    // or zeros. Tiles beyond the last are computed as the last, and not stored.
     const int last_tile = divide_up(weight.n, kTileOutputs) - 1, row_pieces = call.x_stride / 8;
-    const auto fill_weights = [&](int chunk) {
-        uint4* stage = shared + chunk % In::kCount * In::kSize;
-        const int first_tile = first_output / kTileOutputs;
+    const auto tile = [&](int i) { return smaller(first_output / kTileOutputs + i, last_tile); };
+    int codes[kTiles];  // offsets are counted in 16 bytes, so that 32 bits hold them
+#pragma unroll
+    for (int i = 0; i < kTiles; i++) codes[i] = (tile(i) * weight.chunks + begin) * In::kParts * kWarp + lane;
+    const int m = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
+    int inputs = (first_row + m) * row_pieces + begin * kPieces + piece;
+    const int of = lane / kGroupPieces, group_piece = lane % kGroupPieces;  // of: tile and half
+    const bool of_zeros = group_piece == kGroupPieces - 1;
+    const bool of_groups = of < kTiles * 2 && (of_zeros || group_piece < (weight.wide ? 4 : 2));
+    const uint32_t group_bytes = of_zeros ? 16 : weight.wide ? 64 : 32;
+    const char* groups = of_zeros ? reinterpret_cast<const char*>(weight.zeros)
+                                  : static_cast<const char*>(weight.scales) + 16 * group_piece;
+    groups += static_cast<int64_t>(tile(of / 2)) * weight.groups * group_bytes;
+    const SharedAt codes_at = shared + warp * kOfWarp + lane * 16;
+    const SharedAt inputs_at = shared + In::kCodes * 16 + (m * kPieces + (piece ^ (m & 1) << 2)) * 16;
+    const SharedAt groups_at = shared + (In::kCodes + In::kInputs) * 16 + warp * kTiles * 2 * kGroupBytes;
+
+    // Starts the copies of `chunk`, one after the other, to a stage's place in shared memory.
+    const auto fill_weights = [&](int place, int chunk) {
 #pragma unroll
         for (int i = 0; i < kTiles * In::kParts; i++) {
-            const int tile = smaller(first_tile + i / In::kParts, last_tile);
-            const int at = ((tile * weight.chunks + chunk) * In::kParts + i % In::kParts) * kWarp + lane;
-            copy_async(stage + (warp * kTiles * In::kParts + i) * kWarp + lane, static_cast<const uint4*>(weight.codes) + at);
+            const int at = codes[i / In::kParts] + i % In::kParts * kWarp;
+            copy_async(codes_at + place + i * kWarp * 16, static_cast<const uint4*>(weight.codes) + at);
         }
-        stage += In::kCodes + In::kInputs;
-        if (lane < kTiles * 2 * kGroupPieces) {
-            const int of = lane / kGroupPieces, piece = lane % kGroupPieces;  // of: tile and half
-            const int group = (2 * chunk + of % 2) >> weight.group_shift;
-            const int at = smaller(first_tile + of / 2, last_tile) * weight.groups + group;
-            uint4* to = stage + (warp * kTiles * 2 + of) * kGroupPieces + piece;
-            if (piece == kGroupPieces - 1) {
-                copy_async(to, reinterpret_cast<const uint4*>(weight.zeros) + at);
-            } else if (weight.wide || piece < 2) {
-                copy_async(to, static_cast<const uint4*>(weight.scales) + at * (weight.wide ? 4 : 2) + piece);
-            }
-        }
+#pragma unroll
+        for (int i = 0; i < kTiles; i++) codes[i] += In::kParts * kWarp;
+        if (!of_groups) return;
+        const uint32_t group = (2 * chunk + of % 2) >> weight.group_shift;
+        copy_async(groups_at + place + lane * 16, groups + static_cast<uint64_t>(group) * group_bytes);
     };
-    const auto fill_inputs = [&](int chunk) {
-        uint4* stage = shared + chunk % In::kCount * In::kSize + In::kCodes;
+    const auto fill_inputs = [&](int place, int chunk) {
+        constexpr int kEvery = kWarps * kWarp / kPieces;
+        const bool inside = chunk * kPieces + piece < row_pieces;
 #pragma unroll
         for (int i = 0; i < In::kInputs / (kWarps * kWarp); i++) {
-            const int m = i * (kWarps * kWarp / kPieces) + threadIdx.x / kPieces, p = threadIdx.x % kPieces;
-            const bool there = first_row + m < call.rows && chunk * kPieces + p < row_pieces;
-            const int at = there ? (first_row + m) * row_pieces + chunk * kPieces + p : 0;
-            copy_async(stage + m * kPieces + (p ^ (m & 1) << 2), static_cast<const uint4*>(call.x) + at, there ? 16 : 0);
+            const bool there = inside && first_row + m + i * kEvery < call.rows;
+            const uint4* from = static_cast<const uint4*>(call.x) + inputs + i * kEvery * row_pieces;
+            copy_async(inputs_at + place + i * kEvery * kPieces * 16, from, there ? 16 : 0);
         }
+        inputs += kPieces;
     };
 
     float sums[kTiles][kRows / 8][4] = {};
-    const auto multiply_stage = [&](int chunk) {
-        const uint4* stage = shared + chunk % In::kCount * In::kSize;
-        uint32_t words[kTiles][4 * Of::kParts];
+    const SharedAt own_inputs = shared + In::kCodes * 16 + (g * kPieces + (t ^ (g & 1) << 2)) * 16;
+    const SharedAt other_half = own_inputs + (g % 2 ? -64 : 64);  // 4 pieces before or after
+    const SharedAt own_groups = groups_at + g * (weight.wide ? 8 : 4), own_zeros = groups_at + kGroupBytes - 16 + g * 2;
+    const auto multiply_stage = [&](int place) {
+        constexpr int kSpan = kWhole ? 2 : 1;  // halves that are summed before they are scaled
 #pragma unroll
-        for (int i = 0; i < kTiles; i++) {
-            uint4 parts[Of::kParts];
-#pragma unroll
-            for (int p = 0; p < Of::kParts; p++) parts[p] = stage[((warp * kTiles + i) * Of::kParts + p) * kWarp + lane];
-            spread(parts, words[i]);
-        }
-        const uint4* inputs = stage + In::kCodes;
-        const uint4* groups = inputs + In::kInputs + warp * kTiles * 2 * kGroupPieces;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            uint32_t weights[kTiles][2][4];
+        for (int half = 0; half < 2; half += kSpan) {
+            uint32_t weights[kTiles][2 * kSpan][4];
             float2 scales[kTiles];
 #pragma unroll
             for (int i = 0; i < kTiles; i++) {
-                const uint4* of = groups + (i * 2 + half) * kGroupPieces;
-                const auto unpack = [&](const auto& group) {
-                    const uint32_t upper = Of::upper(group.zeros), lower = Of::lower(group.zeros);
-                    scales[i] = make_float2(group.upper_scale(), group.lower_scale());
-                    Of::fragment(words[i], 2 * half, upper, lower, weights[i][0]);
-                    Of::fragment(words[i], 2 * half + 1, upper, lower, weights[i][1]);
-                };
-                weight.wide ? unpack(Group<true>::read(of, of + kGroupPieces - 1, g))
-                            : unpack(Group<false>::read(of, of + kGroupPieces - 1, g));
+                uint32_t words[kSpan * 2 * Of::kParts];  // of these halves alone
+                const SharedAt from = codes_at + place + i * Of::kParts * kWarp * 16;
+                if constexpr (kSpan * Of::kParts == 1) {
+                    const uint2 two = load_shared<uint2>(from + half * 8);
+                    words[0] = two.x;
+                    words[1] = two.y;
+                } else {
+                    uint4 parts[kSpan * Of::kParts / 2];
+#pragma unroll
+                    for (int p = 0; p < kSpan * Of::kParts / 2; p++) parts[p] = load_shared<uint4>(from + (half + p) * kWarp * 16);
+                    spread(parts, words);
+                }
+                const int of_group = place + (i * 2 + half) * kGroupBytes;
+                const uint32_t zeros = load_shared<uint16_t>(own_zeros + of_group);
+                const uint32_t scale = load_shared<uint32_t>(own_groups + of_group);
+                const float second = weight.wide ? as_float(load_shared<uint32_t>(own_groups + of_group + 4)) : 0;
+                scales[i].x = weight.wide ? as_float(scale) : low_of<Half>(scale);
+                scales[i].y = weight.wide ? second : high_of<Half>(scale);
+                const uint32_t upper = Of::upper(zeros), lower = Of::lower(zeros);
+#pragma unroll
+                for (int step = 0; step < 2 * kSpan; step++) Of::fragment(words, step, upper, lower, weights[i][step]);
             }
 #pragma unroll
             for (int j = 0; j < kRows / 8; j++) {
-                const uint4 x = inputs[(j * 8 + g) * kPieces + ((half * 4 + t) ^ (g & 1) << 2)];
+                uint4 x[kSpan];
+#pragma unroll
+                for (int part = 0; part < kSpan; part++) {
+                    x[part] = load_shared<uint4>((half + part ? other_half : own_inputs) + place + j * 8 * kPieces * 16);
+                }
 #pragma unroll
                 for (int i = 0; i < kTiles; i++) {
                     float products[4];
-                    product<T>(products, weights[i][0], x.x, x.y);
-                    multiply<T>(products, weights[i][1], x.z, x.w);
+                    product<T>(products, weights[i][0], x[0].x, x[0].y);
+                    multiply<T>(products, weights[i][1], x[0].z, x[0].w);
+                    if (kWhole) multiply<T>(products, weights[i][2 * kSpan - 2], x[kSpan - 1].x, x[kSpan - 1].y);
+                    if (kWhole) multiply<T>(products, weights[i][2 * kSpan - 1], x[kSpan - 1].z, x[kSpan - 1].w);
                     sums[i][j][0] += scales[i].x * products[0];
                     sums[i][j][1] += scales[i].x * products[1];
                     sums[i][j][2] += scales[i].y * products[2];
@@ -136,31 +159,35 @@ __global__ void __launch_bounds__(kWarps* kWarp) gemm_kernel(LinearCall call, fl
     };
 
     // The first stages' weights, which no kernel writes, while the kernel before still runs.
+    constexpr int kPlace = In::kSize * 16, kPlaces = In::kCount * kPlace;
 #pragma unroll
     for (int i = 0; i < In::kCount - 1; i++) {
-        if (begin + i < end) fill_weights(begin + i);
+        if (begin + i < end) fill_weights(i * kPlace, begin + i);
     }
     admit_later();
     await_earlier();
 #pragma unroll
     for (int i = 0; i < In::kCount - 1; i++) {
-        if (begin + i < end) fill_inputs(begin + i);
+        if (begin + i < end) fill_inputs(i * kPlace, begin + i);
         copies_end();
     }
+    int place = 0, free = kPlaces - kPlace;  // of this stage, and of the one to be filled next
     for (int chunk = begin; chunk < end; chunk++) {
         copies_arrived<In::kCount - 2>();
         __syncthreads();  // the stage of `chunk` is there for all, and nobody reads the one before any more
         if (chunk + In::kCount - 1 < end) {
-            fill_weights(chunk + In::kCount - 1);
-            fill_inputs(chunk + In::kCount - 1);
+            fill_weights(free, chunk + In::kCount - 1);
+            fill_inputs(free, chunk + In::kCount - 1);
         }
         copies_end();
-        multiply_stage(chunk);
+        multiply_stage(place);
+        free = place;
+        place = place + kPlace == kPlaces ? 0 : place + kPlace;
     }
     __syncthreads();
 
     // Through shared memory, so that a warp writes 32 neighbouring outputs of a row.
-    float* turned = reinterpret_cast<float*>(shared) + warp * 8 * kSumStride;
+    float* turned = dynamic_shared<float>() + warp * 8 * kSumStride;
     const int output = first_output + lane;
 #pragma unroll
     for (int j = 0; j < kRows / 8; j++) {
@@ -239,7 +266,9 @@ void start(const LinearCall& call, int parts, float* workspace, int64_t workspac
     const int of_rows = divide_up(call.rows, kRows), of_outputs = divide_up(call.weight.n, kBlockOutputs);
     if (!parts) parts = choose_parts(call, of_rows * of_outputs, workspace_bytes);
     const Grid grid{dim3(of_rows, of_outputs, parts), dim3(kWarps * kWarp), Stage<kBits, kRows>::kBytes};
-    launch("gemm", gemm_kernel<T, kBits, kRows>, grid, stream, call, workspace);
+    const bool whole = call.weight.group_shift > 0;
+    launch("gemm", whole ? gemm_kernel<T, kBits, kRows, true> : gemm_kernel<T, kBits, kRows, false>, grid, stream, call,
+           workspace);
     if (parts == 1) return;
     const auto combine = [&](auto* kernel, int at_once) {
         const dim3 blocks(call.rows, divide_up(call.weight.n, kCombined * at_once));
@@ -248,15 +277,11 @@ void start(const LinearCall& call, int parts, float* workspace, int64_t workspac
     call.weight.n % 4 ? combine(combine_kernel<T, 1>, 1) : combine(combine_kernel<T, 4>, 4);
 }
 
-// At 8 bits, of few weights, one size serves.
 template <class T, int kBits>
 void start(const LinearCall& call, int parts, float* workspace, int64_t workspace_bytes, Stream stream) {
-    if constexpr (kBits == 8) {
-        start<T, kBits, 64>(call, parts, workspace, workspace_bytes, stream);
-    } else {
-        const auto sized = call.rows <= 32 ? start<T, kBits, 32> : call.rows <= 64 ? start<T, kBits, 64> : start<T, kBits, 128>;
-        sized(call, parts, workspace, workspace_bytes, stream);
-    }
+    // Not 128: registers would be full, and no room to sum a chunk's products before they are scaled.
+    const auto sized = call.rows <= 32 ? start<T, kBits, 32> : start<T, kBits, 64>;
+    sized(call, parts, workspace, workspace_bytes, stream);
 }
 
 }  // namespace

@@ -78,14 +78,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kScales == Scales::whole && 
     // Starts the copies of the step after the one that came last, to a place of the ring.
     const auto fill = [&](int place, int step) {
         const SharedAt to = ring_of_lane + place;
-        copy_async_at(to, codes);
-        if (In::kChunks == 1 || step * 2 + 1 < weight.chunks) copy_async_at(to + 512, codes + kWarp);
+        copy_async(to, codes);
+        if (In::kChunks == 1 || step * 2 + 1 < weight.chunks) copy_async(to + 512, codes + kWarp);
         codes += 2 * kWarp;
         if (lane < In::kGroups * In::kPieces) {
             int group = step * In::kChunks * 2 + (In::kGroups == 1 ? 0 : lane / In::kPieces);
             group >>= weight.group_shift;
             if (In::kGroups > 1) group = smaller(group, weight.groups - 1);  // of a chunk that is not there
-            copy_async_at(to + In::kCodes, groups + static_cast<uint64_t>(static_cast<uint32_t>(group)) * group_bytes);
+            copy_async(to + In::kCodes, groups + static_cast<uint64_t>(static_cast<uint32_t>(group)) * group_bytes);
         }
     };
 #pragma unroll
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kScales == Scales::whole && 
                     *reinterpret_cast<const uint4*>(inputs[i % kRowTiles] + i / kRowTiles * 32);
             }
         }
-        const uint4 parts[2] = {load_shared4(ring_of_lane + place), load_shared4(ring_of_lane + place + 512)};
+        const uint4 parts[2] = {load_shared<uint4>(ring_of_lane + place), load_shared<uint4>(ring_of_lane + place + 512)};
         uint32_t words[8];
         spread(parts, words);
         float products[kRowTiles][4];

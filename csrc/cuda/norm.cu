@@ -61,12 +61,15 @@ __global__ void __launch_bounds__(kThreads, 1) norm_kernel(NormArguments a) {
         const int at = (i * blockDim.x + threadIdx.x) * N;
         for (int j = 0; j < N; ++j) values[i][j] = 0;
         if (at >= a.width) continue;
+        float more[2][N];  // all is asked for before any of it is waited for
         load<N>(x + at, values[i]);
+#pragma unroll
         for (int part = 0; part < 2; ++part) {
-            if (!a.added[part]) continue;
-            float more[N];
-            load<N>(static_cast<const T*>(a.added[part]) + row * a.width + at, more);
-            for (int j = 0; j < N; ++j) values[i][j] += a.scale * more[j];
+            load<N>(a.added[part] ? static_cast<const T*>(a.added[part]) + row * a.width + at : x + at, more[part]);
+        }
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+            for (int j = 0; j < N; ++j) values[i][j] += a.added[part] ? a.scale * more[part][j] : 0.0f;
         }
         if (a.sum) {
             store<N>(static_cast<T*>(a.sum) + row * a.width + at, values[i]);

@@ -54,6 +54,13 @@ int current_device() {
     return index;
 }
 
+bool compiled() {
+    cudaFuncAttributes attributes;
+    if (cudaFuncGetAttributes(&attributes, nothing) == cudaSuccess) return true;
+    cudaGetLastError();  // or the next launch would be blamed for it
+    return false;
+}
+
 int multiprocessors() {
     static std::atomic<int> values[kRemembered];
     return remembered(values, [](int index) { return attribute(cudaDevAttrMultiProcessorCount, index); });

@@ -16,6 +16,9 @@ int device_count();
 Device device(int index);
 int current_device();  // of the calling thread
 
+// Whether the kernels were compiled for the current device.
+bool compiled();
+
 // Of the current device; remembered.
 int multiprocessors();
 int capability();  // 80 for 8.0

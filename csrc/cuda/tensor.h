@@ -60,32 +60,17 @@ __device__ __forceinline__ void multiply<BFloat>(float (&)[4], const uint32_t (&
 
 #endif
 
-// 16 bytes from global to shared memory, both aligned to 16, past the registers and L1; of which `bytes` are read and
-// the rest becomes zeros. They are there after `copies_arrived`, for the thread that asked; for others after a barrier
-// beyond it. sm_75 copies at once.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes = 16) {
+// 16 bytes from global to shared memory, both aligned to 16, past the registers and L1; or of `bytes` 0 zeros, and nothing
+// is read. They are there after `copies_arrived`, for the thread that asked; for others after a barrier beyond it. sm_75
+// copies at once.
+__device__ __forceinline__ void copy_async(SharedAt shared, const void* global, int bytes = 16) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-    const char* source = static_cast<const char*>(global);
-    if (bytes == 16) {
-        *static_cast<uint4*>(shared) = *reinterpret_cast<const uint4*>(source);
-    } else {
-        for (int i = 0; i < 16; i++) static_cast<char*>(shared)[i] = i < bytes ? source[i] : 0;
-    }
-#else
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
-#endif
-}
-
-// The same to an address of shared memory.
-__device__ __forceinline__ void copy_async_at(SharedAt shared, const void* global) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-    const uint4 value = *static_cast<const uint4*>(global);
+    const uint4 value = bytes == 16 ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(value.x), "r"(value.y), "r"(value.z),
                  "r"(value.w)
                  : "memory");
 #else
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 #endif
 }
 
@@ -140,8 +125,7 @@ inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 }
 
 // The copy is made when it is waited for, and until then its target holds NaNs.
-inline void copy_async(void* shared, const void* global, int bytes = 16) { host::copy_later(shared, global, bytes); }
-inline void copy_async_at(SharedAt shared, const void* global) { host::copy_later(shared, global, 16); }
+inline void copy_async(SharedAt shared, const void* global, int bytes = 16) { host::copy_later(shared, global, bytes); }
 inline void copies_end() { host::end_copies(); }
 template <int kMayRun>
 inline void copies_arrived() {

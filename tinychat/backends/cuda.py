@@ -50,6 +50,11 @@ def available() -> str | None:
     major, minor = _device()["capability"]
     if (major, minor) < (7, 5):
         return f"a GPU of compute capability {major}.{minor}; the kernels need 7.5 (Turing) or later"
+    if not kernels.compiled():
+        return (
+            f"its kernels are not compiled for a GPU of compute capability {major}.{minor}; install tinychat anew with "
+            f"CUDAARCHS={major}{minor}"
+        )
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -103,7 +108,8 @@ def build(
     threads: not used; kv_dtype fp16, int8, or fp32, which is kept as fp16; activations: 16 alone; head: 16 for the
     output head as it is stored, 8 to round it; dtype: of activations, fp16 or bf16, by default bf16 where the
     checkpoint's own is and the GPU multiplies it (8.0 and later); graphs: decoding steps are captured once and
-    replayed; progress(done, total): called after each layer.
+    replayed; progress(done, total): called after each layer. Where the GPU can (9.0 and later), kernels begin while the
+    one before them ends, but for TINYCHAT_CUDA_OVERLAP=0.
     Raises UsageError for another option, BackendError where the GPU cannot hold or run the model.
     """
     if reason := available():

@@ -112,9 +112,7 @@ def judge(
     if unsteadiness > UNSTEADY:
         reasons.append(f"a slice and the next differ by {unsteadiness:.0%}: something else uses the memory")
     if core_share < CROWDED:
-        reasons.append(
-            f"its threads had a core {core_share:.0%} of the time: others use it, or they are too many"
-        )
+        reasons.append(f"its threads had a core {core_share:.0%} of the time: others use it, or they are too many")
     return Verdict(median, (low, high), unsteadiness, bytes_read, reasons)
 
 

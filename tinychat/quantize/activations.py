@@ -1,6 +1,7 @@
 """Calibration activations: tokens carried through the unquantized model block by block, and what each linear sees.
 
-The inputs of a block are those of the unquantized model, as in all published implementations of AWQ.
+Statistics are of the unquantized model, as in all published implementations of AWQ. The sampled tokens go through the
+quantized model too, where that is asked for: what a search may then still put right is what the layers before it did.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from tinychat.config import ModelConfig
 from tinychat.decoder import Context, Entrance, PackedLayer, block
 from tinychat.errors import CheckpointError
 from tinychat.quantize.dense import Dense, DenseOps, linears_of
+from tinychat.quantize.grid import Grid
 from tinychat.weights import Ends
 
 NO_ENDS = Ends()
 SAMPLED_NUMBERS = 2**22  # of a block's input: what narrow models are sampled to
 CHUNK_TOKENS = 4096  # run at once: bounds the memory of intermediate activations
 CHUNK_NUMBERS = 2**25  # of what the widest linear makes of tokens run at once, unless they are sampled
+STATE = ("activations", "drifted")
 CHANNELS = 2048  # whose statistics are computed at once: likewise
 
 
@@ -41,7 +44,9 @@ class Sample:
     context: Context
     x: torch.Tensor  # the block's input, fp32 [T, hidden_size]
     y: torch.Tensor  # its output, likewise, until the next block has been run
+    drifted: torch.Tensor  # what the quantized layers before make of x, likewise; x itself where they are not followed
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # of each canonical linear, [T, K]
+    middle: list[torch.Tensor] = field(default_factory=list)  # one: what the block's last norm read, as x
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +76,11 @@ class Activations:
         sample_tokens: int,
         seed: int = 0,
         ends: Ends = NO_ENDS,
+        follow: bool = False,
     ):
         """About `sample_tokens` tokens (more of a narrow model), in whole sequences drawn with `seed`, are sampled.
 
-        Half of them are held out.
+        Half of them are held out. `follow`: they go through the quantized layers too (see `drift`).
         """
         self.unseen: list[str] = []  # linears of experts that no token went to in the last block, or no sampled one
         self._config = config
@@ -84,8 +90,12 @@ class Activations:
         ids: list[int] = []
         positions: list[torch.Tensor] = []
         for kind in Use:
-            n = CHUNK_TOKENS if kind is not Use.STATISTICS else min(CHUNK_TOKENS, CHUNK_NUMBERS // config.up_size)
-            for chunk in _chunks([s for s, its in zip(sequences, use, strict=True) if its is kind], n):
+            some = [s for s, its in zip(sequences, use, strict=True) if its is kind]
+            if kind is Use.STATISTICS:
+                n = min(CHUNK_TOKENS, CHUNK_NUMBERS // config.up_size)
+            else:  # in two chunks at least, where it can be, so that half of them can choose
+                n = min(CHUNK_TOKENS, -(-sum(map(len, some)) // 2))
+            for chunk in _chunks(some, n):
                 begin = len(ids)
                 ids += [token for sequence in chunk for token in sequence]
                 context = Context.of_sequences(config, [len(sequence) for sequence in chunk])
@@ -93,6 +103,8 @@ class Activations:
                 self._chunks.append((slice(begin, len(ids)), context, kind))
         entrance = Entrance(config, TorchOps(), embedding[np.asarray(ids)], ends)
         self._x = entrance.of_tokens(torch.arange(len(ids)), torch.cat(positions))  # [tokens, hidden_size]
+        sampled = sum(len(context.positions) for _, context, kind in self._chunks if kind is not Use.STATISTICS)
+        self._drifted = self._x[:sampled].clone() if follow else None  # these come first
 
     @property
     def n_tokens(self) -> int:
@@ -100,13 +112,16 @@ class Activations:
         return len(self._x)
 
     @property
-    def state(self) -> np.ndarray:
-        """What `resume` wants: fp32 [tokens, hidden_size]."""
-        return self._x.numpy()
+    def state(self) -> dict[str, np.ndarray]:
+        """What `resume` wants: fp32 [tokens, hidden_size] by the names of STATE; the second of what is followed."""
+        found = (self._x,) if self._drifted is None else (self._x, self._drifted)
+        return {name: x.numpy() for name, x in zip(STATE, found, strict=False)}
 
-    def resume(self, state: np.ndarray) -> None:
+    def resume(self, state: dict[str, np.ndarray]) -> None:
         """Stand where the activations of the same sequences stood when their `state` was this."""
-        self._x = torch.from_numpy(state)
+        self._x = torch.from_numpy(state[STATE[0]])
+        if self._drifted is not None:
+            self._drifted = torch.from_numpy(state[STATE[1]])
 
     @torch.inference_mode()
     def advance(self, layer: PackedLayer, index: int, grams: bool = False, samples: bool = True) -> Observed:
@@ -119,7 +134,10 @@ class Activations:
         counts: dict[str, int] = {}
         for rows, context, use in self._chunks:
             keep = samples and use is not Use.STATISTICS
-            sample = Sample(context, self._x[rows].clone(), self._x[rows]) if keep else None
+            sample = None
+            if keep:
+                x = self._x[rows].clone()
+                sample = Sample(context, x, self._x[rows], x if self._drifted is None else self._drifted[rows])
 
             def watch(linear: Dense, x: torch.Tensor, sample: Sample | None = sample) -> None:
                 _add(totals, linear.name, torch.cat([part.abs().sum(0, dtype=torch.float64) for part in _parts(x)]))
@@ -129,8 +147,10 @@ class Activations:
                 if sample:
                     sample.inputs[linear.name] = x
 
-            self._x[rows] = block(self._config, DenseOps(watch), layer, index, self._x[rows], context)
+            ops = DenseOps(watch)
+            self._x[rows] = block(self._config, ops, layer, index, self._x[rows], context)
             if sample:
+                sample.middle.append(ops.stream)
                 (found.samples if use is Use.SEARCH else found.held_out).append(sample)
         if not torch.isfinite(self._x).all():
             raise CheckpointError(
@@ -141,6 +161,16 @@ class Activations:
         seen = found.grams if grams else {name for sample in found.samples for name in sample.inputs}
         self.unseen = [name for name in linears_of(layer) if name not in seen]
         return found
+
+    @torch.inference_mode()
+    def drift(self, layer: PackedLayer, index: int, grid: Grid) -> None:
+        """Run block `index`, on `grid`, on what is followed of the quantized model."""
+        if self._drifted is None:
+            return
+        for rows, context, use in self._chunks:
+            if use is not Use.STATISTICS:
+                x = self._drifted[rows]
+                self._drifted[rows] = block(self._config, DenseOps(grid=grid), layer, index, x, context)
 
 
 def _add(totals: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None:

@@ -8,24 +8,30 @@ Scales and limits are found on `Observed.samples` and kept only where they distu
 group less on `Observed.held_out` too, so that no group ends up worse than rounding to nearest by either measure.
 Statistics are of all tokens; an expert's are of the tokens that went to it, and one that no sampled token went to keeps
 plain rounding. Everything is fp32.
+
+Where the sampled tokens are followed through the quantized model (`Sample.drifted`), a group reads what everything
+before it, rounded, makes of them, and what it adds to the stream is held against the unquantized model's: its loss
+counts what was lost before, and the search makes up for a part of that. (Not of what experts read: other tokens may go
+to them.)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from tinychat.config import ModelConfig
-from tinychat.decoder import PackedLayer, block, mlp, self_attention
+from tinychat.config import Block, ModelConfig
+from tinychat.decoder import Context, PackedLayer, block, mlp, self_attention
 from tinychat.quantize import clip
 from tinychat.quantize.activations import Observed, Sample
 from tinychat.quantize.dense import SLICE, Dense, DenseOps, changed, part
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.groups import Group, scaling_groups
 from tinychat.quantize.report import BLOCK, GroupResult
+from tinychat.weights import LINEARS
 
 NEEDS_CALIBRATION = True
 STEPS = 20
@@ -34,7 +40,27 @@ TOKENS, BETWEEN = 512, 2**25  # that a trial's MLP takes at once: multiples, of 
 LARGEST = 2.0**10  # no channel is scaled by more, or by less than its inverse: fp16 must hold the folded weights
 
 Consumers = dict[str, Dense]  # of a group, by canonical name
+Inputs = tuple[torch.Tensor, torch.Tensor | None]  # of one of them, as `clip` wants them: X and apart
 Loss = Callable[[Consumers], float]  # of the linears in place of those of a group
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a group's consumers read in a sample.
+
+    exact  by canonical name, fp32 [T, K]: in the unquantized model
+    given  likewise, where all before them is quantized; `exact` itself where that is not followed
+    off    [T, hidden_size]: how far the stream that the group's output is added to then is from what it was; None: 0
+    """
+
+    context: Context
+    exact: dict[str, torch.Tensor]
+    given: dict[str, torch.Tensor]
+    off: torch.Tensor | None = None
+
+
+class _Reached(Exception):
+    """Ends a forward pass at what a linear reads."""
 
 
 @torch.inference_mode()
@@ -48,9 +74,16 @@ def transform(
     results = []
     folded = layer
     for group in scaling_groups(config, config.experts_of(index)):
-        seen = any(group.consumers[0] in sample.inputs for sample in observed.samples)
+        seen, others = (
+            [
+                _reading(config, folded, index, group, sample, grid)
+                for sample in some
+                if group.consumers[0] in sample.inputs
+            ]
+            for some in (observed.samples, observed.held_out)
+        )
         if seen and any(part(layer, name).quantized for name in group.consumers):
-            folded, result = _search(config, layer, folded, index, group, observed, grid)
+            folded, result = _search(config, layer, folded, index, group, observed, grid, seen, others)
             results.append(result)
         for sample in (*observed.samples, *observed.held_out):
             for name in group.consumers:  # of this group alone
@@ -62,6 +95,28 @@ def transform(
     return folded, results
 
 
+def _reading(config: ModelConfig, folded: PackedLayer, index: int, group: Group, sample: Sample, grid: Grid) -> Reading:
+    """Of a group in one sample, by what was found for the groups before it."""
+    exact = {name: sample.inputs[name] for name in group.consumers if name in sample.inputs}
+    if sample.drifted is sample.x or not exact.keys() <= set(LINEARS):
+        return Reading(sample.context, exact, exact)
+
+    def watch(linear: Dense, x: torch.Tensor) -> None:
+        if linear.name in exact:
+            raise _Reached(x)
+
+    ops = DenseOps(watch, grid)
+    try:
+        block(config, ops, folded, index, sample.drifted, sample.context)
+    except _Reached as reached:
+        given = dict.fromkeys(exact, reached.args[0])  # all read the same
+    off = None
+    if config.block is Block.SEQUENTIAL:  # else more is added, or not as it is
+        before = sample.x if exact.keys() <= {"qkv", "out"} else sample.middle[0]
+        off = (ops.stream - before) / config.residual_scale
+    return Reading(sample.context, exact, given, off)
+
+
 def _search(
     config: ModelConfig,
     layer: PackedLayer,
@@ -70,27 +125,23 @@ def _search(
     group: Group,
     observed: Observed,
     grid: Grid,
+    seen: list[Reading],
+    others: list[Reading],
 ) -> tuple[PackedLayer, GroupResult]:
-    """`folded` with what is best for one group of `layer`."""
+    """`folded` with what is best for one group of `layer`, by what its consumers read."""
     consumers: Consumers = {name: part(layer, name) for name in group.consumers}
-    seen, others = (
-        [sample for sample in some if group.consumers[0] in sample.inputs]
-        for some in (observed.samples, observed.held_out)
-    )
-    many = len(seen) > 1 and sum(sample.x.numel() for sample in seen) > MANY
+    many = len(seen) > 1 and config.hidden_size * sum(len(one.context.positions) for one in seen) > MANY
     loss = _loss(config, layer, index, group, seen)
     coarse = _loss(config, layer, index, group, seen[::2]) if many else loss
     judged = _loss(config, layer, index, group, others) if others else loss
     rtn, allowed = _each(_rounded(grid, consumers), loss, judged)
 
     magnitude = group.pooled(observed.magnitude[group.consumers[0]])  # all read the same
-    some: dict[str, torch.Tensor] = {}
-    inputs: dict[str, torch.Tensor] = {}
+    some: dict[str, Inputs] = {}
+    inputs: dict[str, Inputs] = {}
     for name in consumers:
-        if any(name in sample.inputs for sample in seen):
-            x = _inputs(seen, name)
-            some[name], inputs[name] = clip.condensed(x, clip.GLANCED), clip.condensed(x, clip.SEARCHED)
-            del x  # in memory twice where there are several samples
+        if any(name in one.exact for one in seen):
+            some[name], inputs[name] = (_few(consumers[name], seen, n) for n in (clip.GLANCED, clip.SEARCHED))
 
     def scaled(step: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The scales of a step, of the producer's channels and of the consumers'."""
@@ -168,64 +219,92 @@ def _limits(
     grid: Grid,
     consumers: Consumers,
     columns: torch.Tensor | None,
-    inputs: dict[str, torch.Tensor],
+    inputs: dict[str, Inputs],
 ) -> dict[str, torch.Tensor]:
     """Of the scaled consumers, by one of the searches of `clip`; not of routers, nor of experts that saw no sample."""
     found = {}
-    for name, x in inputs.items():
+    for name, (x, apart) in inputs.items():
         if consumers[name].quantized:
             scaled, x = _scaled(consumers[name], columns), x if columns is None else x / columns
-            pieces = (slice(first, first + clip.ROWS) for first in range(0, len(scaled.stored), clip.ROWS))
-            found[name] = torch.cat([search(grid, scaled.of_rows(rows), x, scaled.modules[0]) for rows in pieces])
+            pieces = [slice(first, first + clip.ROWS) for first in range(0, len(scaled.stored), clip.ROWS)]
+            of = [None if apart is None else apart[:, rows] for rows in pieces]
+            made = (search(grid, scaled.of_rows(r), x, a, scaled.modules[0]) for r, a in zip(pieces, of, strict=True))
+            found[name] = torch.cat(list(made))
     return found
 
 
-def _inputs(samples: list[Sample], name: str) -> torch.Tensor:
-    """Of one linear in all samples that it reads: [T, K]."""
-    found = [sample.inputs[name] for sample in samples if name in sample.inputs]
-    return torch.cat(found) if len(found) > 1 else found[0]
+def _few(linear: Dense, readings: list[Reading], numbers: int) -> Inputs:
+    """Of what a linear reads in all of them as many rows as have so many numbers, for `clip`."""
+    some = [one for one in readings if linear.name in one.exact]
+    rows = slice(None, None, max(1, sum(one.exact[linear.name].numel() for one in some) // numbers))
+    x, apart = [], []
+    for one in some:
+        exact, given = one.exact[linear.name][rows], one.given[linear.name][rows]
+        x.append(given)
+        if one.given is not one.exact:
+            apart.append(DenseOps().linear(given - exact, replace(linear, bias=None)))
+        if one.off is not None and linear.name in ("out", "down"):
+            apart[-1] += one.off[rows]
+    return clip.condensed(torch.cat(x), torch.cat(apart) if apart else None)
 
 
-def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, samples: list[Sample]) -> Loss:
-    """How far the output of attention, MLP or both moves when the group's consumers are replaced."""
+def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, readings: list[Reading]) -> Loss:
+    """How far what attention, MLP or both add to the stream is off when the group's consumers are replaced."""
     if group.ends_block:
         (name,) = group.consumers
-        quadratic = _quadratic_loss(part(layer, name), _inputs(samples, name))
+        quadratic = _quadratic_loss(part(layer, name), readings)
         return lambda consumers: quadratic(consumers[name])
     ops = DenseOps()
     n_tokens = TOKENS * max(1, BETWEEN // (TOKENS * config.up_size))
 
-    def run(consumers: Consumers) -> list[torch.Tensor]:
+    def run(consumers: Consumers, exact: bool = False) -> list[torch.Tensor]:
         replaced = changed(layer, **consumers)
         outputs = []
-        for sample in samples:
-            parts = []
+        for one in readings:
+            inputs, parts = one.exact if exact else one.given, []
             if "qkv" in consumers:
-                parts.append(self_attention(config, ops, replaced, index, sample.inputs["qkv"], sample.context))
+                parts.append(self_attention(config, ops, replaced, index, inputs["qkv"], one.context))
             for name in {"up", "router"} & consumers.keys():  # one of them
-                x = sample.inputs[name]
+                x = inputs[name]
                 few = x.split(n_tokens) if layer.router is None else [x]  # experts share the tokens out among them
                 parts.append(torch.cat([mlp(config, ops, replaced, x) for x in few]))
             outputs.append(sum(parts[1:], start=parts[0]))
         return outputs
 
-    expected = run({name: part(layer, name) for name in group.consumers})
+    expected = run({name: part(layer, name) for name in group.consumers}, exact=True)
     power = _power(expected)
-    return lambda consumers: (
-        sum(float((a - b).square().sum()) for a, b in zip(run(consumers), expected, strict=True)) / power
-    )
+    expected = [y if one.off is None else y - one.off for y, one in zip(expected, readings, strict=True)]
+    return lambda consumers: _squares(run(consumers), expected) / power
 
 
-def _quadratic_loss(consumer: Dense, x: torch.Tensor) -> Callable[[Dense], float]:
-    """The same where y = x W^T: |x E^T|^2 of the weight's error E, by the Gram matrix x^T x where that is smaller."""
-    power = _power([torch.nn.functional.linear(x, consumer.weight, consumer.bias)])
-    if len(x) <= x.shape[1]:
-        return lambda other: float((_error(other, consumer) @ x.T).square().sum()) / power
-    gram = x.double().T @ x.double()
+def _quadratic_loss(consumer: Dense, readings: list[Reading]) -> Callable[[Dense], float]:
+    """The same where it is y = x W^T: |x E^T + apart|^2 of the weight's error E and of how far y is off without it.
+
+    By the Gram matrix x^T x where that is smaller.
+    """
+    ops = DenseOps()
+    given = [one.given[consumer.name] for one in readings]
+    expected = [ops.linear(one.exact[consumer.name], consumer) for one in readings]
+    power = _power(expected)
+    expected = [y if one.off is None else y - one.off for y, one in zip(expected, readings, strict=True)]
+
+    def direct(other: Dense) -> float:
+        return _squares(expected, [ops.linear(x, other) for x in given]) / power
+
+    if sum(map(len, given)) <= consumer.shape[1]:
+        return direct
+    gram = torch.zeros(consumer.shape[1], consumer.shape[1], dtype=torch.float64)
+    pull = torch.zeros(consumer.shape, dtype=torch.float64)
+    rest = 0.0
+    for x, y in zip(given, expected, strict=True):
+        apart = (ops.linear(x, consumer) - y).double()
+        gram.addmm_(x.double().T, x.double())
+        pull.addmm_(apart.T, x.double())
+        rest += float(apart.square().sum())
 
     def loss(other: Dense) -> float:
         error = _error(other, consumer).double()
-        return float(((error @ gram) * error).sum()) / power
+        return (float((error @ gram).add_(pull, alpha=2).mul_(error).sum()) + rest) / power
 
     return loss
 
@@ -236,6 +315,10 @@ def _error(made: Dense, exact: Dense) -> torch.Tensor:
     for (rows, one), (_, other) in zip(made.slices(SLICE), exact.slices(SLICE), strict=True):
         torch.sub(one.weight, other.weight, out=error[rows])
     return error
+
+
+def _squares(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    return sum(float((a - b).square().sum()) for a, b in zip(some, others, strict=True))
 
 
 def _power(outputs: list[torch.Tensor]) -> float:
@@ -250,7 +333,7 @@ def _block_loss(config: ModelConfig, layer: PackedLayer, index: int, grid: Grid,
     ops = DenseOps(grid=grid)
     error = power = 0.0
     for sample in observed.held_out or observed.samples:
-        found = block(config, ops, layer, index, sample.x, sample.context)
+        found = block(config, ops, layer, index, sample.drifted, sample.context)
         error += float((found - sample.y).square().sum())
         power += float((sample.y - sample.x).square().sum())
     return error / max(power, torch.finfo(torch.float32).tiny)

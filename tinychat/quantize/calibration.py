@@ -22,7 +22,7 @@ from tinychat import tokenizer as tokenizers
 from tinychat.cache import Rows
 from tinychat.checkpoint import Checkpoint
 from tinychat.checkpoint.quoting import listing
-from tinychat.errors import TokenizerError, UsageError
+from tinychat.errors import TinychatError, TokenizerError, UsageError
 from tinychat.progress import Loading
 from tinychat.quantize.rounded import Rounded
 from tinychat.weights import WeightSource
@@ -119,8 +119,10 @@ def from_hub(name: str, model: Path, *, n_sequences: int, length: int) -> list[l
             "/".join(owner_and_name), *configuration, split=split or "train", streaming=True
         )
         texts = list(_joined(_hub_texts(records, column, name, loaded), n_sequences, PIECE_CHARACTERS * length))
-    except (OSError, ValueError, RuntimeError) as error:  # no network, no such dataset, configuration or split
-        first = str(error).strip().split("\n")[0]
+    except TinychatError:
+        raise
+    except Exception as error:  # no network, no such dataset, configuration or split: it has no one class for them
+        first = str(error).strip().split("\n")[0] or type(error).__name__
         raise UsageError(f"{name} cannot be read: {first}; check its name and the network, or give a file") from None
     return _sequences(texts, loaded, n_sequences, length, name)
 

@@ -136,13 +136,14 @@ class Dense:
 class DenseOps(TorchOps):
     """The reference operations on `Dense` linears; `watch(linear, x)` sees every linear's input [T, K].
 
-    With a `grid` weights are rounded to it as they are used.
+    With a `grid` weights are rounded to it as they are used. `stream` is what `add_norm` normed last.
     """
 
     def __init__(self, watch: Callable[[Dense, torch.Tensor], None] | None = None, grid: Grid | None = None):
         super().__init__()
         self._watch = watch
         self._grid = grid
+        self.stream = torch.empty(0)
 
     def linear(self, x: torch.Tensor, weight: Dense) -> torch.Tensor:  # type: ignore[override]
         """y = x W^T + b."""
@@ -155,6 +156,11 @@ class DenseOps(TorchOps):
         for rows, piece in used.slices(SLICE):
             y[:, rows] = torch.nn.functional.linear(x, piece.weight, piece.bias)
         return y
+
+    def add_norm(self, *given: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Ops.add_norm`."""
+        self.stream, normed = super().add_norm(*given, **more)
+        return self.stream, normed
 
 
 def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:

@@ -45,6 +45,14 @@ class Method:
         stages = (self.transformation, self.rounding)
         return any(stage is not None and stage.NEEDS_CALIBRATION for stage in stages)
 
+    @property
+    def follows(self) -> bool:
+        """Whether `apply` wants to know what the layers before, as they are written, make of the sampled tokens.
+
+        GPTQ makes up for its own errors as it goes, by moments of the unquantized model's activations.
+        """
+        return self.transformation is not None and self.rounding is rtn
+
     def apply(
         self, config: ModelConfig, layer: PackedLayer, index: int, activations: Activations | None, grid: Grid
     ) -> tuple[PackedLayer, Layer, list[GroupResult]]:
@@ -61,6 +69,8 @@ class Method:
             observed.samples.clear()
             observed.held_out.clear()
         made, found = self.rounding.round_layer(config, layer, index, observed, grid, self.act_order)
+        if activations is not None:
+            activations.drift(layer, index, grid)
         return layer, made, results + found
 
 

@@ -3,8 +3,9 @@
 What is handed on is what is written, fp16 rounding included.
 
 On the way to a checkpoint each finished layer is committed, with the activations at the entrance of the next: 4 bytes
-for each token and channel on the disk, twice while one commit replaces another. Forward passes could be repeated
-instead, but that takes minutes for a large model, and would have to be equal to the last bit.
+for each token and channel on the disk (and again of tokens that are followed through the quantized layers), twice while
+one commit replaces another. Forward passes could be repeated instead, but that takes minutes for a large model, and
+would have to be equal to the last bit.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tinychat.checkpoint import CheckpointWriter
 from tinychat.errors import UsageError
 from tinychat.quantize import calibration as calibrating
 from tinychat.quantize import identity
-from tinychat.quantize.activations import Activations
+from tinychat.quantize.activations import STATE, Activations
 from tinychat.quantize.dense import dense_layer, half, linears_of
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.method import Method, find
@@ -97,6 +98,7 @@ def quantize(
         state = _State(writer, Report(method, bits, made.group_size, bytes_before=opened.file_bytes), began)
         if writer.note is None:
             kept = n_sequences * length * opened.config.hidden_size * 4 if chosen.needs_calibration else 0
+            kept *= 1 + chosen.follows
             made.require_room(writer.directory.parent, kept)
             state.report.notes += [made.why] if made.why else []
         try:
@@ -139,11 +141,11 @@ class _State:
         self.report = report
         self.layers = 0  # finished
         self.sequences: list[list[int]] = []
-        self.activations: np.ndarray | None = None  # at the entrance of the next layer
+        self.activations: dict[str, np.ndarray] = {}  # at the entrance of the next layer
         if writer.note is not None:
             self.report = Report.from_dict(writer.note["report"])
             self.layers, self._before = writer.note["layers"], writer.note["seconds"]
-            self.activations = writer.arrays.pop("activations", None)
+            self.activations = {name: writer.arrays.pop(name) for name in STATE if name in writer.arrays}
             if "tokens" in writer.arrays:
                 ends = np.cumsum(writer.arrays["lengths"])
                 self.sequences = [part.tolist() for part in np.split(writer.arrays["tokens"], ends[:-1])]
@@ -153,10 +155,10 @@ class _State:
         """Of work, over all runs."""
         return self._before + time.monotonic() - self._began
 
-    def commit(self, layers: int, activations: np.ndarray | None = None) -> None:
+    def commit(self, layers: int, activations: dict[str, np.ndarray] | None = None) -> None:
         """Keep that `layers` are written, and where the next one starts."""
         self.layers = layers
-        arrays = {} if activations is None else {"activations": activations}
+        arrays = dict(activations or {})
         if self.sequences:
             arrays["tokens"] = np.concatenate([np.asarray(s, np.int32) for s in self.sequences])
             arrays["lengths"] = np.asarray([len(s) for s in self.sequences], np.int32)
@@ -172,10 +174,12 @@ def _write_layers(
     n_layers = source.config.n_layers
     activations = None
     if method.needs_calibration and state.layers < n_layers:
-        activations = Activations(source.config, source.embed(), state.sequences, SEARCH_TOKENS, seed, source.ends())
-        if state.activations is not None:
+        activations = Activations(
+            source.config, source.embed(), state.sequences, SEARCH_TOKENS, seed, source.ends(), method.follows
+        )
+        if state.activations:
             activations.resume(state.activations)
-            state.activations = None
+            state.activations = {}
     if not state.layers:
         made.add_embedding(writer)
     shown = Progress(n_layers, state.layers, shown=progress)
@@ -219,7 +223,9 @@ def quantize_in_memory(
 
     activations = None
     if chosen.needs_calibration:
-        activations = Activations(source.config, source.embed(), sequences or [], SEARCH_TOKENS, seed, source.ends())
+        activations = Activations(
+            source.config, source.embed(), sequences or [], SEARCH_TOKENS, seed, source.ends(), chosen.follows
+        )
     shown = Progress(source.config.n_layers, shown=progress)
     layers = []
     for index in range(source.config.n_layers):

@@ -131,7 +131,7 @@ void misaligned(float* out) { out[0] = as_float(load_once(reinterpret_cast<const
 // A copy that is used before it is waited for, a race that depends on the order, and the right way.
 void copies(float* out) {
     float* shared = dynamic_shared<float>();
-    if (threadIdx.x == 0) copy_async(shared, out);
+    if (threadIdx.x == 0) copy_async(shared_at(shared), out);
     copies_end();
     const float early = shared[0];
     copies_arrived<0>();
