@@ -105,7 +105,7 @@ def test_a_full_disk_keeps_what_was_finished(quantizers, work):
     expected = contents(work / "out")
     for share in (0.1, 0.7, 0.99):
         limits = {"largest_file": int(share * len(expected["model.safetensors"])), "shard_bytes": 1 << 30}
-        assert quantizers.run(*command(work, "--overwrite"), **limits) == 1
+        assert quantizers.run(*command(work, "--overwrite"), **limits) == 1, quantizers.log
         assert "File too large; nothing was changed there" in quantizers.log
         assert contents(work / "out") == expected
     assert "is kept in" in quantizers.log and names(work) == [".out.partial", "out", "source"]

@@ -158,7 +158,8 @@ def test_the_search_is_the_papers(name, monkeypatch):
             best = min(found, key=found.get)
             found |= {i: glanced(i) for i in (best - distance, best + distance) if 0 <= i <= 20}
         best = min(found, key=found.get)
-        weights, limits = searched(scales(best / 20), [(1, 1), (1, 0), (0, 1)], [1 - 0.05 * k for k in range(12)])
+        ends = [(1, 1), *[(1, 0), (0, 1)] * 2]
+        weights, limits = searched(scales(best / 20), ends, [1.1 - 0.05 * k for k in range(14)])
         rtn = {n: plain(w, bits) for n, w in exact.items()}
         assert result.loss_rtn == pytest.approx(loss(rtn), rel=1e-3)
 

@@ -134,7 +134,7 @@ def _search(
     loss = _loss(config, layer, index, group, seen)
     coarse = _loss(config, layer, index, group, seen[::2]) if many else loss
     judged = _loss(config, layer, index, group, others) if others else loss
-    rtn, allowed = _each(_rounded(grid, consumers), loss, judged)
+    rtn, allowed = _each(_rounded(grid, consumers), loss, judged, math.inf)
 
     magnitude = group.pooled(observed.magnitude[group.consumers[0]])  # all read the same
     some: dict[str, Inputs] = {}
@@ -158,7 +158,7 @@ def _search(
     for step in dict.fromkeys((_least(at), 0)):  # clipping alone where scales do not hold what they promised
         tried, columns = scaled(step)
         for limits_tried in (_limits(clip.search, grid, consumers, columns, inputs), None):
-            found, there = _each(_rounded(grid, consumers, columns, limits_tried), loss, judged)
+            found, there = _each(_rounded(grid, consumers, columns, limits_tried), loss, judged, best)
             if found < best and there < allowed:  # false for NaN
                 best, allowed, alpha, scales, limits = found, there, step / STEPS, tried, limits_tried
         if best < rtn:
@@ -195,9 +195,10 @@ def _scaled(linear: Dense, columns: torch.Tensor | None) -> Dense:
     return linear if columns is None else linear.scaled(columns)
 
 
-def _each(consumers: Consumers, *losses: Loss) -> list[float]:
-    """What each of `losses` says of `consumers`, which the caller need not keep."""
-    return [loss(consumers) for loss in losses]
+def _each(consumers: Consumers, loss: Loss, judged: Loss, best: float) -> tuple[float, float]:
+    """What both say of `consumers`, which the caller need not keep; the second only of what is better than `best`."""
+    found = loss(consumers)
+    return found, judged(consumers) if found < best else math.inf
 
 
 def _rounded(
