@@ -13,7 +13,7 @@
 //            with 256 those of the upper plane. Codes of 8 bits are taken as two of 4, the upper widened with 16 times as much.
 //
 // All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
-// Speed: one row runs at 0.82 of the speed at which a thread reads memory (Emerald Rapids), on Zen 3 at 0.9 and more
+// Speed: one row runs at 0.82 of the speed at which a thread reads memory (Emerald Rapids), on Zen 3 at 0.83 to 0.87
 // (benchmarks/linear.py), as codes are fetched ahead; a few rows share the unpacking, many go to linear_rows_avx2.cpp.
 #include <immintrin.h>
 
