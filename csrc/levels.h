@@ -10,6 +10,7 @@ namespace tinychat {
 uint64_t read_scalar(const void* data, int64_t bytes);
 #if defined(__x86_64__)
 uint64_t read_avx2(const void* data, int64_t bytes);
+uint64_t read_ahead_avx2(const void* data, int64_t bytes);  // with prefetches
 uint64_t read_avx512(const void* data, int64_t bytes);
 #elif defined(__aarch64__)
 uint64_t read_neon(const void* data, int64_t bytes);

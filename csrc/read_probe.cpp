@@ -1,5 +1,6 @@
 #include "read_probe.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -12,11 +13,31 @@ namespace tinychat {
 namespace {
 
 using Read = uint64_t (*)(const void*, int64_t);
+using Clock = std::chrono::steady_clock;
 
-Read widest() {
+#if defined(__x86_64__)
+// Whichever is faster here: each reads every second slice of the data, and its best counts.
+Read faster(Read a, Read b, const void* data, int64_t bytes) {
+    constexpr int64_t kSlices = 12, kSlice = 4 << 20;
+    const int64_t slice = std::min(kSlice, bytes / kSlices) / 64 * 64;
+    Clock::duration best[2] = {Clock::duration::max(), Clock::duration::max()};
+    std::atomic<uint64_t> seen{0};  // a result that nobody uses would not be read
+    for (int64_t i = 0; i < kSlices; i++) {
+        const Clock::time_point begin = Clock::now();
+        seen += (i % 2 ? b : a)(static_cast<const char*>(data) + i * slice, slice);
+        best[i % 2] = std::min(best[i % 2], Clock::now() - begin);
+    }
+    return best[1] < best[0] ? b : a;
+}
+#endif
+
+Read widest([[maybe_unused]] const void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__x86_64__)
     if (std::strstr(supported_isas(), "avx512")) return read_avx512;
-    if (std::strstr(supported_isas(), "avx2")) return read_avx2;
+    if (std::strstr(supported_isas(), "avx2")) {
+        static const Read chosen = faster(read_avx2, read_ahead_avx2, data, bytes);
+        return chosen;
+    }
 #elif defined(__aarch64__)
     if (std::strcmp(supported_isas(), "scalar") != 0) return read_neon;
 #endif
@@ -26,8 +47,7 @@ Read widest() {
 }  // namespace
 
 double read_probe(const void* data, int64_t bytes, int threads) {
-    using Clock = std::chrono::steady_clock;
-    const Read read = widest();
+    const Read read = widest(data, bytes);
     const int64_t part = bytes / threads / 64 * 64;
     std::atomic<int> ready{0};
     std::atomic<bool> begun{false};

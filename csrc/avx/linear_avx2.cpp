@@ -9,12 +9,12 @@
 //
 //   VNNI:    vpdpbusd, which adds the 4 products to the lane
 //   without: vpmaddubsw, which adds them in pairs to the halves of a lane. 8 sums of two products fit in int16 where codes
-//            have 4 bits: 8 * 2 * 15 * 128 = 30720; of 3 bits 16, of 2 bits 32. Then vpmaddwd with ones widens them. Codes
-//            of 8 bits are taken as two of 4, the upper widened with 16 in place of ones.
+//            have 4 bits: 8 * 2 * 15 * 128 = 30720; of 3 bits 16, of 2 bits 32. Then vpmaddwd widens them, with ones, or
+//            with 256 those of the upper plane. Codes of 8 bits are taken as two of 4, the upper widened with 16 times as much.
 //
 // All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
-// Speed: one row runs at 0.82 of the speed at which a thread reads memory (Emerald Rapids; benchmarks/linear.py), as codes are
-// fetched ahead; several rows share the unpacking, and many rows go in panels whose activations stay in the cache.
+// Speed: one row runs at 0.82 of the speed at which a thread reads memory (Emerald Rapids), on Zen 3 at 0.83 to 0.87
+// (benchmarks/linear.py), as codes are fetched ahead; a few rows share the unpacking, many go to linear_rows_avx2.cpp.
 #include <immintrin.h>
 
 #include "levels.h"
@@ -52,6 +52,8 @@ __attribute__((always_inline)) inline void fetch_unit(const char* at) {
 typedef uint32_t Lanes __attribute__((vector_size(32)));
 
 #ifdef __AVXVNNI__
+
+constexpr int sums_of(int planes) { return planes; }
 
 __m256i add_pairs(__m256i sum, __m256i a, __m256i b) { return _mm256_dpwssd_avx_epi32(sum, a, b); }
 
@@ -96,55 +98,65 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
 
 #else
 
+constexpr int sums_of(int) { return 1; }  // planes are widened with their weights
+
 __m256i add_pairs(__m256i sum, __m256i a, __m256i b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 
-// sums[p][t][j] += sum over k of q x for plane p, row t and half j, in `length` k.
+// sum = the products of q and x in pairs, or added to it.
+template <bool begin>
+__attribute__((always_inline)) inline void multiply(__m256i q, __m256i x, __m256i& sum) {
+    const __m256i product = _mm256_maddubs_epi16(q, x);
+    sum = begin ? product : _mm256_add_epi16(sum, product);
+}
+
+// sums[0][t][j] += sum over k of q x for row t and half j, in `length` k.
 template <int bits, int planes, int R, int H>
 __attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t length,
-                                               __m256i (&sums)[planes][R][H]) {
+                                               __m256i (&sums)[1][R][H]) {
     constexpr int kParts = bits > 4 ? 2 : 1;  // of a code
     constexpr int kFours = unit_length(bits) / 4;
     constexpr int64_t kUnits = (bits == 2 ? 128 : bits == 3 ? 64 : 32) / unit_length(bits);  // that int16 sums hold
     const int64_t all = divide_up(length, unit_length(bits));
-    for (int64_t begin = 0; begin < all; begin += kUnits) {
-        const int64_t end = smaller(begin + kUnits, all);
+    for (int64_t first = 0; first < all; first += kUnits) {
+        const int64_t end = smaller(first + kUnits, all);
         __m256i narrow[kParts][planes][R][H];
-        for (int part = 0; part < kParts; part++) {
-            for (int p = 0; p < planes; p++) {
-                for (int t = 0; t < R; t++) {
-                    for (int j = 0; j < H; j++) narrow[part][p][t][j] = _mm256_setzero_si256();
-                }
+        const auto four = [&](auto begin, const char* at, const char* factors, int h) __attribute__((always_inline)) {
+            Lanes q[2][H];
+            for (int j = 0; j < H; j++) {
+                const Lanes whole = unpacked<bits, Lanes>(at + j * kHalfBytes, h);
+                q[0][j] = kParts == 2 ? whole & 0x0f0f0f0fu : whole;
+                q[1][j] = whole >> 4 & 0x0f0f0f0fu;
             }
-        }
-        for (int64_t i = begin; i < end; i++) {
-            const char *at = codes + i * unit_bytes(bits), *factors = x + i * unit_length(bits);
-            fetch_unit<bits>(at);
-#pragma GCC unroll 8
-            for (int h = 0; h < kFours; h++) {
-                Lanes q[2][H];
-                for (int j = 0; j < H; j++) {
-                    const Lanes whole = unpacked<bits, Lanes>(at + j * kHalfBytes, h);
-                    q[0][j] = kParts == 2 ? whole & 0x0f0f0f0fu : whole;
-                    q[1][j] = whole >> 4 & 0x0f0f0f0fu;
-                }
-                for (int t = 0; t < R; t++) {
-                    for (int p = 0; p < planes; p++) {
-                        const __m256i factor = broadcast(factors + t * stride + p * length + h * 4);
-                        for (int j = 0; j < H; j++) {
-                            for (int part = 0; part < kParts; part++) {
-                                __m256i& sum = narrow[part][p][t][j];
-                                sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)q[part][j], factor));
-                            }
+            for (int t = 0; t < R; t++) {
+                for (int p = 0; p < planes; p++) {
+                    const __m256i factor = broadcast(factors + t * stride + p * length + h * 4);
+                    for (int j = 0; j < H; j++) {
+                        for (int part = 0; part < kParts; part++) {
+                            multiply<begin.value>((__m256i)q[part][j], factor, narrow[part][p][t][j]);
                         }
                     }
                 }
             }
+        };
+        const auto unit = [&](auto begin, int64_t i) __attribute__((always_inline)) {
+            const char *at = codes + i * unit_bytes(bits), *factors = x + i * unit_length(bits);
+            fetch_unit<bits>(at);
+            four(begin, at, factors, 0);
+#pragma GCC unroll 8
+            for (int h = 1; h < kFours; h++) four(Number<0>{}, at, factors, h);
+        };
+        int64_t i = first;
+        if constexpr (bits == 4) {
+            unit(Number<1>{}, i++);
+        } else {  // their units are long: twice in a loop would be too much for the registers
+            std::memset(&narrow, 0, sizeof narrow);
         }
-        for (int part = 0; part < kParts; part++) {
-            const __m256i weight = _mm256_set1_epi16(part == 0 ? 1 : 16);
-            for (int p = 0; p < planes; p++) {
+        for (; i < end; i++) unit(Number<0>{}, i);
+        for (int p = 0; p < planes; p++) {
+            for (int part = 0; part < kParts; part++) {
+                const __m256i weight = _mm256_set1_epi16((part == 0 ? 1 : 16) * (p < planes - 1 ? 256 : 1));
                 for (int t = 0; t < R; t++) {
-                    for (int j = 0; j < H; j++) sums[p][t][j] = add_pairs(sums[p][t][j], narrow[part][p][t][j], weight);
+                    for (int j = 0; j < H; j++) sums[0][t][j] = add_pairs(sums[0][t][j], narrow[part][p][t][j], weight);
                 }
             }
         }
@@ -171,7 +183,8 @@ __attribute__((always_inline)) inline void block_of_tile(const Call& call, const
                                                          const char* zeros, int64_t length, const char* x,
                                                          const char* blocks, const char* outliers, __m256* sums) {
     const int64_t stride = call.layout.activation_bytes;
-    __m256i zero[H], products[planes][R][H];
+    constexpr int kSums = sums_of(planes);
+    __m256i zero[H], products[kSums][R][H];
     for (int j = 0; j < H; j++) {  // z and 128 z, as Block::halves wants them
         zero[j] = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + j * kHalf)));
         zero[j] = _mm256_or_si256(zero[j], _mm256_slli_epi32(zero[j], 16 + 7));
@@ -179,8 +192,8 @@ __attribute__((always_inline)) inline void block_of_tile(const Call& call, const
     for (int t = 0; t < R; t++) {
         const __m256i halves = _mm256_set1_epi32(reinterpret_cast<const Block*>(blocks + t * stride)->halves);
         for (int j = 0; j < H; j++) {
-            for (int p = 0; p < planes - 1; p++) products[p][t][j] = _mm256_setzero_si256();
-            products[planes - 1][t][j] = add_pairs(_mm256_setzero_si256(), zero[j], halves);
+            for (int p = 0; p < kSums - 1; p++) products[p][t][j] = _mm256_setzero_si256();
+            products[kSums - 1][t][j] = add_pairs(_mm256_setzero_si256(), zero[j], halves);
         }
     }
     if (length == kBlock) {
@@ -194,8 +207,8 @@ __attribute__((always_inline)) inline void block_of_tile(const Call& call, const
         for (int t = 0; t < R; t++) {
             const Block& block = *reinterpret_cast<const Block*>(blocks + t * stride);
             const auto* list = reinterpret_cast<const Outlier*>(outliers + t * stride);
-            __m256i product = products[planes - 1][t][j];
-            if (planes == 2) product = _mm256_add_epi32(product, _mm256_slli_epi32(products[0][t][j], 8));
+            __m256i product = products[kSums - 1][t][j];
+            if (kSums == 2) product = _mm256_add_epi32(product, _mm256_slli_epi32(products[0][t][j], 8));
             const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(block.scale));
             __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), factor, sums[t * 2 + j]);
             for (int32_t o = 0; __builtin_expect(o < block.outliers, 0); o++) {
