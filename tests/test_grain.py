@@ -21,6 +21,7 @@ def test_methods_from_files(tmp_path):
         path = tmp_path / method
         quantize(GRAIN, path, method=method, bits=3, group_size=64, progress=False, **TEXTS)
         distances[method] = likelihood.compare_runs(runner(path), runner(GRAIN), windows).kl.mean
-    assert distances["awq"] < 0.7 * distances["rtn"], distances
+    assert distances["awq"] < 0.6 * distances["rtn"], distances
     assert distances["gptq"] < 0.7 * distances["rtn"], distances
-    assert distances["awq+gptq"] < 0.9 * min(distances["awq"], distances["gptq"]), distances
+    assert distances["awq+gptq"] < 0.9 * distances["gptq"], distances
+    assert distances["awq+gptq"] < distances["awq"], distances  # which alone makes up for layers before it
