@@ -5,10 +5,13 @@ the one with the least error of that group's share of the output alone. Here
 
     the error is that of the whole row's output, e G e^T of its weights' error e and G = X^T X: groups are visited in
     turn, each given the errors of the others, because what they do to one output may cancel;
-    after both ends together, each end is moved by itself, twice, and outward too: what matters is less what is cut off
-    than that one of many roundings of a group cancels most of what the others do to the output;
+    after both ends together, each end is moved by itself;
     where the inputs are those that quantized layers give, what these have done to the output (`apart`) stands beside
-    that error, and limits make up for a little of it.
+    that error, and limits make up for a little of it: each end is moved twice then, and outward too, since what matters
+    is less what is cut off than that one of many roundings of a group cancels most of what the others do to the output.
+
+Where GPTQ rounds, which cancels errors by itself, nothing is `apart`: more limits to choose from brought nothing there
+(KL divergence at 4 bits in groups of 128: 0.0254 with, 0.0244 without them).
 
 Measured on a small model at 3 bits in groups of 64: the increase of perplexity is 0.48 of plain rounding's with the
 paper's search, 0.42 with the first change, 0.39 with each end once, inward; at 4 bits 0.81, 0.75 and 0.72. On another,
@@ -23,7 +26,8 @@ import torch
 
 from tinychat.quantize.grid import Grid
 
-SHRINK = tuple(1.1 - i / 20 for i in range(14))  # of the range that the weights have
+SHRINK = tuple(1 - i / 20 for i in range(12))  # of the range that the weights have
+OUTWARD = (1.1, 1.05)
 GLANCE = (0.9, 0.75, 0.6)
 TOGETHER, LOW, HIGH = (True, True), (True, False), (False, True)  # which ends are moved in a pass over the groups
 SEARCHED, GLANCED = 2**21, 2**19  # numbers of the inputs that a search and a glance take
@@ -39,8 +43,10 @@ def search(
 
     Only X^T X and X^T apart matter here: see `condensed`. Rows are searched one by one: give it ROWS at most.
     """
-    passes = (TOGETHER,) if grid.symmetric else (TOGETHER, LOW, HIGH, LOW, HIGH)
-    return _search(grid, weight, inputs, apart, name, passes, SHRINK)
+    passes = (TOGETHER,) if grid.symmetric else (TOGETHER, LOW, HIGH)
+    if apart is None:
+        return _search(grid, weight, inputs, apart, name, passes, SHRINK)
+    return _search(grid, weight, inputs, apart, name, passes + passes[1:], OUTWARD + SHRINK)
 
 
 def glance(
