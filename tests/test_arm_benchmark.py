@@ -24,7 +24,7 @@ Trace 0: 0x7f20 [00000000/0000000000400700/00000002/ff000201] count_mark
 Trace 0: 0x7f50 [00000000/000000000040058c/00000002/ff000201] main
 """
 LISTING = """\
-/work/count:     file format elf64-littleaarch64
+/build/count:     file format elf64-littleaarch64
 
 0000000000400580 <main>:
   400580:\tstp\tx29, x30, [sp, #-48]!
