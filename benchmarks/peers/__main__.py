@@ -6,10 +6,11 @@
     python benchmarks/peers --shape llama-2-7b --load          # from the command to the first token, and peak memory
 
 Peers: llama.cpp (Q4_0; in its own choice of layout, with rows repacked, and as the file lies), Hugging Face
-transformers (bf16, eager), transformers with GPTQModel on the very AWQ checkpoint that tinychat runs, OpenVINO GenAI
-(int4 in groups of 128; with its default hints and with int8 activations). Weights are random: speed does not depend on
-them. On first use each peer gets an environment of its own (venv, pip; llama.cpp is compiled for this machine: 5 to 15
-minutes in all) and each shape its models; both are kept in --env-dir.
+transformers (eager; in bf16, and in fp32, for which every CPU has instructions), transformers with GPTQModel on the
+very AWQ checkpoint that tinychat runs, OpenVINO GenAI (int4 in groups of 128; with its default hints and with int8
+activations). Weights are random: speed does not depend on them. On first use each peer gets an environment of its own
+(venv, pip; llama.cpp is compiled for this machine: 5 to 15 minutes in all) and each shape its models; both are kept in
+--env-dir.
 
 Every engine is loaded in a process of its own, with a given number of threads, and answers requests; while one is
 measured the others are stopped. In each round every engine decodes (a prompt of 4 tokens, 200 more, or what fits into
@@ -53,6 +54,7 @@ def arguments() -> argparse.Namespace:
     add("--seconds", type=float, default=5.0, metavar="S", help="decode no longer in a round (default: %(default)s)")
     add("--activations", type=int, nargs="+", choices=(16, 8), default=[], help="tinychat's: each gets a row")
     add("--head", type=int, choices=(16, 8), help="bits of tinychat's output head (default: tinychat's own)")
+    add("--unquantized", action="store_true", help="a row of tinychat on an fp16 checkpoint: what fusion alone brings")
     add("--load", action="store_true", help="measure starts instead: the last of --threads, context 512")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinychat" / "peers"
     add("--env-dir", type=Path, default=cache, metavar="DIR", help="environments and models (default: %(default)s)")
@@ -76,7 +78,7 @@ def main() -> None:
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     plan = measure.Plan(
-        contenders=[*contenders.tinychats(args.activations, args.head), *args.peers],
+        contenders=[*contenders.tinychats(args.activations, args.head, args.unquantized), *args.peers],
         models=contenders.Models(folder, args.shape),
         threads=args.threads,
         rounds=args.rounds,

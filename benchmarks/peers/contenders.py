@@ -57,6 +57,7 @@ PEERS = (
     Contender("llama.cpp-repack", "Q4_0, rows repacked", "llama_worker.py", "llama.cpp", "gguf", {"layout": "repack"}),
     Contender("llama.cpp-plain", "Q4_0, as in the file", "llama_worker.py", "llama.cpp", "gguf", {"layout": "plain"}),
     Contender("transformers", "bf16, eager", "torch_worker.py", "transformers", "config"),
+    Contender("transformers-fp32", "fp32, eager", "torch_worker.py", "transformers", "float", {"dtype": "float32"}),
     Contender("gptqmodel", "the same AWQ checkpoint", "torch_worker.py", "gptqmodel", "awq"),
     Contender("openvino", "int4 g128, default hints", "openvino_worker.py", "openvino", "openvino"),
     Contender(
@@ -70,8 +71,11 @@ PEERS = (
 )
 
 
-def tinychats(activations: list[int], head: int | None) -> list[Contender]:
-    """tinychat in its default setting, or once for each width of activations asked for."""
+def tinychats(activations: list[int], head: int | None, unquantized: bool = False) -> list[Contender]:
+    """tinychat in its default setting, or once for each width of activations asked for; perhaps unquantized, too."""
+    if unquantized:
+        plain = Contender("tinychat-fp16", "fp16, unquantized", "tinychat_worker.py", None, "float", {"head": 16})
+        return [*tinychats(activations, head), plain]
     common = {} if head is None else {"head": head}
     words = "AWQ 4-bit g128" + ("" if head is None else f", {head}-bit head")
     if not activations:
@@ -109,15 +113,18 @@ class Models:
             facts.write_text(json.dumps(getattr(self, f"_make_{kind}")(path)))
         return path, json.loads(facts.read_text())
 
-    def _make_awq(self, path: Path) -> dict[str, Any]:
+    def _make_awq(self, path: Path, *options: str) -> dict[str, Any]:
         if not path.exists():
-            write = [sys.executable, "-m", "tinychat", "bench", "--shape", self._shape, "--write", str(path)]
+            write = [sys.executable, "-m", "tinychat", "bench", "--shape", self._shape, "--write", str(path), *options]
             subprocess.run(write, stdout=subprocess.DEVNULL, check=True)
         return {}
 
-    def bytes_per_token(self, head_bits: int) -> float:
-        """What tinychat reads for one token: its weights, the head at `head_bits`."""
-        return traffic.of(checkpoint.open(self.find("awq")[0]), head_bits=head_bits).weights
+    def _make_float(self, path: Path) -> dict[str, Any]:
+        return self._make_awq(path, "--float")
+
+    def bytes_per_token(self, kind: str, head_bits: int) -> float:
+        """What tinychat reads for one token of a model: its weights, the head at `head_bits`."""
+        return traffic.of(checkpoint.open(self.find(kind)[0]), head_bits=head_bits).weights
 
     def _make_config(self, path: Path) -> dict[str, Any]:
         config = json.loads((self.find("awq")[0] / "config.json").read_text())

@@ -97,7 +97,9 @@ def speeds(plan: Plan) -> tuple[list[Run], dict[str, str]]:
                     continue
                 about = worker.about | {"without_amx": worker.limited}
                 if contender.ours:
-                    about["bytes_per_token"] = plan.models.bytes_per_token(contender.options.get("head", HEAD_BITS))
+                    about["bytes_per_token"] = plan.models.bytes_per_token(
+                        contender.model, contender.options.get("head", HEAD_BITS)
+                    )
                 workers.append((Run(contender, threads, about), worker))
             runs += [run for run, _ in workers]
             for number in range(plan.rounds):

@@ -1,12 +1,13 @@
-"""Hugging Face transformers as a worker: in bf16, or with GPTQModel's kernels on an AWQ checkpoint.
+"""Hugging Face transformers as a worker: in bf16 or the option `dtype`; of an AWQ checkpoint, with GPTQModel's kernels.
 
-A checkpoint without weights, a folder with config.json alone, gets random ones in bf16.
+A checkpoint without weights, a folder with config.json alone, gets random ones of that dtype.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -29,13 +30,12 @@ class Transformers:
         torch.set_num_threads(args.threads)
         torch.set_grad_enabled(False)
         self._torch, self._cache = torch, transformers.DynamicCache
-        quantized = any(args.model.glob("*.safetensors"))
-        if quantized:
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                args.model, device_map="cpu", dtype=torch.bfloat16, **args.options
-            )
+        quantized = "quantization_config" in json.loads((args.model / "config.json").read_text())
+        dtype = getattr(torch, args.options.get("dtype", "bfloat16"))
+        if any(args.model.glob("*.safetensors")):
+            self._model = transformers.AutoModelForCausalLM.from_pretrained(args.model, device_map="cpu", dtype=dtype)
         else:
-            self._model = random_model(torch, transformers, args.model, torch.bfloat16)
+            self._model = random_model(torch, transformers, args.model, dtype)
         self._model.eval()
         kernels = Counter(type(module).__name__ for module in self._model.modules() if not list(module.children()))
         embedding = self._model.get_input_embeddings().weight
