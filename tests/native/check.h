@@ -92,6 +92,7 @@ std::vector<std::string> isas();
 void test_attention();
 void test_block();
 void test_linear();
+void test_macos();
 void test_team();
 
 }  // namespace tinychat::test

@@ -1,7 +1,7 @@
 // The native tests: kernels, threads and the lowered decoder without Python, for sanitizers and cross builds.
 //
 //     cmake -S . -B build/native -DTINYCHAT_NATIVE_TESTS=ON [-DTINYCHAT_SANITIZE=address,undefined]
-//     cmake --build build/native && build/native/native_tests [attention] [block] [linear] [team]
+//     cmake --build build/native && build/native/native_tests [attention] [block] [linear] [macos] [team]
 //
 // TINYCHAT_ISA names the one level to test. For ARM, emulated: cmake/aarch64-linux-gnu.cmake.
 #include <chrono>
@@ -41,6 +41,7 @@ int main(int argc, char** argv) {
     run("attention", test_attention);
     run("block", test_block);
     run("linear", test_linear);
+    run("macos", test_macos);
     run("team", test_team);
     std::printf("results: %016llx\n", static_cast<unsigned long long>(digest));
     return failures ? 1 : 0;
