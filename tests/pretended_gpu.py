@@ -7,14 +7,13 @@ the CPU does, to the last bit. What a real one allows is allowed: tensors withou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 DEVICE = torch.device("cuda", 0)
 _WITHIN = torch.device("meta")  # what PyTorch's own code takes it for: it is built with no guard for a GPU
@@ -51,6 +50,11 @@ class Pretended(torch.Tensor):
 class _Everything(TorchDispatchMode):
     """Sees what has no tensor of `DEVICE` among its arguments: what is made there, or brought."""
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        """There is none to skip, and skipping takes longer than all the rest."""
+        return False
+
     def __torch_dispatch__(self, function, types, given=(), more=None):
         return _run(function, given, more or {})
 
@@ -76,20 +80,36 @@ def pretended(free_bytes: int = 1 << 30) -> Iterator[torch.device]:
 
 
 def _run(function: Any, given: Any, more: dict[str, Any]) -> Any:
-    tensors = [x for x in tree_flatten((given, more))[0] if isinstance(x, torch.Tensor)]
-    there = [x for x in tensors if isinstance(x, Pretended)]
-    here = [x for x in tensors if not isinstance(x, Pretended) and x.dim()]
+    met: list[torch.Tensor] = []
+    _each(met.append, (given, more))
+    there = [x for x in met if isinstance(x, Pretended)]
+    here = [x for x in met if not isinstance(x, Pretended) and x.dim()]
     if there and here and function not in COPIES:
-        raise RuntimeError(f"{function}: tensors on {DEVICE} and on the CPU: {[tuple(x.shape) for x in tensors]}")
+        raise RuntimeError(f"{function}: tensors on {DEVICE} and on the CPU: {[tuple(x.shape) for x in met]}")
     wanted = more.get("device")
     goes_there = bool(there) if wanted is None else torch.device(wanted).type in (DEVICE.type, _WITHIN.type)
     if function is torch.ops.aten.copy_.default:
         goes_there = isinstance(given[0], Pretended)
-    held, options = tree_map_only(Pretended, lambda x: x.held, (given, more))
+    held, options = _each(_held, given), _each(_held, more)
     if wanted is not None:
         options["device"] = torch.device("cpu")
     made = function(*held, **options)
     if not goes_there:
         return made
     changed = {id(x.held): x for x in there}  # what is changed in its place stays what it is
-    return tree_map_only(torch.Tensor, lambda x: changed[id(x)] if id(x) in changed else Pretended(x), made)
+    return _each(lambda x: changed[id(x)] if id(x) in changed else Pretended(x), made)
+
+
+def _held(x: torch.Tensor) -> torch.Tensor:
+    return x.held if isinstance(x, Pretended) else x
+
+
+def _each(change: Callable[[torch.Tensor], Any], values: Any) -> Any:
+    """`values` with each tensor among them changed."""
+    if isinstance(values, torch.Tensor):
+        return change(values)
+    if isinstance(values, tuple | list):
+        return type(values)([_each(change, value) for value in values])
+    if isinstance(values, dict):
+        return {name: _each(change, value) for name, value in values.items()}
+    return values
