@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny_checkpoints as tiny
 import torch
 from pretended_gpu import Pretended, pretended
 from test_quantize_awq import PLAIN, random_weights, sequences, tiny_config
@@ -52,8 +51,11 @@ def model(name: str, **sizes) -> MemoryWeights:
     config = tiny_config(**{**SMALL, **sizes})
     if name == "mixture":
         return mixture(config)
+    if name == "llama":
+        return random_weights(replace(config, sliding_window=9, windowed_layers=frozenset({0})))
+    alibi = {"n_kv_heads": config.n_heads, "slopes": (0.5, 0.25, 0.1, 0.05), "rope": Rope(dim=0)}
     every = frozenset({"qkv", "out", "up", "down"})
-    return random_weights(config if name == "llama" else replace(config, norm_bias=True, biases=every, **PLAIN))
+    return random_weights(replace(config, norm_bias=True, biases=every, **alibi, **PLAIN))
 
 
 def tensors(layer: Layer) -> dict[str, QTensor | np.ndarray]:
@@ -77,6 +79,9 @@ def assert_same(made: MemoryWeights, expected: MemoryWeights) -> None:
 
 def in_files(tmp_path, name: str, **options):
     """The files of a quantization of a tiny checkpoint, and its report."""
+    pytest.importorskip("safetensors")
+    import tiny_checkpoints as tiny
+
     source = tmp_path / "source"
     if not source.exists():
         tiny.write(source, {name: array * np.float16(0.3) for name, array in tiny.plain().items()}, bos_token_id=1)

@@ -5,7 +5,8 @@ Within `computing_on` what PyTorch makes anew lies on the device, so that search
 `quantized_layer`. Reading, bits packed into words, and files are the CPU's. This file knows no method.
 
 The GPU computes in fp32 and fp64 as the CPU does, without TF32, and attention by its formula; sums are taken in another
-order, so that of two equally good choices it may take the other. Rounding to nearest is the same to the last bit.
+order, so that of two choices as good as each other it may take the other. Rounding to nearest knows no sums, and is
+computed so that it is the same to the last bit.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def computing_on(device: torch.device) -> Iterator[None]:
             yield
     except torch.cuda.OutOfMemoryError as error:
         raise BackendError(
-            f"the GPU's memory does not suffice for a layer ({str(error).partition('. GPU')[0]}): end what else uses it "
-            f"and repeat the command, which goes on after the last finished layer; or begin anew on the CPU "
+            f"the GPU's memory does not suffice for a layer ({str(error).partition('. GPU')[0]}): end what else uses "
+            f"it and repeat the command, which goes on after the last finished layer; or begin anew on the CPU "
             f"(--device cpu --restart)"
         ) from None
     finally:
