@@ -198,6 +198,7 @@ writes the same bytes; what it needs for that lies in .DST.partial beside DST un
     run = parser.add_argument_group("how it runs")
     run.add_argument("--restart", action="store_true", help="begin anew, not where an interrupted run stopped")
     run.add_argument("--overwrite", action="store_true", help="replace DST where it exists, once the new one is whole")
+    run.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda or cpu (default: auto)")
     run.add_argument(*("-t", "--threads"), type=whole, metavar="N", help="threads (default: one for each core)")
     add_source(parser)
 
@@ -329,6 +330,7 @@ def _quantize(args: argparse.Namespace) -> int:
             seed=args.seed,
             overwrite=args.overwrite,
             restart=args.restart,
+            device=args.device,
             threads=args.threads,
             **source_options(args),
         )

@@ -8,7 +8,7 @@ flat, [T, hidden_size]; a `Context` says which rows belong together. It knows no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -149,6 +149,12 @@ class Context:
         positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
         angles = _angles(config.ropes, positions, np.repeat(np.asarray(lengths, np.int32), lengths))
         return Context(spans, torch.from_numpy(positions).long(), angles)
+
+    def to(self, device: torch.device) -> Context:
+        """The same on `device`, of what has no cache."""
+        spans = tuple(replace(span, rows=span.rows.to(device)) for span in self.spans)
+        angles = tuple((cos.to(device), sin.to(device)) for cos, sin in self.angles)
+        return Context(spans, self.positions.to(device), angles)
 
     def extend(self, span: Span, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep a span's keys and values [n, n_kv_heads, head_dim]; return all it sees, [n_kv_heads, L, head_dim]."""

@@ -18,6 +18,7 @@ from tinychat.config import ModelConfig
 from tinychat.decoder import Context, Entrance, PackedLayer, block
 from tinychat.errors import CheckpointError
 from tinychat.quantize.dense import Dense, DenseOps, linears_of
+from tinychat.quantize.device import CPU, room_for
 from tinychat.quantize.grid import Grid
 from tinychat.weights import Ends
 
@@ -77,10 +78,12 @@ class Activations:
         seed: int = 0,
         ends: Ends = NO_ENDS,
         follow: bool = False,
+        device: torch.device = CPU,
     ):
         """About `sample_tokens` tokens (more of a narrow model), in whole sequences drawn with `seed`, are sampled.
 
-        Half of them are held out. `follow`: they go through the quantized layers too (see `drift`).
+        Half of them are held out. `follow`: they go through the quantized layers too (see `drift`). `device`: where
+        blocks run; what is carried from one to the next stays there too where it fits.
         """
         self.unseen: list[str] = []  # linears of experts that no token went to in the last block, or no sampled one
         self._config = config
@@ -100,11 +103,13 @@ class Activations:
                 ids += [token for sequence in chunk for token in sequence]
                 context = Context.of_sequences(config, [len(sequence) for sequence in chunk])
                 positions.append(context.positions)
-                self._chunks.append((slice(begin, len(ids)), context, kind))
+                self._chunks.append((slice(begin, len(ids)), context.to(device), kind))
         entrance = Entrance(config, TorchOps(), embedding[np.asarray(ids)], ends)
         self._x = entrance.of_tokens(torch.arange(len(ids)), torch.cat(positions))  # [tokens, hidden_size]
         sampled = sum(len(context.positions) for _, context, kind in self._chunks if kind is not Use.STATISTICS)
-        self._drifted = self._x[:sampled].clone() if follow else None  # these come first
+        self._drifted = self._x[:sampled].to(device, copy=True) if follow else None  # these come first
+        self._device = device
+        self._x = self._x.to(room_for(self._x.nbytes, device))
 
     @property
     def n_tokens(self) -> int:
@@ -115,13 +120,13 @@ class Activations:
     def state(self) -> dict[str, np.ndarray]:
         """What `resume` wants: fp32 [tokens, hidden_size] by the names of STATE; the second of what is followed."""
         found = (self._x,) if self._drifted is None else (self._x, self._drifted)
-        return {name: x.numpy() for name, x in zip(STATE, found, strict=False)}
+        return {name: x.cpu().numpy() for name, x in zip(STATE, found, strict=False)}
 
     def resume(self, state: dict[str, np.ndarray]) -> None:
         """Stand where the activations of the same sequences stood when their `state` was this."""
-        self._x = torch.from_numpy(state[STATE[0]])
+        self._x = torch.from_numpy(state[STATE[0]]).to(self._x.device)
         if self._drifted is not None:
-            self._drifted = torch.from_numpy(state[STATE[1]])
+            self._drifted = torch.from_numpy(state[STATE[1]]).to(self._device)
 
     @torch.inference_mode()
     def advance(self, layer: PackedLayer, index: int, grams: bool = False, samples: bool = True) -> Observed:
@@ -133,11 +138,12 @@ class Activations:
         totals: dict[str, torch.Tensor] = {}
         counts: dict[str, int] = {}
         for rows, context, use in self._chunks:
+            there = self._x[rows].to(self._device)
             keep = samples and use is not Use.STATISTICS
             sample = None
             if keep:
-                x = self._x[rows].clone()
-                sample = Sample(context, x, self._x[rows], x if self._drifted is None else self._drifted[rows])
+                x = there.clone()
+                sample = Sample(context, x, there, x if self._drifted is None else self._drifted[rows])
 
             def watch(linear: Dense, x: torch.Tensor, sample: Sample | None = sample) -> None:
                 _add(totals, linear.name, torch.cat([part.abs().sum(0, dtype=torch.float64) for part in _parts(x)]))
@@ -148,7 +154,9 @@ class Activations:
                     sample.inputs[linear.name] = x
 
             ops = DenseOps(watch)
-            self._x[rows] = block(self._config, ops, layer, index, self._x[rows], context)
+            there[:] = block(self._config, ops, layer, index, there, context)
+            if self._x.device != self._device:
+                self._x[rows] = there
             if sample:
                 sample.middle.append(ops.stream)
                 (found.samples if use is Use.SEARCH else found.held_out).append(sample)

@@ -41,6 +41,7 @@ def load(
     n_sequences: int,
     length: int,
     seed: int = 0,
+    device: str = "auto",
     threads: int | None = None,
     offline: bool = False,
     progress: bool = False,
@@ -56,7 +57,14 @@ def load(
     if calibration is None:
         starts = start_tokens(source.generation_config, source.hf_config)
         sequences = self_generated(
-            source, starts=starts, n_sequences=n_sequences, length=length, seed=seed, threads=threads, progress=progress
+            source,
+            starts=starts,
+            n_sequences=n_sequences,
+            length=length,
+            seed=seed,
+            device=device,
+            threads=threads,
+            progress=progress,
         )
         origin = "text sampled from the model itself"
     elif str(calibration).startswith(HUB):
@@ -134,12 +142,14 @@ def self_generated(
     n_sequences: int = 128,
     length: int = 128,
     seed: int = 0,
+    device: str = "auto",
     threads: int | None = None,
     progress: bool = False,
 ) -> list[list[int]]:
     """`n_sequences` of `length` tokens each that the model samples from itself, at temperature 1.
 
     starts  tokens to begin with, one drawn for each sequence; empty: any token of the vocabulary
+    device  of the backend that samples; what another writes is text as good, but not the same
 
     The token after it is drawn evenly from the likeliest quarter of the vocabulary: many short texts that begin
     differently cover more of what a model can say than its few favourite openings do.
@@ -152,7 +162,7 @@ def self_generated(
     length = min(length, source.config.max_positions)
     at_once = max(1, min(n_sequences, CACHE_BYTES // source.config.kv_bytes(length, 2)))
     with Loading("the model in 4 bits", "reading") if progress else nullcontext() as reading:
-        runner = backends.choose()[0].build(
+        runner = backends.choose(device)[0].build(
             Rounded(source),
             ctx_size=length,
             n_slots=at_once,

@@ -17,6 +17,7 @@ from tinychat.backends.reference import TorchOps
 from tinychat.decoder import PackedLayer
 from tinychat.errors import CheckpointError, UsageError
 from tinychat.qtensor import QTensor, Weight
+from tinychat.quantize.device import CPU
 from tinychat.quantize.grid import FP16_MAX, Grid, as_float, as_stored, stacked
 from tinychat.weights import LINEARS, NORMS, OF_EXPERTS, QUANTIZED, Layer, Linear
 
@@ -61,12 +62,17 @@ class Dense:
         return any(reason is None for reason in self.kept)
 
     @property
+    def _piece(self) -> int:
+        """See PIECE; a GPU would spend its time in starting on so little."""
+        return PIECE if self.stored.is_cpu else SLICE
+
+    @property
     def weight(self) -> torch.Tensor:
         """fp32 [N, K]: a copy, except where it is `stored` so."""
         if self.grid is None:
             return self.of_rows(slice(None))
         made = torch.empty(self.shape)
-        for rows, piece in self.slices(PIECE):
+        for rows, piece in self.slices(self._piece):
             weight = piece.of_rows(slice(None))
             if piece.quantized:
                 weight = self.grid.round_trip(weight, piece.modules[0], piece.limits)
@@ -129,7 +135,7 @@ class Dense:
 
     def quantize(self, grid: Grid) -> QTensor:
         """A linear of one segment rounded to nearest, within its limits."""
-        pieces = (piece for _, piece in self.slices(PIECE))
+        pieces = (piece for _, piece in self.slices(self._piece))
         return stacked([grid.quantize(piece.weight, piece.modules[0], piece.limits) for piece in pieces])
 
 
@@ -163,8 +169,8 @@ class DenseOps(TorchOps):
         return self.stream, normed
 
 
-def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:
-    """`layer` with each linear a `Dense`, vectors in fp32. UsageError where it is quantized already."""
+def dense_layer(layer: Layer, plan: Plan, device: torch.device = CPU) -> PackedLayer:
+    """`layer` on `device`: each linear a `Dense`, vectors in fp32. UsageError where it is quantized already."""
 
     def linear(name: str, found: Linear, expert: int | None = None) -> Dense:
         parts, modules, kept = [], [], []
@@ -175,10 +181,10 @@ def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:
                 raise UsageError(
                     f"{module} is quantized already, to {segment.bits} bits; quantize the original checkpoint instead"
                 )
-            parts.append(as_stored(segment))
+            parts.append(as_stored(segment).to(device))
             modules.append(module)
             kept.append(reason)
-        bias = None if found.bias is None else as_float(found.bias)
+        bias = None if found.bias is None else as_float(found.bias).to(device)
         weight = torch.cat(parts) if len(parts) > 1 else parts[0]
         name = name if expert is None else f"{name}.{expert}"
         return Dense(name, weight, bias, tuple(len(p) for p in parts), tuple(modules), tuple(kept))
@@ -193,8 +199,8 @@ def dense_layer(layer: Layer, plan: Plan) -> PackedLayer:
             made[name] = linear(name, found)
     for name in NORMS:
         values = getattr(layer, name)
-        made[name] = None if values is None else as_float(values)
-    made["act_scale"] = None if layer.act_scale is None else as_float(layer.act_scale)
+        made[name] = None if values is None else as_float(values).to(device)
+    made["act_scale"] = None if layer.act_scale is None else as_float(layer.act_scale).to(device)
     return PackedLayer(**made)
 
 
@@ -205,12 +211,12 @@ def quantized_layer(layer: PackedLayer, quantize: Callable[[Dense], QTensor]) ->
         if isinstance(dense, tuple):  # of experts
             return Linear(tuple(segment for one in dense for segment in linear(one).segments))
         segments: list[Weight] = [
-            quantize(part) if part.kept[0] is None else half(part.weight.numpy(), part.modules[0])
+            quantize(part) if part.kept[0] is None else half(part.weight.cpu().numpy(), part.modules[0])
             for part in dense.parts()
         ]
         bias = None
         if dense.bias is not None:
-            bias = half(dense.bias.numpy(), f"the bias of {', '.join(dense.modules)}").astype(np.float32)
+            bias = half(dense.bias.cpu().numpy(), f"the bias of {', '.join(dense.modules)}").astype(np.float32)
         return Linear(tuple(segments), bias)
 
     where = f"of the layer of {layer.qkv.modules[0]}"
@@ -218,9 +224,9 @@ def quantized_layer(layer: PackedLayer, quantize: Callable[[Dense], QTensor]) ->
     made: dict[str, Any] = {name: linear(dense) for name, dense in found.items() if dense is not None}
     for name in NORMS:
         values = getattr(layer, name)
-        made[name] = None if values is None else half(values.numpy(), f"{name} {where}").astype(np.float32)
+        made[name] = None if values is None else half(values.cpu().numpy(), f"{name} {where}").astype(np.float32)
     if layer.act_scale is not None:
-        made["act_scale"] = half(layer.act_scale.numpy(), f"act_scale {where}").astype(np.float32)
+        made["act_scale"] = half(layer.act_scale.cpu().numpy(), f"act_scale {where}").astype(np.float32)
     return Layer(**made)
 
 

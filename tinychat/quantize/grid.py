@@ -69,7 +69,8 @@ class Grid:
         if self.symmetric:
             scales = torch.maximum(low.abs(), high.abs()) / 2.0 ** (self.bits - 1)
         else:
-            scales = (high.clamp(min=0) - low.clamp(max=0)) / self.top
+            scales = high.clamp(min=0) - low.clamp(max=0)
+            scales = scales / scales.new_full((), self.top)  # by a number a GPU does not divide, but multiplies
         scales = torch.where(constant, low.abs(), scales)
         if float(scales.max()) > FP16_MAX:
             raise CheckpointError(
@@ -119,9 +120,9 @@ class Grid:
     def tensor(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, n_inputs: int) -> QTensor:
         """The `QTensor` of codes [N, n_inputs or more] and of scales and zeros [N, groups]."""
         return QTensor(
-            codes[:, :n_inputs].to(torch.uint8).contiguous().numpy(),
-            scales.to(torch.float16).numpy(),
-            zeros.to(torch.uint8).numpy(),
+            codes[:, :n_inputs].to(torch.uint8).contiguous().cpu().numpy(),
+            scales.to(torch.float16).cpu().numpy(),
+            zeros.to(torch.uint8).cpu().numpy(),
             self.bits,
             self.width(n_inputs),
         )

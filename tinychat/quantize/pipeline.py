@@ -23,6 +23,7 @@ from tinychat import checkpoint
 from tinychat.checkpoint import CheckpointWriter
 from tinychat.errors import UsageError
 from tinychat.quantize import calibration as calibrating
+from tinychat.quantize import device as devices
 from tinychat.quantize import identity
 from tinychat.quantize.activations import STATE, Activations
 from tinychat.quantize.dense import dense_layer, half, linears_of
@@ -56,6 +57,7 @@ def quantize(
     seed: int = 0,
     overwrite: bool = False,
     restart: bool = False,
+    device: str = "auto",
     threads: int | None = None,
     progress: bool = True,
     revision: str | None = None,
@@ -69,6 +71,7 @@ def quantize(
     n_sequences, length  of the calibration set, at most; None: 512 tokens, 128 of sampled text
     restart      throw away what an interrupted run left. Otherwise a run with the same arguments goes on after its last
                  finished layer, and writes the same bytes as one that was never interrupted
+    device       'cpu', 'cuda' or 'auto': see `device.find`
     threads      of PyTorch, for the process, and of the backend that samples; None: as they are
     progress     on stderr
     revision, offline, ignore_config  of the source: see `checkpoint.locate` and `checkpoint.open`
@@ -83,6 +86,7 @@ def quantize(
         torch.set_num_threads(threads)
     chosen = find(method, act_order)
     Grid(bits, group_size, symmetric)  # checks them
+    where = devices.find(device)
     opened = checkpoint.open(checkpoint.locate(source, revision=revision, offline=offline), ignore_config=ignore_config)
     if opened.path.is_file():
         raise UsageError(f"{opened.path} is a GGUF file; quantize the original checkpoint, a directory, instead")
@@ -91,7 +95,7 @@ def quantize(
     made = Output(opened, bits, group_size, symmetric)
     length = min(length or (SAMPLED if calibration is None else FROM_FILE), opened.config.max_positions)
     options = {"method": method, "bits": bits, "group size": group_size, "seed": seed}
-    options |= {"symmetric": symmetric, "act-order": act_order}
+    options |= {"symmetric": symmetric, "act-order": act_order, "device": devices.describe(where)}
     options |= {"sequences": n_sequences, "length": length, "ignored keys": sorted(ignore_config)}
     run = identity.run(opened.path, calibration, options)
     with CheckpointWriter(output, source=opened.path, overwrite=overwrite, run=run, restart=restart) as writer:
@@ -101,6 +105,7 @@ def quantize(
             kept *= 1 + chosen.follows
             made.require_room(writer.directory.parent, kept)
             state.report.notes += [made.why] if made.why else []
+            state.report.notes += [f"computed on {devices.describe(where)}"] if where != devices.CPU else []
         try:
             if chosen.needs_calibration and not state.sequences and not writer.complete:
                 state.sequences, state.report.calibration = calibrating.load(
@@ -109,13 +114,15 @@ def quantize(
                     n_sequences=n_sequences,
                     length=length,
                     seed=seed,
+                    device="cpu" if device == "cpu" else "auto",
                     threads=threads,
                     offline=offline,
                     progress=progress,
                 )
                 state.commit(0)
             if not writer.complete:
-                _write_layers(writer, made, chosen, Grid(bits, made.group_size, symmetric), state, seed, progress)
+                grid = Grid(bits, made.group_size, symmetric)
+                _write_layers(writer, made, chosen, grid, state, seed, progress, where)
             path = made.finish(writer, state.report)
         except (KeyboardInterrupt, SystemExit):
             if progress and writer.kept_in:
@@ -167,7 +174,14 @@ class _State:
 
 
 def _write_layers(
-    writer: CheckpointWriter, made: Output, method: Method, grid: Grid, state: _State, seed: int, progress: bool
+    writer: CheckpointWriter,
+    made: Output,
+    method: Method,
+    grid: Grid,
+    state: _State,
+    seed: int,
+    progress: bool,
+    device: torch.device,
 ) -> None:
     """Everything from the embedding to the head, from where `state` stands."""
     source = made.source
@@ -175,7 +189,7 @@ def _write_layers(
     activations = None
     if method.needs_calibration and state.layers < n_layers:
         activations = Activations(
-            source.config, source.embed(), state.sequences, SEARCH_TOKENS, seed, source.ends(), method.follows
+            source.config, source.embed(), state.sequences, SEARCH_TOKENS, seed, source.ends(), method.follows, device
         )
         if state.activations:
             activations.resume(state.activations)
@@ -184,7 +198,8 @@ def _write_layers(
         made.add_embedding(writer)
     shown = Progress(n_layers, state.layers, shown=progress)
     for index in range(state.layers, n_layers):
-        layer = _layer(source, method, grid, activations, index, made.plan, state.report, shown)
+        with devices.computing_on(device):
+            layer = _layer(source, method, grid, activations, index, made.plan, state.report, shown, device)
         made.add_layer(writer, index, layer)
         rest = activations.state if activations is not None and index + 1 < n_layers else None
         state.commit(index + 1, rest)
@@ -202,16 +217,18 @@ def quantize_in_memory(
     act_order: bool = False,
     sequences: Sequences | None = None,
     seed: int = 0,
+    device: str = "auto",
     progress: bool = False,
 ) -> tuple[MemoryWeights, Report]:
     """Every linear of `source` as a `QTensor`, whatever its shape; the rest in fp16. `sequences` are token ids.
 
-    symmetric, act_order  see `Grid` and `Method`; seed: of the choice of sequences on which searches measure losses
+    symmetric, act_order  see `Grid` and `Method`; seed: of the choice of sequences on which searches measure losses;
+    device: see `device.find`
 
     Raises UsageError where the method needs calibration and there are no sequences.
     """
     began = time.monotonic()
-    grid, chosen = Grid(bits, group_size, symmetric), find(method, act_order)
+    grid, chosen, where = Grid(bits, group_size, symmetric), find(method, act_order), devices.find(device)
     report = Report(method, bits, group_size)
     if chosen.needs_calibration:
         if not sequences:
@@ -224,12 +241,13 @@ def quantize_in_memory(
     activations = None
     if chosen.needs_calibration:
         activations = Activations(
-            source.config, source.embed(), sequences or [], SEARCH_TOKENS, seed, source.ends(), chosen.follows
+            source.config, source.embed(), sequences or [], SEARCH_TOKENS, seed, source.ends(), chosen.follows, where
         )
     shown = Progress(source.config.n_layers, shown=progress)
     layers = []
     for index in range(source.config.n_layers):
-        layers.append(_layer(source, chosen, grid, activations, index, plan, report, shown))
+        with devices.computing_on(where):
+            layers.append(_layer(source, chosen, grid, activations, index, plan, report, shown, where))
         shown.done()
     norm, norm_bias = source.norm(), source.norm_bias()
     weights = MemoryWeights(
@@ -254,10 +272,11 @@ def _layer(
     plan: LayerPlan,
     report: Report,
     progress: Progress,
+    device: torch.device,
 ) -> Layer:
-    """Layer `index` as it is written; what is found goes to the report."""
+    """Layer `index` as it is written, computed on `device`; what is found goes to the report."""
     progress.doing("reading")
-    layer = dense_layer(source.layer(index), partial(plan, index))
+    layer = dense_layer(source.layer(index), partial(plan, index), device)
     source.release()
     progress.doing(method.name)
     changed, done, results = method.apply(source.config, layer, index, activations, grid)

@@ -126,7 +126,7 @@ def _squares(exact: Dense, q: QTensor) -> tuple[float, float]:
     error = power = 0.0
     for first in range(0, len(q.codes), _ROWS):
         rows = slice(first, first + _ROWS)
-        part = exact.of_rows(rows).numpy()
+        part = exact.of_rows(rows).cpu().numpy()
         change = QTensor(q.codes[rows], q.scales[rows], q.zeros[rows], q.bits, q.group_size).dequantize() - part
         error, power = error + float(np.vdot(change, change)), power + float(np.vdot(part, part))
     return error, power
