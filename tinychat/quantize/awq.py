@@ -20,12 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from tinychat.config import Block, ModelConfig
 from tinychat.decoder import Context, PackedLayer, block, mlp, self_attention
-from tinychat.quantize import clip
+from tinychat.quantize import clip, threads
 from tinychat.quantize.activations import Observed, Sample
 from tinychat.quantize.dense import SLICE, Dense, DenseOps, changed, part
 from tinychat.quantize.grid import Grid
@@ -228,10 +229,19 @@ def _limits(
         if consumers[name].quantized:
             scaled, x = _scaled(consumers[name], columns), x if columns is None else x / columns
             pieces = [slice(first, first + clip.ROWS) for first in range(0, len(scaled.stored), clip.ROWS)]
-            of = [None if apart is None else apart[:, rows] for rows in pieces]
-            made = (search(grid, scaled.of_rows(r), x, a, scaled.modules[0]) for r, a in zip(pieces, of, strict=True))
-            found[name] = torch.cat(list(made))
+            found[name] = torch.cat(threads.each(partial(_limits_of, search, grid, scaled, x, apart), pieces))
     return found
+
+
+def _limits_of(
+    search: Callable[..., torch.Tensor],
+    grid: Grid,
+    linear: Dense,
+    x: torch.Tensor,
+    apart: torch.Tensor | None,
+    rows: slice,
+) -> torch.Tensor:
+    return search(grid, linear.of_rows(rows), x, None if apart is None else apart[:, rows], linear.modules[0])
 
 
 def _few(linear: Dense, readings: list[Reading], numbers: int) -> Inputs:
