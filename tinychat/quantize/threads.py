@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import torch
 
-Piece, Made = TypeVar("Piece"), TypeVar("Made")
+Piece = TypeVar("Piece")
+Made = TypeVar("Made")
 
 
 def each(function: Callable[[Piece], Made], pieces: Iterable[Piece]) -> list[Made]:
