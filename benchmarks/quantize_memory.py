@@ -28,11 +28,15 @@ from tinychat.weights import LINEARS
 PROGRAM = """
 import json, resource, sys
 import torch
-from tinychat.quantize import calibration, quantize
+from tinychat.quantize import calibration, pipeline, quantize
 peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before, (source, output, options) = peak(), json.loads(sys.argv[1])
 sequences = [[(7 * i + j) % 1000 for j in range(options["length"])] for i in range(options["n_sequences"])]
 calibration.load = lambda *given, **more: (sequences, "tokens of this benchmark")  # sampling is not what is measured
+def commit(state, layers, *given, commit=pipeline._State.commit):
+    commit(state, layers, *given)
+    print(json.dumps({"layers": layers}), flush=True)
+pipeline._State.commit = commit
 report = quantize(source, output, **options)
 gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
 print(json.dumps({"before": before, "peak": peak(), "gpu": gpu, "seconds": report.seconds, "notes": report.notes}))
@@ -51,11 +55,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     args = parser.parse_args()
 
-    shape = shapes.SHAPES[args.shape]
-    small = replace(shape, hf_config={**shape.hf_config, "num_hidden_layers": args.layers})
     args.directory.mkdir(parents=True)
     try:
-        source = write.write(small, args.directory / "source", plain=True)
+        source = random_weights(args.shape, args.layers, args.directory / "source")
         opened = checkpoint.open(source)
         options = {"method": args.method, "n_sequences": args.n_sequences, "length": args.length}
         options["device"] = args.device
@@ -78,6 +80,14 @@ def main() -> None:
     result = {"shape": args.shape, "layers": args.layers, **options, "layer_bytes": layer, "bound_bytes": bound}
     result |= {"peak_bytes": taken, "program_bytes": found["before"], "gpu_bytes": found["gpu"]}
     print(json.dumps({**result, "seconds": found["seconds"]}))
+
+
+def random_weights(name: str, n_layers: int, directory: Path) -> Path:
+    """A float checkpoint of so many layers in the shape called `name`, written to `directory`."""
+    shape = shapes.find(name)
+    return write.write(
+        replace(shape, hf_config={**shape.hf_config, "num_hidden_layers": n_layers}), directory, plain=True
+    )
 
 
 if __name__ == "__main__":

@@ -235,7 +235,8 @@ def attended(
 ) -> torch.Tensor:
     """softmax(q keys^T) values, scores perhaps capped: [heads, rows, dim]. mask: bool, or what is added."""
     if cap is None:
-        return torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=1.0)
+        entry = q[None], keys[None], values[None]  # without a batch PyTorch holds all scores at once, and is slower
+        return torch.nn.functional.scaled_dot_product_attention(*entry, attn_mask=mask, scale=1.0)[0]
     scores = cap * torch.tanh(q @ keys.transpose(1, 2) / cap)
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return torch.softmax(scores, dim=-1) @ values

@@ -19,13 +19,12 @@ from tinychat.decoder import Context, Entrance, PackedLayer, block
 from tinychat.errors import CheckpointError
 from tinychat.quantize.dense import Dense, DenseOps, linears_of
 from tinychat.quantize.device import CPU, room_for
-from tinychat.quantize.grid import Grid
 from tinychat.weights import Ends
 
 NO_ENDS = Ends()
 SAMPLED_NUMBERS = 2**22  # of a block's input: what narrow models are sampled to
 CHUNK_TOKENS = 4096  # run at once: bounds the memory of intermediate activations
-CHUNK_NUMBERS = 2**25  # of what the widest linear makes of tokens run at once, unless they are sampled
+CHUNK_NUMBERS = 2**23  # of what the widest linear makes of tokens run at once, unless they are sampled
 STATE = ("activations", "drifted")
 CHANNELS = 2048  # whose statistics are computed at once: likewise
 
@@ -45,7 +44,8 @@ class Sample:
     context: Context
     x: torch.Tensor  # the block's input, fp32 [T, hidden_size]
     y: torch.Tensor  # its output, likewise, until the next block has been run
-    drifted: torch.Tensor  # what the quantized layers before make of x, likewise; x itself where they are not followed
+    drifted: torch.Tensor  # what the quantized layers before make of x, likewise; x itself where they are not followed.
+    # Where they are, a transformation leaves here what this block, quantized, makes of it
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # of each canonical linear, [T, K]
     middle: list[torch.Tensor] = field(default_factory=list)  # one: what the block's last norm read, as x
 
@@ -82,8 +82,8 @@ class Activations:
     ):
         """About `sample_tokens` tokens (more of a narrow model), in whole sequences drawn with `seed`, are sampled.
 
-        Half of them are held out. `follow`: they go through the quantized layers too (see `drift`). `device`: where
-        blocks run; what is carried from one to the next stays there too where it fits.
+        Half of them are held out. `follow`: they go through the quantized layers too (see `Sample.drifted`). `device`:
+        where blocks run; what is carried from one to the next stays there too where it fits.
         """
         self.unseen: list[str] = []  # linears of experts that no token went to in the last block, or no sampled one
         self._config = config
@@ -169,16 +169,6 @@ class Activations:
         seen = found.grams if grams else {name for sample in found.samples for name in sample.inputs}
         self.unseen = [name for name in linears_of(layer) if name not in seen]
         return found
-
-    @torch.inference_mode()
-    def drift(self, layer: PackedLayer, index: int, grid: Grid) -> None:
-        """Run block `index`, on `grid`, on what is followed of the quantized model."""
-        if self._drifted is None:
-            return
-        for rows, context, use in self._chunks:
-            if use is not Use.STATISTICS:
-                x = self._drifted[rows]
-                self._drifted[rows] = block(self._config, DenseOps(grid=grid), layer, index, x, context)
 
 
 def _add(totals: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None:

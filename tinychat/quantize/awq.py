@@ -20,12 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from tinychat.config import Block, ModelConfig
 from tinychat.decoder import Context, PackedLayer, block, mlp, self_attention
-from tinychat.quantize import clip
+from tinychat.quantize import clip, threads
 from tinychat.quantize.activations import Observed, Sample
 from tinychat.quantize.dense import SLICE, Dense, DenseOps, changed, part
 from tinychat.quantize.grid import Grid
@@ -82,16 +83,22 @@ def transform(
             ]
             for some in (observed.samples, observed.held_out)
         )
-        if seen and any(part(layer, name).quantized for name in group.consumers):
-            folded, result = _search(config, layer, folded, index, group, observed, grid, seen, others)
-            results.append(result)
         for sample in (*observed.samples, *observed.held_out):
             for name in group.consumers:  # of this group alone
                 sample.inputs.pop(name, None)
-    if not results:
-        return layer, []
-    before, after = (_block_loss(config, one, index, grid, observed) for one in (layer, folded))
-    results.append(GroupResult(index, BLOCK, None, before, after))
+        if seen and any(part(layer, name).quantized for name in group.consumers):
+            folded, result = _search(config, layer, folded, index, group, observed, grid, seen, others)
+            results.append(result)
+    rest = [*observed.samples, *observed.held_out]
+    if results:
+        judging = observed.held_out or observed.samples
+        before, after = (_block_loss(config, one, index, grid, judging, one is folded) for one in (layer, folded))
+        results.append(GroupResult(index, BLOCK, None, before, after))
+        rest = observed.samples if observed.held_out else []
+    for sample in rest:
+        if sample.drifted is not sample.x:
+            ops = DenseOps(grid=grid)
+            sample.drifted.copy_(block(config, ops, folded, index, sample.drifted, sample.context))
     return folded, results
 
 
@@ -128,7 +135,7 @@ def _search(
     seen: list[Reading],
     others: list[Reading],
 ) -> tuple[PackedLayer, GroupResult]:
-    """`folded` with what is best for one group of `layer`, by what its consumers read."""
+    """`folded` with what is best for one group of `layer`, by what its consumers read: `seen` and `others`, emptied."""
     consumers: Consumers = {name: part(layer, name) for name in group.consumers}
     many = len(seen) > 1 and config.hidden_size * sum(len(one.context.positions) for one in seen) > MANY
     loss = _loss(config, layer, index, group, seen)
@@ -142,6 +149,8 @@ def _search(
     for name in consumers:
         if any(name in one.exact for one in seen):
             some[name], inputs[name] = (_few(consumers[name], seen, n) for n in (clip.GLANCED, clip.SEARCHED))
+    seen.clear()  # what is wanted of them is in the losses
+    others.clear()
 
     def scaled(step: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The scales of a step, of the producer's channels and of the consumers'."""
@@ -228,10 +237,19 @@ def _limits(
         if consumers[name].quantized:
             scaled, x = _scaled(consumers[name], columns), x if columns is None else x / columns
             pieces = [slice(first, first + clip.ROWS) for first in range(0, len(scaled.stored), clip.ROWS)]
-            of = [None if apart is None else apart[:, rows] for rows in pieces]
-            made = (search(grid, scaled.of_rows(r), x, a, scaled.modules[0]) for r, a in zip(pieces, of, strict=True))
-            found[name] = torch.cat(list(made))
+            found[name] = torch.cat(threads.each(partial(_limits_of, search, grid, scaled, x, apart), pieces))
     return found
+
+
+def _limits_of(
+    search: Callable[..., torch.Tensor],
+    grid: Grid,
+    linear: Dense,
+    x: torch.Tensor,
+    apart: torch.Tensor | None,
+    rows: slice,
+) -> torch.Tensor:
+    return search(grid, linear.of_rows(rows), x, None if apart is None else apart[:, rows], linear.modules[0])
 
 
 def _few(linear: Dense, readings: list[Reading], numbers: int) -> Inputs:
@@ -258,13 +276,15 @@ def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, rea
     ops = DenseOps()
     n_tokens = TOKENS * max(1, BETWEEN // (TOKENS * config.up_size))
 
-    def run(consumers: Consumers, exact: bool = False) -> list[torch.Tensor]:
+    contexts, given = [one.context for one in readings], [one.given for one in readings]
+
+    def run(consumers: Consumers, read: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         replaced = changed(layer, **consumers)
         outputs = []
-        for one in readings:
-            inputs, parts = one.exact if exact else one.given, []
+        for inputs, context in zip(read, contexts, strict=True):
+            parts = []
             if "qkv" in consumers:
-                parts.append(self_attention(config, ops, replaced, index, inputs["qkv"], one.context))
+                parts.append(self_attention(config, ops, replaced, index, inputs["qkv"], context))
             for name in {"up", "router"} & consumers.keys():  # one of them
                 x = inputs[name]
                 few = x.split(n_tokens) if layer.router is None else [x]  # experts share the tokens out among them
@@ -272,10 +292,10 @@ def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, rea
             outputs.append(sum(parts[1:], start=parts[0]))
         return outputs
 
-    expected = run({name: part(layer, name) for name in group.consumers}, exact=True)
+    expected = run({name: part(layer, name) for name in group.consumers}, [one.exact for one in readings])
     power = _power(expected)
     expected = [y if one.off is None else y - one.off for y, one in zip(expected, readings, strict=True)]
-    return lambda consumers: _squares(run(consumers), expected) / power
+    return lambda consumers: _squares(run(consumers, given), expected) / power
 
 
 def _quadratic_loss(consumer: Dense, readings: list[Reading]) -> Callable[[Dense], float]:
@@ -326,15 +346,19 @@ def _power(outputs: list[torch.Tensor]) -> float:
     return max(sum(float(y.square().sum()) for y in outputs), torch.finfo(torch.float32).tiny)
 
 
-def _block_loss(config: ModelConfig, layer: PackedLayer, index: int, grid: Grid, observed: Observed) -> float:
+def _block_loss(
+    config: ModelConfig, layer: PackedLayer, index: int, grid: Grid, samples: list[Sample], advance: bool = False
+) -> float:
     """The relative error of what block `index` adds to its input where `layer`, on the grid, is in its place.
 
-    By what is held out, where anything is.
+    `advance`: and where samples are followed, `drifted` becomes the output of that block.
     """
     ops = DenseOps(grid=grid)
     error = power = 0.0
-    for sample in observed.held_out or observed.samples:
+    for sample in samples:
         found = block(config, ops, layer, index, sample.drifted, sample.context)
         error += float((found - sample.y).square().sum())
         power += float((sample.y - sample.x).square().sum())
+        if advance and sample.drifted is not sample.x:
+            sample.drifted.copy_(found)
     return error / max(power, torch.finfo(torch.float32).tiny)

@@ -31,7 +31,7 @@ OUTWARD = (1.1, 1.05)
 GLANCE = (0.9, 0.75, 0.6)
 TOGETHER, LOW, HIGH = (True, True), (True, False), (False, True)  # which ends are moved in a pass over the groups
 SEARCHED, GLANCED = 2**21, 2**19  # numbers of the inputs that a search and a glance take
-ROWS = 2048  # at a time: bounds what is in memory
+ROWS = 512  # that a thread takes at a time: what stays in its cache
 
 
 def search(
@@ -76,41 +76,42 @@ def _search(
     shrinks: Sequence[float],
 ) -> torch.Tensor:
     grouped, scales, zeros = grid.fitted(weight, name)
-    width = grouped.shape[2]
+    n, width = len(weight), grouped.shape[2]
     own = torch.stack((grouped.amin(-1), grouped.amax(-1)), dim=-1)  # [N, groups, 2]
     limits = own.clone()
-    error = grid.nearest(grouped, scales, zeros).sub_(grouped)  # [N, groups, width]
+    grouped = grouped.transpose(0, 1).contiguous()  # [groups, N, width]: what is computed with lies together
+    error = grid.nearest(grouped, scales.T, zeros.T).sub_(grouped)
     if short := -weight.shape[1] % width:  # what pads the last group of a row is multiplied by nothing
         x = torch.nn.functional.pad(x, (0, short))
-    output = error.flatten(1) @ x.T  # [N, T]
+    output = error.transpose(0, 1).reshape(n, -1) @ x.T  # [N, T]
     if apart is not None:
         output += apart.T
+    parts = x.split(width, dim=1)
+    grams = [part.T @ part for part in parts]
+    factors = torch.tensor(shrinks)[:, None, None]
     for ends in passes:
         moved = torch.tensor(ends)
-        for g in range(grouped.shape[1]):
-            part = x[:, g * width : (g + 1) * width]
-            gram = part.T @ part
-            before = error[:, g].clone()
-            pull = output @ part - before @ gram  # of the other groups' errors
-            best, chosen = _loss(before, gram, pull), limits[:, g]
-            for shrink in shrinks:
-                tried = torch.where(moved, own[:, g] * shrink, limits[:, g])  # [N, 2]
-                loss = _loss(_error(grid, grouped[:, g], tried, name), gram, pull)
+        for g, (group, part, gram) in enumerate(zip(grouped, parts, grams, strict=True)):
+            before = error[g]
+            pull = (output @ part).addmm_(before, gram, alpha=-1).mul_(2)  # of the other groups' errors
+            tried = torch.where(moved, own[:, g] * factors, limits[:, g])  # [shrinks, N, 2]
+            scales, zeros = grid.parameters(tried[..., 0], tried[..., 1], name)
+            best, chosen = _loss(before, gram, pull), torch.full((n,), -1)
+            for i, fit in enumerate(zip(scales, zeros, strict=True)):
+                loss = _loss(grid.nearest(group, *fit).sub_(group), gram, pull)
                 better = loss < best
                 best = torch.where(better, loss, best)
-                chosen = torch.where(better[:, None], tried, chosen)
-            limits[:, g] = chosen
-            error[:, g] = _error(grid, grouped[:, g], chosen, name)
-            output.addmm_(error[:, g] - before, part.T)
+                chosen.masked_fill_(better, i)
+            (rows,) = torch.nonzero(chosen >= 0, as_tuple=True)
+            if len(rows):
+                at = chosen[rows], rows
+                limits[rows, g] = tried[at]
+                made = before.index_copy(0, rows, grid.nearest(group[rows], scales[at], zeros[at]).sub_(group[rows]))
+                output.addmm_(made - before, part.T)
+                error[g] = made
     return limits
 
 
-def _error(grid: Grid, group: torch.Tensor, limits: torch.Tensor, name: str) -> torch.Tensor:
-    """Of weights [N, width] rounded within limits [N, 2]."""
-    scales, zeros = grid.parameters(limits[:, 0], limits[:, 1], name)
-    return grid.nearest(group, scales, zeros).sub_(group)
-
-
 def _loss(error: torch.Tensor, gram: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
-    """What one group's error [N, width] adds to e G e^T, which the others alone have some of: [N]."""
-    return (error @ gram).add_(pull, alpha=2).mul_(error).sum(1)
+    """What one group's error [N, width] adds to e G e^T, which the others alone have some of: [N]; pull, twice."""
+    return torch.addmm(pull, error, gram).mul_(error).sum(1)

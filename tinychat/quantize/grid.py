@@ -91,7 +91,10 @@ class Grid:
 
     def nearest(self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
         """The numbers of the grid nearest to `weight`: (q - z) * s of those codes, fp32 [..., width]."""
-        return self.codes(weight, scales, zeros).sub_(zeros[..., None]).mul_(scales[..., None])
+        scales, low = scales[..., None], -zeros[..., None]
+        made = (weight / scales).round_()
+        torch.maximum(made, low, out=made)  # whole vectors at once, as clamp_ with tensors is not
+        return torch.minimum(made, low + self.top, out=made).mul_(scales)
 
     def fitted(
         self, weight: torch.Tensor, name: str = "weight", limits: torch.Tensor | None = None

@@ -69,8 +69,6 @@ class Method:
             observed.samples.clear()
             observed.held_out.clear()
         made, found = self.rounding.round_layer(config, layer, index, observed, grid, self.act_order)
-        if activations is not None:
-            activations.drift(layer, index, grid)
         return layer, made, results + found
 
 
