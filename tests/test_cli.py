@@ -418,7 +418,7 @@ def test_quantize_is_thin(monkeypatch, capsys):
     assert run("quantize", "src", "-o", "dst") == 0
     options = "--method rtn --bits 3 --group-size 64 --calibration t --overwrite"
     options += " --revision v1 --offline --ignore-config a --ignore-config b"
-    options += " --n-sequences 3 --length 9 --seed 7 --restart --threads 2"
+    options += " --n-sequences 3 --length 9 --seed 7 --restart --device cpu --threads 2"
     assert run("quantize", "src", "-o", "dst", *options.split()) == 0
     default = {
         "method": "awq",
@@ -430,7 +430,7 @@ def test_quantize_is_thin(monkeypatch, capsys):
         "overwrite": False,
     }
     default |= {"revision": None, "offline": False, "ignore_config": (), "restart": False, "threads": None}
-    default |= {"n_sequences": 128, "length": None, "seed": 0}
+    default |= {"n_sequences": 128, "length": None, "seed": 0, "device": "auto"}
     given = {
         "method": "rtn",
         "bits": 3,
@@ -441,7 +441,7 @@ def test_quantize_is_thin(monkeypatch, capsys):
         "overwrite": True,
     }
     given |= {"revision": "v1", "offline": True, "ignore_config": ("a", "b"), "restart": True, "threads": 2}
-    given |= {"n_sequences": 3, "length": 9, "seed": 7}
+    given |= {"n_sequences": 3, "length": 9, "seed": 7, "device": "cpu"}
     assert calls == [(("src", "dst"), default), (("src", "dst"), given)]
     assert run("quantize", "src", "-o", "dst", "--group-size", "-1") == 0
     assert calls[2][1]["group_size"] == -1
