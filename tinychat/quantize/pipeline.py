@@ -10,8 +10,6 @@ would have to be equal to the last bit.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -37,7 +35,6 @@ from tinychat.quantize.report import Report
 from tinychat.weights import Layer, Linear, MemoryWeights, WeightSource
 
 SAMPLED, FROM_FILE = 128, 512  # tokens of a calibration sequence
-LARGE = 2**22  # bytes of a block that the allocator gives back as soon as it is free
 SEARCH_TOKENS = 4096  # of the calibration set, on which losses are measured; statistics take all of it
 
 Sequences = Sequence[Sequence[int]]
@@ -85,7 +82,6 @@ def quantize(
     which then is as it was before.
     """
     began = time.monotonic()
-    _give_back_large_blocks()
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = find(method, act_order)
@@ -140,14 +136,6 @@ def quantize(
     report.bytes_after = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     report.seconds = state.seconds
     return report
-
-
-def _give_back_large_blocks() -> None:
-    """glibc raises the size from which it does so to 32 MB by itself, and keeps what lies between blocks in use."""
-    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries have none
-        if mallopt is not None:
-            mallopt(-3, LARGE)  # M_MMAP_THRESHOLD
 
 
 class _State:
