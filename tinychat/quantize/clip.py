@@ -43,17 +43,17 @@ def search(
 
     Only X^T X and X^T apart matter here: see `condensed`. Rows are searched one by one: give it ROWS at most.
     """
-    passes = (TOGETHER,) if grid.symmetric else (TOGETHER, LOW, HIGH)
+    ends = () if grid.symmetric else (LOW, HIGH)
     if apart is None:
-        return _search(grid, weight, inputs, apart, name, passes, SHRINK)
-    return _search(grid, weight, inputs, apart, name, passes + passes[1:], OUTWARD + SHRINK)
+        return _search(grid, weight, inputs, apart, name, ((TOGETHER, *ends),), SHRINK)
+    return _search(grid, weight, inputs, apart, name, ((TOGETHER, *ends), ends), OUTWARD + SHRINK)
 
 
 def glance(
     grid: Grid, weight: torch.Tensor, inputs: torch.Tensor, apart: torch.Tensor | None = None, name: str = "weight"
 ) -> torch.Tensor:
     """The same by a first pass in wider steps: near enough to tell what scales leave to clip."""
-    return _search(grid, weight, inputs, apart, name, (TOGETHER,), GLANCE)
+    return _search(grid, weight, inputs, apart, name, ((TOGETHER,),), GLANCE)
 
 
 def condensed(x: torch.Tensor, apart: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -72,7 +72,7 @@ def _search(
     x: torch.Tensor,
     apart: torch.Tensor | None,
     name: str,
-    passes: Sequence[tuple[bool, bool]],
+    visits: Sequence[Sequence[tuple[bool, bool]]],
     shrinks: Sequence[float],
 ) -> torch.Tensor:
     grouped, scales, zeros = grid.fitted(weight, name)
@@ -89,24 +89,26 @@ def _search(
     parts = x.split(width, dim=1)
     grams = [part.T @ part for part in parts]
     factors = torch.tensor(shrinks)[:, None, None]
-    for ends in passes:
-        moved = torch.tensor(ends)
+    for ends in visits:
         for g, (group, part, gram) in enumerate(zip(grouped, parts, grams, strict=True)):
-            before = error[g]
+            before = made = error[g]
             pull = (output @ part).addmm_(before, gram, alpha=-1).mul_(2)  # of the other groups' errors
-            tried = torch.where(moved, own[:, g] * factors, limits[:, g])  # [shrinks, N, 2]
-            scales, zeros = grid.parameters(tried[..., 0], tried[..., 1], name)
-            best, chosen = _loss(before, gram, pull), torch.full((n,), -1)
-            for i, fit in enumerate(zip(scales, zeros, strict=True)):
-                loss = _loss(grid.nearest(group, *fit).sub_(group), gram, pull)
-                better = loss < best
-                best = torch.where(better, loss, best)
-                chosen.masked_fill_(better, i)
-            (rows,) = torch.nonzero(chosen >= 0, as_tuple=True)
-            if len(rows):
-                at = chosen[rows], rows
-                limits[rows, g] = tried[at]
-                made = before.index_copy(0, rows, grid.nearest(group[rows], scales[at], zeros[at]).sub_(group[rows]))
+            least = _loss(before, gram, pull)
+            for moved in ends:
+                tried = torch.where(torch.tensor(moved), own[:, g] * factors, limits[:, g])  # [shrinks, N, 2]
+                scales, zeros = grid.parameters(tried[..., 0], tried[..., 1], name)
+                chosen = torch.full((n,), -1)
+                for i, fit in enumerate(zip(scales, zeros, strict=True)):
+                    loss = _loss(grid.nearest(group, *fit).sub_(group), gram, pull)
+                    chosen.masked_fill_(loss < least, i)
+                    least = torch.where(loss < least, loss, least)  # a NaN is never better
+                (rows,) = torch.nonzero(chosen >= 0, as_tuple=True)
+                if len(rows):
+                    at = chosen[rows], rows
+                    limits[rows, g] = tried[at]
+                    better = grid.nearest(group[rows], scales[at], zeros[at]).sub_(group[rows])
+                    made = made.index_copy(0, rows, better)
+            if made is not before:
                 output.addmm_(made - before, part.T)
                 error[g] = made
     return limits
