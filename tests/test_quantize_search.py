@@ -37,28 +37,30 @@ def plain(weight, bits):
     return np.array([np.concatenate(row) for row in rows])
 
 
-def clipped_row(row, wanted, x, bits, passes, shrinks):
+def clipped_row(row, wanted, x, bits, visits):
     """(rounded row, limits of its groups): each in turn, by the error of the row's output, which is to be `wanted`."""
     groups = np.split(row, len(row) // WIDTH)
-    own = [(g.min(), g.max()) for g in groups]
-    limits = list(own)
+    factors = [(1.0, 1.0)] * len(groups)
 
-    def made(limits):
-        return np.concatenate([rounded(g, *limit, bits) for g, limit in zip(groups, limits, strict=True)])
+    def limits(factors):
+        return [(g.min() * low, g.max() * high) for g, (low, high) in zip(groups, factors, strict=True)]
 
-    def loss(limits):
-        return ((made(limits) @ x.T - wanted) ** 2).sum()
+    def made(factors):
+        return np.concatenate([rounded(g, *limit, bits) for g, limit in zip(groups, limits(factors), strict=True)])
 
-    for low_moves, high_moves in passes:
+    def loss(factors):
+        return ((made(factors) @ x.T - wanted) ** 2).sum()
+
+    for moves in visits:
         for j in range(len(groups)):
-            before = limits[j]
-            for shrink in shrinks:
-                low = own[j][0] * shrink if low_moves else before[0]
-                high = own[j][1] * shrink if high_moves else before[1]
-                tried = [*limits[:j], (low, high), *limits[j + 1 :]]
-                if loss(tried) < loss(limits) * (1 - 1e-9):
-                    limits = tried
-    return made(limits), limits
+            for low_moves, high_moves, steps in moves:
+                low, high = factors[j]
+                for step in steps:
+                    moved = (low + step * low_moves, high + step * high_moves)
+                    tried = [*factors[:j], moved, *factors[j + 1 :]]
+                    if loss(tried) < loss(factors) * (1 - 1e-9):
+                        factors = tried
+    return made(factors), limits(factors)
 
 
 def clipped(weight, wanted, *how):
@@ -139,27 +141,28 @@ def test_the_search_is_the_papers(name, monkeypatch):
                 s = norm / (norm / s).astype(np.float16)
             return s.astype(np.float16).astype(np.float64) if producer == "act_scale" else s
 
-        def searched(s, passes, shrinks, exact=exact):
+        def searched(s, visits, exact=exact):
             weights, limits = {}, {}
             for n, w in exact.items():
                 read = readings[next(iter(exact)), True]
                 wanted = sample.inputs[n].double().numpy() @ w.T
                 if n in ("out", "down") and read.off is not None:
                     wanted -= read.off.double().numpy()
-                found, limits[n] = clipped(w * s, wanted, read.given[n].double().numpy() / s, bits, passes, shrinks)
+                found, limits[n] = clipped(w * s, wanted, read.given[n].double().numpy() / s, bits, visits)
                 weights[n] = found / s
             return weights, limits
 
         def glanced(i, loss=loss, searched=searched, scales=scales):
-            return loss(searched(scales(i / 20), [(1, 1)], [0.9, 0.75, 0.6])[0])
+            return loss(searched(scales(i / 20), [[(1, 1, [-0.1, -0.25, -0.4])]])[0])
 
         found = {i: glanced(i) for i in range(0, 21, 4)}
         for distance in (2, 1):
             best = min(found, key=found.get)
             found |= {i: glanced(i) for i in (best - distance, best + distance) if 0 <= i <= 20}
         best = min(found, key=found.get)
-        ends = [(1, 1), *[(1, 0), (0, 1)] * 2]
-        weights, limits = searched(scales(best / 20), ends, [1.1 - 0.05 * k for k in range(14)])
+        ends = [(low, 1 - low, [0.2, 0.1, 0.05, -0.05, -0.1, -0.2]) for low in (1, 0)]
+        both = (1, 1, [0.1 - 0.05 * k for k in range(14)])
+        weights, limits = searched(scales(best / 20), [[both, *ends], ends])
         rtn = {n: plain(w, bits) for n, w in exact.items()}
         assert result.loss_rtn == pytest.approx(loss(rtn), rel=1e-3)
 
