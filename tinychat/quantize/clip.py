@@ -93,7 +93,7 @@ def _search(
     output = error.transpose(0, 1).reshape(n, -1) @ x.T  # [N, T]
     if apart is not None:
         output += apart.T
-    parts = x.split(width, dim=1)
+    parts = [part.contiguous() for part in x.split(width, dim=1)]
     grams = [part.T @ part for part in parts]
     for moves in visits:
         for g, (group, part, gram) in enumerate(zip(grouped, parts, grams, strict=True)):
