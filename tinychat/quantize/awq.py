@@ -36,8 +36,7 @@ from tinychat.weights import LINEARS
 
 NEEDS_CALIBRATION = True
 STEPS = 20
-MANY = 2**20  # numbers in the samples of which some choose alpha; all of them choose limits, and what is kept
-SOME = 4  # one token of so many; attention, which wants whole sequences, takes one of two
+MANY = 2**20  # numbers in the samples of which half choose alpha; all of them choose limits, and what is kept
 TOKENS, BETWEEN = 512, 2**25  # that a trial's MLP takes at once: multiples, of so many numbers between up and down
 LARGEST = 2.0**10  # no channel is scaled by more, or by less than its inverse: fp16 must hold the folded weights
 
@@ -138,8 +137,9 @@ def _search(
 ) -> tuple[PackedLayer, GroupResult]:
     """`folded` with what is best for one group of `layer`, by what its consumers read: `seen` and `others`, emptied."""
     consumers: Consumers = {name: part(layer, name) for name in group.consumers}
+    many = len(seen) > 1 and config.hidden_size * sum(len(one.context.positions) for one in seen) > MANY
     loss = _loss(config, layer, index, group, seen)
-    coarse = _loss(config, layer, index, group, _some(seen)) if _many(config, seen) else loss
+    coarse = _loss(config, layer, index, group, seen[::2]) if many else loss
     judged = _loss(config, layer, index, group, others) if others else loss
     rtn, allowed = _each(_rounded(grid, consumers), loss, judged, math.inf)
 
@@ -251,26 +251,6 @@ def _limits_of(
     rows: slice,
 ) -> torch.Tensor:
     return search(grid, linear.of_rows(rows), x, None if apart is None else apart[:, rows], linear.modules[0])
-
-
-def _many(config: ModelConfig, readings: list[Reading]) -> bool:
-    return config.hidden_size * sum(len(next(iter(one.exact.values()))) for one in readings) > MANY
-
-
-def _some(readings: list[Reading]) -> list[Reading]:
-    """What chooses alpha of what is `_many`."""
-    if any("qkv" in one.exact for one in readings):
-        return readings[::2]
-    rows = slice(None, None, SOME)
-    return [
-        replace(
-            one,
-            exact=(exact := {name: x[rows] for name, x in one.exact.items()}),
-            given=exact if one.given is one.exact else {name: x[rows] for name, x in one.given.items()},
-            off=None if one.off is None else one.off[rows],
-        )
-        for one in readings
-    ]
 
 
 def _few(linear: Dense, readings: list[Reading], numbers: int) -> Inputs:
