@@ -7,19 +7,19 @@ equation 1 and from its code, apart from the product's, and rounds its scales to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from tinychat.backends.reference import TorchOps
-from tinychat.cache import KVCache, Rows
-from tinychat.decoder import Decoder
-from tinychat.weights import LINEARS, Layer, Linear, WeightSource
+from tinychat.config import ModelConfig
+from tinychat.quantize.activations import Activations
+from tinychat.quantize.dense import dense_layer
+from tinychat.weights import QUANTIZED, Layer, Linear, WeightSource
 
-# (layer, canonical linear, segment, weight fp32 [N, K]) -> another weight [N, K]
+# (layer, canonical linear, of expert 3 "up.3", segment, weight fp32 [N, K]) -> another weight [N, K]
 Change = Callable[[int, str, int, np.ndarray], np.ndarray]
+Choice = Callable[[int, str, int, np.ndarray], np.ndarray]  # of the same -> indices of channels
 Magnitudes = Sequence[dict[str, np.ndarray]]  # of each layer, mean |x| of each linear's channels [K]
 
 
@@ -67,50 +67,40 @@ class Changed:
     def layer(self, index: int) -> Layer:
         """See `WeightSource`; weights are fp16."""
         layer = self.source.layer(index)
-        return replace(layer, **{name: self._linear(index, name, getattr(layer, name)) for name in LINEARS})
-
-    def _linear(self, index: int, name: str, linear: Linear) -> Linear:
-        made = (
-            self.change(index, name, i, np.asarray(segment, np.float32)).astype(np.float16)
-            for i, segment in enumerate(linear.segments)
-        )
-        return Linear(tuple(made), linear.bias)
+        made: dict[str, list[np.ndarray]] = {}
+        for name, i, weight in weights(self.source.config, layer, index):
+            made.setdefault(name.partition(".")[0], []).append(self.change(index, name, i, weight).astype(np.float16))
+        return replace(layer, **{name: Linear(tuple(m), getattr(layer, name).bias) for name, m in made.items()})
 
     def __getattr__(self, name: str):
         return getattr(self.source, name)
 
 
-class _Watching(TorchOps):
-    """The reference operations; sums |x| of what each packed linear is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.packed: list = []  # kept alive, so that an id stays one linear's
-        self.sums: dict[int, torch.Tensor] = {}
-
-    def pack(self, linear):
-        """See `TorchOps`."""
-        self.packed.append(super().pack(linear))
-        return self.packed[-1]
-
-    def linear(self, x, weight):
-        """See `TorchOps`."""
-        total = x.abs().sum(0, dtype=torch.float64)
-        self.sums[id(weight)] = self.sums[id(weight)] + total if id(weight) in self.sums else total
-        return super().linear(x, weight)
+def weights(config: ModelConfig, layer: Layer, index: int) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(canonical linear, segment, weight fp32 [N, K]) of all that a quantizer rounds in layer `index`."""
+    experts = config.experts_of(index)
+    for name in QUANTIZED:
+        linear = getattr(layer, name)
+        if linear is None:
+            continue
+        stacked = experts is not None and name in ("up", "down")
+        for expert, one in enumerate(linear.parts(experts.n_experts) if stacked else (linear,)):
+            for i, segment in enumerate(one.segments):
+                yield f"{name}.{expert}" if stacked else name, i, np.asarray(segment, np.float32)
 
 
 def magnitudes(source: WeightSource, sequences: Sequence[Sequence[int]]) -> Magnitudes:
-    """Mean |x| of every linear's input channels over the sequences, each on its own, in the unquantized model."""
-    config, ops = source.config, _Watching()
-    cache = KVCache(config.n_layers, 1, config.n_kv_heads, max(map(len, sequences)), config.head_dim, "fp32")
-    decoder = Decoder(source, ops, cache)
-    for sequence in sequences:
-        decoder.step(Rows.of(list(sequence), 0, wanted="none"))
-        cache.truncate(0, 0)
-    n_tokens = sum(map(len, sequences))
-    means = [(ops.sums[id(packed)] / n_tokens).numpy() for packed in ops.packed if id(packed) in ops.sums]
-    return [dict(zip(LINEARS, means[i : i + 4], strict=True)) for i in range(0, 4 * config.n_layers, 4)]
+    """Mean |x| of every linear's input channels over the sequences, each on its own, in the unquantized model.
+
+    Of an expert those of the tokens that went to it; nothing of one that none went to.
+    """
+    activations = Activations(source.config, source.embed(), sequences, 0, ends=source.ends())
+    found = []
+    for index in range(source.config.n_layers):
+        layer = dense_layer(source.layer(index), lambda name, i, shape: (name, None))
+        seen = activations.advance(layer, index, samples=False).magnitude
+        found.append({name: magnitude.numpy() for name, magnitude in seen.items()})
+    return found
 
 
 def salient(importance: np.ndarray, share: float) -> np.ndarray:
@@ -119,21 +109,26 @@ def salient(importance: np.ndarray, share: float) -> np.ndarray:
     return np.argsort(-importance, kind="stable")[:n]
 
 
-def by_activation(found: Magnitudes, share: float) -> Callable[[int, str, int, np.ndarray], np.ndarray]:
-    """Channels chosen by the mean magnitude of their activations."""
-    return lambda index, name, i, weight: salient(found[index][name], share)
+def by_activation(found: Magnitudes, share: float) -> Choice:
+    """Channels chosen by the mean magnitude of their activations; none where nothing is known of them."""
+
+    def choose(index: int, name: str, i: int, weight: np.ndarray) -> np.ndarray:
+        return salient(found[index][name], share) if name in found[index] else np.zeros(0, np.intp)
+
+    return choose
 
 
-def by_weight(share: float) -> Callable[[int, str, int, np.ndarray], np.ndarray]:
+def by_weight(share: float) -> Choice:
     """Channels chosen by the L2 norm of their weights."""
     return lambda index, name, i, weight: salient(np.linalg.norm(weight, axis=0), share)
 
 
-def at_random(share: float, seed: int) -> Callable[[int, str, int, np.ndarray], np.ndarray]:
+def at_random(share: float, seed: int) -> Choice:
     """Channels drawn, the same at every call."""
 
     def choose(index: int, name: str, i: int, weight: np.ndarray) -> np.ndarray:
-        generator = np.random.default_rng([seed, index, LINEARS.index(name), i])
+        name, _, expert = name.partition(".")
+        generator = np.random.default_rng([seed, index, QUANTIZED.index(name), i, *([int(expert)] if expert else [])])
         return salient(generator.random(weight.shape[1]), share)
 
     return choose
@@ -144,7 +139,7 @@ def rounded(quantizer: Quantizer) -> Change:
     return lambda index, name, i, weight: quantizer(weight)[0]
 
 
-def mixed(quantizer: Quantizer, choose: Callable[[int, str, int, np.ndarray], np.ndarray]) -> Change:
+def mixed(quantizer: Quantizer, choose: Choice) -> Change:
     """All channels rounded in their groups, then the chosen ones put back as they were."""
 
     def change(index: int, name: str, i: int, weight: np.ndarray) -> np.ndarray:
@@ -156,7 +151,7 @@ def mixed(quantizer: Quantizer, choose: Callable[[int, str, int, np.ndarray], np
     return change
 
 
-def scaled(quantizer: Quantizer, choose: Callable[[int, str, int, np.ndarray], np.ndarray], s: float) -> Change:
+def scaled(quantizer: Quantizer, choose: Choice, s: float) -> Change:
     """The chosen channels multiplied by s, all rounded, and those divided by s again: equation 2."""
 
     def change(index: int, name: str, i: int, weight: np.ndarray) -> np.ndarray:

@@ -14,8 +14,6 @@ import numpy as np
 import published
 from experiment import Experiment, parser, show
 
-from tinychat.weights import LINEARS
-
 FACTORS = (1.0, 1.25, 1.5, 2.0, 4.0)
 SHARE = 0.01
 
@@ -28,13 +26,11 @@ def statistics(
     choose = channels.by_activation(magnitudes, SHARE)
     for index in range(run.source.config.n_layers):
         layer = run.source.layer(index)
-        for name in LINEARS:
-            for i, segment in enumerate(getattr(layer, name).segments):
-                weight = np.asarray(segment, np.float32)
-                factors = np.ones(weight.shape[1], np.float32)
-                factors[choose(index, name, i, weight)] = s
-                before, after = quantizer(weight)[1], quantizer(weight * factors)[1]
-                ratios.append((after / np.where(before > 0, before, 1))[before > 0])
+        for name, i, weight in channels.weights(run.source.config, layer, index):
+            factors = np.ones(weight.shape[1], np.float32)
+            factors[choose(index, name, i, weight)] = s
+            before, after = quantizer(weight)[1], quantizer(weight * factors)[1]
+            ratios.append((after / np.where(before > 0, before, 1))[before > 0])
     every = np.concatenate(ratios).astype(np.float64)
     return float((every != 1).mean()), float(every.mean())
 

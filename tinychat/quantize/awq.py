@@ -170,6 +170,7 @@ def _search(
             found, there = _each(_rounded(grid, consumers, columns, limits_tried), loss, judged, best)
             if found < best and there < allowed:  # false for NaN
                 best, allowed, alpha, scales, limits = found, there, step / STEPS, tried, limits_tried
+                break
         if best < rtn:
             break
     if scales is not None:

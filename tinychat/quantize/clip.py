@@ -5,17 +5,20 @@ the one with the least error of that group's share of the output alone. Here
 
     the error is that of the whole row's output, e G e^T of its weights' error e and G = X^T X: groups are visited in
     turn, each given the errors of the others, because what they do to one output may cancel;
-    after both ends together, each end is moved by itself;
+    in a visit, after both ends together, each end is moved by itself;
     where the inputs are those that quantized layers give, what these have done to the output (`apart`) stands beside
-    that error, and limits make up for a little of it: each end is moved twice then, and outward too, since what matters
-    is less what is cut off than that one of many roundings of a group cancels most of what the others do to the output.
+    that error, and limits make up for a little of it: groups are visited twice then, the second time for their ends
+    alone, and ends move outward too, since what matters is less what is cut off than that one of many roundings of a
+    group cancels most of what the others do to the output.
 
 Where GPTQ rounds, which cancels errors by itself, nothing is `apart`, and there are no more limits to choose from: with
 them KL divergence was 0.0254 at 4 bits in groups of 128, in an earlier measurement without them 0.0244.
 
 Measured on a small model at 3 bits in groups of 64: the increase of perplexity is 0.48 of plain rounding's with the
 paper's search, 0.42 with the first change, 0.39 with each end once, inward; at 4 bits 0.81, 0.75 and 0.72. On another,
-KL divergence is 0.58 of plain rounding's with that, 0.55 with each end twice and 0.54 outward too.
+KL divergence is 0.58 of plain rounding's with that, 0.55 with each end twice and 0.54 outward too. Between four seeds
+of the calibration there it spreads from 0.52 to 0.55; six steps of an end from where it stands, half the trials, have
+0.542 on average where all of them have 0.536.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from tinychat.quantize.grid import Grid
 SHRINK = tuple(1 - i / 20 for i in range(12))  # of the range that the weights have
 OUTWARD = (1.1, 1.05)
 GLANCE = (0.9, 0.75, 0.6)
-TOGETHER, LOW, HIGH = (True, True), (True, False), (False, True)  # which ends are moved in a pass over the groups
+TOGETHER, LOW, HIGH = (True, True), (True, False), (False, True)  # which ends are moved
 SEARCHED, GLANCED = 2**21, 2**19  # numbers of the inputs that a search and a glance take
 ROWS = 512  # that a thread takes at a time: what stays in its cache
 
@@ -43,17 +46,18 @@ def search(
 
     Only X^T X and X^T apart matter here: see `condensed`. Rows are searched one by one: give it ROWS at most.
     """
-    passes = (TOGETHER,) if grid.symmetric else (TOGETHER, LOW, HIGH)
+    ends = () if grid.symmetric else (LOW, HIGH)
     if apart is None:
-        return _search(grid, weight, inputs, apart, name, passes, SHRINK)
-    return _search(grid, weight, inputs, apart, name, passes + passes[1:], OUTWARD + SHRINK)
+        return _search(grid, weight, inputs, apart, name, ((TOGETHER, *ends),), SHRINK)
+    visits = ((TOGETHER, *ends), ends) if ends else ((TOGETHER,),)
+    return _search(grid, weight, inputs, apart, name, visits, OUTWARD + SHRINK)
 
 
 def glance(
     grid: Grid, weight: torch.Tensor, inputs: torch.Tensor, apart: torch.Tensor | None = None, name: str = "weight"
 ) -> torch.Tensor:
     """The same by a first pass in wider steps: near enough to tell what scales leave to clip."""
-    return _search(grid, weight, inputs, apart, name, (TOGETHER,), GLANCE)
+    return _search(grid, weight, inputs, apart, name, ((TOGETHER,),), GLANCE)
 
 
 def condensed(x: torch.Tensor, apart: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -72,7 +76,7 @@ def _search(
     x: torch.Tensor,
     apart: torch.Tensor | None,
     name: str,
-    passes: Sequence[tuple[bool, bool]],
+    visits: Sequence[Sequence[tuple[bool, bool]]],
     shrinks: Sequence[float],
 ) -> torch.Tensor:
     grouped, scales, zeros = grid.fitted(weight, name)
@@ -86,27 +90,29 @@ def _search(
     output = error.transpose(0, 1).reshape(n, -1) @ x.T  # [N, T]
     if apart is not None:
         output += apart.T
-    parts = x.split(width, dim=1)
+    parts = [part.contiguous() for part in x.split(width, dim=1)]
     grams = [part.T @ part for part in parts]
     factors = torch.tensor(shrinks)[:, None, None]
-    for ends in passes:
-        moved = torch.tensor(ends)
+    for ends in visits:
         for g, (group, part, gram) in enumerate(zip(grouped, parts, grams, strict=True)):
-            before = error[g]
+            before = made = error[g]
             pull = (output @ part).addmm_(before, gram, alpha=-1).mul_(2)  # of the other groups' errors
-            tried = torch.where(moved, own[:, g] * factors, limits[:, g])  # [shrinks, N, 2]
-            scales, zeros = grid.parameters(tried[..., 0], tried[..., 1], name)
-            best, chosen = _loss(before, gram, pull), torch.full((n,), -1)
-            for i, fit in enumerate(zip(scales, zeros, strict=True)):
-                loss = _loss(grid.nearest(group, *fit).sub_(group), gram, pull)
-                better = loss < best
-                best = torch.where(better, loss, best)
-                chosen.masked_fill_(better, i)
-            (rows,) = torch.nonzero(chosen >= 0, as_tuple=True)
-            if len(rows):
-                at = chosen[rows], rows
-                limits[rows, g] = tried[at]
-                made = before.index_copy(0, rows, grid.nearest(group[rows], scales[at], zeros[at]).sub_(group[rows]))
+            least = _loss(before, gram, pull)
+            for moved in ends:
+                tried = torch.where(torch.tensor(moved), own[:, g] * factors, limits[:, g])  # [shrinks, N, 2]
+                scales, zeros = grid.parameters(tried[..., 0], tried[..., 1], name)
+                chosen = torch.full((n,), -1)
+                for i, fit in enumerate(zip(scales, zeros, strict=True)):
+                    loss = _loss(grid.nearest(group, *fit).sub_(group), gram, pull)
+                    chosen.masked_fill_(loss < least, i)
+                    least = torch.where(loss < least, loss, least)  # a NaN is never better
+                (rows,) = torch.nonzero(chosen >= 0, as_tuple=True)
+                if len(rows):
+                    at = chosen[rows], rows
+                    limits[rows, g] = tried[at]
+                    better = grid.nearest(group[rows], scales[at], zeros[at]).sub_(group[rows])
+                    made = made.index_copy(0, rows, better)
+            if made is not before:
                 output.addmm_(made - before, part.T)
                 error[g] = made
     return limits
