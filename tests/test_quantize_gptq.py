@@ -6,7 +6,7 @@ import torch
 from test_quantize_awq import ALL, random_weights, sequences, tiny_config
 
 from tinychat.errors import CheckpointError, UsageError
-from tinychat.quantize import factor, gptq, quantize_in_memory
+from tinychat.quantize import factor, gptq, gram, quantize_in_memory
 from tinychat.quantize.dense import Dense
 from tinychat.quantize.grid import Grid
 
@@ -146,3 +146,13 @@ def test_act_order_belongs_to_gptq():
     for method in ("rtn", "awq"):
         with pytest.raises(UsageError, match="act-order is the order in which gptq rounds"):
             quantize_in_memory(random_weights(tiny_config()), method=method, act_order=True, sequences=[[1, 2]])
+
+
+def test_a_gram_matrix_is_kept_by_half(monkeypatch):
+    monkeypatch.setattr(gram, "ROWS", 8)
+    x = torch.randn(50, 21, generator=torch.Generator().manual_seed(0))
+    kept = gram.Gram()
+    for some in x.split(20):
+        kept.add(some)
+    assert sum(strip.numel() for strip in kept._strips) == 8 * 8 + 8 * 16 + 5 * 21
+    torch.testing.assert_close(kept.taken(), x.T @ x, rtol=1e-5, atol=1e-5)

@@ -19,6 +19,7 @@ from tinychat.decoder import Context, Entrance, PackedLayer, block
 from tinychat.errors import CheckpointError
 from tinychat.quantize.dense import Dense, DenseOps, linears_of
 from tinychat.quantize.device import CPU, room_for
+from tinychat.quantize.gram import Gram
 from tinychat.weights import Ends
 
 NO_ENDS = Ends()
@@ -26,7 +27,7 @@ SAMPLED_NUMBERS = 2**22  # of a block's input: what narrow models are sampled to
 CHUNK_TOKENS = 4096  # run at once: bounds the memory of intermediate activations
 CHUNK_NUMBERS = 2**23  # of what the widest linear makes of tokens run at once, unless they are sampled
 STATE = ("activations", "drifted")
-CHANNELS = 2048  # whose statistics are computed at once: likewise
+CHANNELS = 2048  # whose magnitudes are computed at once: likewise
 
 
 class Use(Enum):
@@ -57,13 +58,13 @@ class Observed:
     magnitude  fp32 [K] by canonical linear: mean |x| of each channel over all tokens, or those that an expert took
     samples    for searches
     held_out   others, to judge what was found on `samples`; none where the calibration set is one sequence
-    grams      fp32 [K, K] by canonical linear: the sum of x^T x over all tokens, where it was asked for
+    grams      by canonical linear: the sum of x^T x over all tokens, where it was asked for
     """
 
     magnitude: dict[str, torch.Tensor]
     samples: list[Sample]
     held_out: list[Sample]
-    grams: dict[str, torch.Tensor]
+    grams: dict[str, Gram]
 
 
 class Activations:
@@ -149,7 +150,7 @@ class Activations:
                 _add(totals, linear.name, torch.cat([part.abs().sum(0, dtype=torch.float64) for part in _parts(x)]))
                 counts[linear.name] = counts.get(linear.name, 0) + len(x)
                 if grams:
-                    _add_gram(found.grams, linear.name, x)
+                    found.grams.setdefault(linear.name, Gram()).add(x)
                 if sample:
                     sample.inputs[linear.name] = x
 
@@ -178,15 +179,6 @@ def _add(totals: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None
 def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """A few channels of x [T, K] each; in fp64 they would take twice what x does."""
     return x.split(CHANNELS, dim=1)
-
-
-def _add_gram(totals: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> None:
-    """x^T x, of x [T, K]."""
-    if name not in totals:
-        totals[name] = x.T @ x
-        return
-    for part, rows in zip(_parts(x), totals[name].split(CHANNELS), strict=True):
-        rows += part.T @ x
 
 
 def _drawn(sequences: Sequence[Sequence[int]], n_tokens: int, seed: int) -> list[Use]:

@@ -46,9 +46,9 @@ def round_layer(
         linear = part.name.partition(".")[0]  # of all experts
         if part.name not in solvers:
             solvers.clear()  # of the linear before
-            gram = observed.grams.pop(part.name, None)  # the largest need not stand beside others
-            if gram is None:  # an expert that no token went to
+            if part.name not in observed.grams:  # an expert that no token went to
                 return part.quantize(grid)
+            gram = observed.grams.pop(part.name).taken()  # the largest need not stand beside others
             if part.columns is not None:
                 gram.div_(part.columns).div_(part.columns[:, None])
             solvers[part.name] = Solver(gram, act_order, part.modules[0])
