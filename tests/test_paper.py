@@ -231,19 +231,15 @@ def test_experts_are_linears_of_their_own():
     source = memory_weights(*tiny("mixtral"))
     config = source.config
     found = channels.magnitudes(source, [[1, 2, 3, 4, 5], [9, 8, 7]])
-    names = [name for name, _, _ in channels.weights(config, source.layer(0), 0)]
+    names = [name for name, _, _ in channels.weights(source.layer(0))]
     assert {"qkv", "out", "up.0", "up.1", "down.1"} <= {*names} and "router" not in names
     assert len(names) == len(source.layer(0).qkv.segments) + 1 + 3 * config.experts.n_experts
     used = next(name for name in names if name.startswith("up.") and name in found[0])
     choose = channels.by_activation([{used: found[0][used]}], 0.01)  # the other experts saw no token
     changed = channels.Changed(source, channels.mixed(channels.Quantizer(3, -1), choose)).layer(0)
-    kept = {
-        name
-        for name, i, weight in channels.weights(config, changed, 0)
-        if (weight[:, choose(0, name, i, weight)] == 0).size
-    }
+    kept = {name for name, i, weight in channels.weights(changed) if (weight[:, choose(0, name, i, weight)] == 0).size}
     assert kept == {used}
     for (_, _, before), (_, _, after) in zip(
-        *(channels.weights(config, one, 0) for one in (source.layer(0), changed)), strict=True
+        *(channels.weights(one) for one in (source.layer(0), changed)), strict=True
     ):
         assert before.shape == after.shape and not np.array_equal(before, after)

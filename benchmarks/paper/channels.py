@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tinychat.config import ModelConfig
+from tinychat.decoder import PackedLayer
 from tinychat.quantize.activations import Activations
-from tinychat.quantize.dense import dense_layer
+from tinychat.quantize.dense import dense_layer, linears_of
 from tinychat.weights import QUANTIZED, Layer, Linear, WeightSource
 
 # (layer, canonical linear, of expert 3 "up.3", segment, weight fp32 [N, K]) -> another weight [N, K]
@@ -68,7 +68,7 @@ class Changed:
         """See `WeightSource`; weights are fp16."""
         layer = self.source.layer(index)
         made: dict[str, list[np.ndarray]] = {}
-        for name, i, weight in weights(self.source.config, layer, index):
+        for name, i, weight in weights(layer):
             made.setdefault(name.partition(".")[0], []).append(self.change(index, name, i, weight).astype(np.float16))
         return replace(layer, **{name: Linear(tuple(m), getattr(layer, name).bias) for name, m in made.items()})
 
@@ -76,17 +76,16 @@ class Changed:
         return getattr(self.source, name)
 
 
-def weights(config: ModelConfig, layer: Layer, index: int) -> Iterator[tuple[str, int, np.ndarray]]:
-    """(canonical linear, segment, weight fp32 [N, K]) of all that a quantizer rounds in layer `index`."""
-    experts = config.experts_of(index)
-    for name in QUANTIZED:
-        linear = getattr(layer, name)
-        if linear is None:
-            continue
-        stacked = experts is not None and name in ("up", "down")
-        for expert, one in enumerate(linear.parts(experts.n_experts) if stacked else (linear,)):
-            for i, segment in enumerate(one.segments):
-                yield f"{name}.{expert}" if stacked else name, i, np.asarray(segment, np.float32)
+def weights(layer: Layer) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(canonical linear, segment, weight fp32 [N, K]) of all that a quantizer rounds in a layer."""
+    for name, linear in linears_of(_dense(layer)).items():
+        if linear.quantized:
+            for i, part in enumerate(linear.parts()):
+                yield name, i, part.weight.numpy()
+
+
+def _dense(layer: Layer) -> PackedLayer:
+    return dense_layer(layer, lambda name, i, shape: (name, None))
 
 
 def magnitudes(source: WeightSource, sequences: Sequence[Sequence[int]]) -> Magnitudes:
@@ -97,8 +96,7 @@ def magnitudes(source: WeightSource, sequences: Sequence[Sequence[int]]) -> Magn
     activations = Activations(source.config, source.embed(), sequences, 0, ends=source.ends())
     found = []
     for index in range(source.config.n_layers):
-        layer = dense_layer(source.layer(index), lambda name, i, shape: (name, None))
-        seen = activations.advance(layer, index, samples=False).magnitude
+        seen = activations.advance(_dense(source.layer(index)), index, samples=False).magnitude
         found.append({name: magnitude.numpy() for name, magnitude in seen.items()})
     return found
 

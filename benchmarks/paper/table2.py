@@ -25,8 +25,7 @@ def statistics(
     ratios = []
     choose = channels.by_activation(magnitudes, SHARE)
     for index in range(run.source.config.n_layers):
-        layer = run.source.layer(index)
-        for name, i, weight in channels.weights(run.source.config, layer, index):
+        for name, i, weight in channels.weights(run.source.layer(index)):
             factors = np.ones(weight.shape[1], np.float32)
             factors[choose(index, name, i, weight)] = s
             before, after = quantizer(weight)[1], quantizer(weight * factors)[1]
