@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "decoder.h"
+#include "draw.h"
 
 namespace py = pybind11;
 using namespace tinychat;
@@ -228,6 +229,16 @@ void bind_decoder(py::module_& m) {
         .def("step", &step, py::arg("tokens"), py::arg("embeddings"), py::arg("positions"), py::arg("slots"),
              py::arg("wanted"), py::arg("cos"), py::arg("sin"), py::arg("keys"), py::arg("values"),
              py::arg("key_scales"), py::arg("value_scales"), py::arg("logits"));
+
+    m.def(
+        "draw",
+        [](Address logits, int64_t n, int64_t top_k, float temperature, double top_p, float min_p, double number) {
+            if (n < 1 || top_k < 0 || top_k >= n) throw std::invalid_argument("top_k must be 0 or below the number of logits");
+            return draw(pointer<const float>(logits), n, {top_k, temperature, top_p, min_p}, number);
+        },
+        "The next token, or -1 where a logit is not finite; see csrc/draw.h. Not checked: the address.", py::arg("logits"),
+        py::arg("n"), py::arg("top_k"), py::arg("temperature"), py::arg("top_p"), py::arg("min_p"),
+        py::arg("number"));
 
     // The block kernels one by one, for tests.
     m.def("rms_norm", [](const char* isa, Address x, Address weight, float eps, int64_t n, Address y) {

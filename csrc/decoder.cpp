@@ -294,6 +294,7 @@ void Decoder::enter(const Step& step) {
         float* row = x + t * hidden;
         if (positions_) add_values(positions_type_, positions_, step.positions[t] * hidden, hidden, row);
         if (embed_norm_.weight) normalize(embed_norm_, row);
+        take_moments(t);
     };
     if (!step.tokens || width == hidden) {
         each(step.rows, [&](int64_t t, int) {
@@ -309,7 +310,7 @@ void Decoder::enter(const Step& step) {
     each(step.rows, [&](int64_t t, int) { embed(step, t, narrow_.floats() + t * width); });
     prepare_rows(project_in_, step.rows, narrow_.floats(), width);
     apply(project_in_, step.rows, x, hidden);
-    if (positions_ || embed_norm_.weight) each(step.rows, [&](int64_t t, int) { settle(t); });
+    each(step.rows, [&](int64_t t, int) { settle(t); });
 }
 
 // x += y, of which there may be a norm, as there may be of the sum.
@@ -320,7 +321,14 @@ void Decoder::add(const Step& step, const Norm& added, float* y, const Norm& sum
         if (added.weight) normalize(added, row);
         kernels_.block.add(to, row, shape_.residual_scale, hidden);
         if (sum.weight) normalize(sum, to);
+        take_moments(t);
     });
+}
+
+// What norms of row t of x need, for as long as it is as it is.
+void Decoder::take_moments(int64_t t) {
+    const int64_t hidden = shape_.hidden_size;
+    moments()[t] = kernels_.block.moments(shape_.norm_type, x_.floats() + t * hidden, hidden);
 }
 
 // A row of hidden_size values, in place.
@@ -335,14 +343,14 @@ void Decoder::normalize(const Norm& norm, float* row) const {
 void Decoder::prepare_normed(const Norm& norm, const PackedLinear& linear, int64_t rows, const int32_t* wanted) {
     const int64_t hidden = shape_.hidden_size;
     const float *weight = norm.weight.floats(), *bias = norm.bias.floats();
-    auto* moments = reinterpret_cast<Moments*>(moments_.data());
-    const auto row = [&](int64_t r) { return x_.floats() + (wanted ? wanted[r] : r) * hidden; };
-    if (!weight) return prepare(linear, rows, hidden, [&](int64_t r, Range part, float*) { return row(r) + part.begin; });
-    each(rows, [&](int64_t r, int) { moments[r] = kernels_.block.moments(shape_.norm_type, row(r), hidden); });
     prepare(linear, rows, hidden, [&](int64_t r, Range part, float* piece) {
-        const float factor = 1 / std::sqrt(moments[r].variance + shape_.norm_eps);
-        kernels_.block.normalize(row(r) + part.begin, moments[r].mean, factor, weight + part.begin,
-                                 bias ? bias + part.begin : nullptr, part.end - part.begin, piece);
+        const int64_t t = wanted ? wanted[r] : r;
+        float* values = x_.floats() + t * hidden + part.begin;
+        if (!weight) return values;
+        const auto [mean, variance] = moments()[t];
+        const float factor = 1 / std::sqrt(variance + shape_.norm_eps);
+        kernels_.block.normalize(values, mean, factor, weight + part.begin, bias ? bias + part.begin : nullptr,
+                                 part.end - part.begin, piece);
         return piece;
     });
 }

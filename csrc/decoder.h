@@ -154,6 +154,8 @@ class Decoder {
     void embed(const Step& step, int64_t row, float* x) const;
     void normalize(const Norm& norm, float* row) const;
     void add(const Step& step, const Norm& added, float* y, const Norm& sum);
+    void take_moments(int64_t row);
+    Moments* moments() { return reinterpret_cast<Moments*>(moments_.data()); }
     void prepare_normed(const Norm& norm, const PackedLinear& linear, int64_t rows, const int32_t* wanted = nullptr);
     void prepare_rows(const PackedLinear& linear, int64_t rows, const float* x, int64_t size);
     void prepare_activated(const Layer& layer, int64_t rows);
@@ -207,7 +209,7 @@ class Decoder {
     Buffer x_;            // [T, hidden_size], the residual stream
     Buffer y_;            // [T, hidden_size], what attention adds to it
     Buffer z_;            // [T, hidden_size], what the MLP adds to it
-    Buffer moments_;      // [R], Moments of the rows that are normed next
+    Buffer moments_;      // [T], Moments of the rows of x_
     Buffer narrow_;       // [T, embed_size], where that is not hidden_size
     Buffer qkv_;          // [T, q_size + 2 * kv_size]
     Buffer mixed_;        // [T, q_size], the values that attention mixed

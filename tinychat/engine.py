@@ -343,7 +343,8 @@ class Engine:
                 yield last(text.flush(), "stop")
                 return
             pending = [token]
-            history.add(token)
+            if params.penalized:
+                history.add(token)
             shown = text.push(token)
             n_tokens += 1
             if first_token_s is None:

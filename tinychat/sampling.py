@@ -23,7 +23,7 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters of one stop string
 MAX_LOGPROBS = 20
 _BLOCK = 256
-_FP32_MAX = float(np.finfo(np.float32).max)
+FP32_MAX = float(np.finfo(np.float32).max)
 
 # name: (lowest, highest, is the lowest itself refused)
 _RANGES: dict[str, tuple[float, float, bool]] = {
@@ -233,7 +233,7 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, 
     chosen = logits if ids is None else logits[ids]
     with np.errstate(over="ignore"):  # a difference beyond fp32 is of a weight of 0
         weights = chosen - logits.max()
-        weights /= np.float32(min(params.temperature, _FP32_MAX))
+        weights /= np.float32(min(params.temperature, FP32_MAX))
     np.exp(weights, out=weights)
     least = params.min_p * float(weights.max())
     if params.top_p < 1.0:

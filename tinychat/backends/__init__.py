@@ -39,7 +39,12 @@ class Runner(Protocol):
 
 @runtime_checkable
 class DrawingRunner(Protocol):
-    """A `Runner` that can draw the next token where the logits are, so that they need not come to the host."""
+    """A `Runner` that can draw the next token where the logits are, so that they need not come to Python.
+
+    draws_ahead  a token's step may have run before it is asked for
+    """
+
+    draws_ahead: bool
 
     def drawing(self, slot: int, params: SamplingParams, rng: np.random.Generator) -> Callable[[int], int] | None:
         """A function that runs a token at the end of `slot` and returns the next, or -1 where logits are not finite.

@@ -21,6 +21,7 @@ from tinychat.cpuinfo import physical_cores
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
 from tinychat.qtensor import HEAD_GROUP, AwqWords, QTensor, Weight, bfloat16
+from tinychat.sampling import FP32_MAX, SamplingParams
 from tinychat.weights import NORMS, ROW_NORMS, Ends, Layer, Linear, WeightSource, norm_sizes
 
 _cpu: Any = None
@@ -36,6 +37,8 @@ except ImportError as error:
 
 FOOTPRINT = Footprint(program=64 << 20, maps=True)
 MAX_THREADS = 1024
+MOST_DRAWN = 1024  # top_k up to which C++ sorts what may be drawn
+ROTATED_AHEAD = 64  # positions whose angles are looked up at a time
 
 
 def available() -> str | None:
@@ -128,6 +131,8 @@ class Profile:
 
 class CpuRunner:
     """A `Runner` (see `backends`): weights in C++, the cache in numpy, one call per step. One step at a time."""
+
+    draws_ahead = False
 
     def __init__(
         self,
@@ -283,6 +288,42 @@ class CpuRunner:
         )
         cache.lengths[:] = lengths
         return logits
+
+    def drawing(self, slot: int, params: SamplingParams, rng: np.random.Generator) -> Callable[[int], int] | None:
+        """A function that runs a token at the end of `slot` and draws the next one, in C++: see `backends`.
+
+        A small model's step takes less than a millisecond: Python does as little as it can for each token. The
+        function raises ValueError where the cache is full.
+        """
+        vocab_size = self.config.vocab_size
+        top_k = 0 if params.greedy else params.top_k
+        drawn = params.greedy or 0 < top_k < min(vocab_size, MOST_DRAWN)
+        if not drawn or params.penalized or params.logprobs is not None:
+            return None
+        cache, decoder, rotary, capacity, draw = self.cache, self._decoder, self._rotary, self.cache.capacity, _cpu.draw
+        tokens, positions = np.zeros((2, 1), np.int32)
+        slots, wanted = np.full(1, slot, np.int32), np.zeros(1, np.int32)
+        logits = np.empty((1, vocab_size), np.float32)
+        held = cache.keys, cache.values, cache.key_scales, cache.value_scales, logits
+        how = logits.ctypes.data, vocab_size, top_k, min(params.temperature, FP32_MAX), params.top_p, params.min_p
+        first, angles = 0, []  # of positions from `first` on
+
+        def follow(token: int) -> int:
+            nonlocal first, angles
+            position = int(cache.lengths[slot])
+            if position == capacity:
+                raise ValueError(f"{position + 1} positions in a cache of {capacity}")
+            if not 0 <= position - first < len(angles):
+                ahead = np.arange(position, min(position + ROTATED_AHEAD, capacity), dtype=np.int32)
+                turned = (np.swapaxes(a, 0, 1)[:, :, None].copy() for a in rotary.rows(ahead, ahead + 1))
+                first, angles = position, list(zip(*turned, strict=True))
+            tokens[0], positions[0] = token, position
+            cos, sin = angles[position - first]
+            decoder.step(tokens, None, positions, slots, wanted, cos, sin, *held)
+            cache.lengths[slot] = position + 1
+            return draw(*how, 0.0 if params.greedy else rng.random())
+
+        return follow
 
     def profile(self, on: bool) -> None:
         """Begin to measure steps anew, or stop: a few microseconds for each. See `profiled`."""

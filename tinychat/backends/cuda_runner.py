@@ -59,6 +59,7 @@ def build_on(
 class CudaRunner:
     """A `Runner` (see `backends`) of a decoder on one device; one step at a time."""
 
+    draws_ahead = True
     prefill_chunk = 4096  # rows: a prompt of this length is one stretch, which torch's attention masks without a mask
 
     def __init__(self, decoder: Decoder, ops: CudaOps, cache: DeviceCache, graphs: bool):

@@ -82,7 +82,7 @@ class Stopwatch:
         self._runner = runner
         self.seconds = 0.0
         if isinstance(runner, DrawingRunner):
-            self.drawing = self._drawing
+            self.drawing, self.draws_ahead = self._drawing, runner.draws_ahead
             self.prefill_chunk = getattr(runner, "prefill_chunk", PREFILL_CHUNK)
 
     def step(self, rows: Rows) -> np.ndarray:
@@ -165,7 +165,7 @@ class Session:
         stream = self._started(tokens)
         before = probe.read() if probe else 0.0
         seconds, bytes_read = 0.0, 0.0
-        early = hasattr(self.watch, "drawing")  # a step is launched ahead, and runs before the probe
+        early = getattr(self.watch, "draws_ahead", False)  # a step then runs before the probe
         fresh = True
         for index in range(tokens - 1):
             began = time.perf_counter()
