@@ -306,7 +306,8 @@ class CpuRunner:
         logits = np.empty((1, vocab_size), np.float32)
         held = cache.keys, cache.values, cache.key_scales, cache.value_scales, logits
         how = logits.ctypes.data, vocab_size, top_k, min(params.temperature, FP32_MAX), params.top_p, params.min_p
-        first, angles = 0, []  # of positions from `first` on
+        first = 0
+        angles: list[tuple[np.ndarray, np.ndarray]] = []  # of the positions from `first` on
 
         def follow(token: int) -> int:
             nonlocal first, angles
