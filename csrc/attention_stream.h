@@ -20,10 +20,12 @@ void ask_ahead(const void* entry, int64_t bytes) {
     for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(entry) + kAhead + b, 0, 2);
 }
 
-// scores[h * stride + j] = q[h] . keys[j] for n entries; up to kLanes - 1 more scores are written.
+// scores[h * stride + j] = q[h] . keys[j] for n entries; up to kLanes - 1 more scores are written. Entries are read one
+// after the other, as they lie: only then does every core fetch ahead of itself. So that sums do not wait for each other,
+// those of an entry are several.
 template <int H, class Entry>
 void score(const float* const* q, const Entry* keys, int64_t n, int64_t dim, float* scores, int64_t stride) {
-    constexpr int kEntries = kLanes / H;
+    constexpr int kEntries = kLanes / H, kSums = H == 1 ? 4 : 8 / H;
     const int64_t whole = dim / kLanes * kLanes, bytes = dim * static_cast<int64_t>(sizeof(Entry));
     const Part rest = part(dim - whole);
     for (int64_t j = 0; j < n; j += kEntries) {
@@ -32,17 +34,24 @@ void score(const float* const* q, const Entry* keys, int64_t n, int64_t dim, flo
         for (int e = 0; e < kEntries; ++e) {
             const Entry* key = keys + (j + e < n ? j + e : n - 1) * dim;
             ask_ahead(key, bytes);
-            Vector dot[H];
-            for (int h = 0; h < H; ++h) dot[h] = all(0);
-            for (int64_t d = 0; d < whole; d += kLanes) {
-                const Vector some = load(key + d);
-                for (int h = 0; h < H; ++h) dot[h] = fma(some, load(q[h] + d), dot[h]);
+            Vector sum[H][kSums];
+            for (auto& of_query : sum) {
+                for (Vector& some : of_query) some = all(0);
             }
-            if (whole < dim) {
-                const Vector some = load(key + whole, rest);
-                for (int h = 0; h < H; ++h) dot[h] = fma(some, load(q[h] + whole, rest), dot[h]);
+            const auto add = [&](int64_t d, int i, auto... lanes) {
+                const Vector some = load(key + d, lanes...);
+                for (int h = 0; h < H; ++h) sum[h][i] = fma(some, load(q[h] + d, lanes...), sum[h][i]);
+            };
+            int64_t d = 0;
+            for (; d + kSums * kLanes <= dim; d += kSums * kLanes) {
+                for (int i = 0; i < kSums; ++i) add(d + i * kLanes, i);
             }
-            for (int h = 0; h < H; ++h) dots[h * kEntries + e] = dot[h];
+            for (; d < whole; d += kLanes) add(d, 0);
+            if (d < dim) add(d, 0, rest);
+            for (int h = 0; h < H; ++h) {
+                for (int i = 1; i < kSums; ++i) sum[h][0] = sum[h][0] + sum[h][i];
+                dots[h * kEntries + e] = sum[h][0];
+            }
         }
         alignas(64) float block[kLanes];
         save(block, sums(dots));
@@ -103,9 +112,17 @@ void soften(float* scores, int64_t n, const QueryGroup& group, int64_t head, con
     *sum = sum_of(total);
 }
 
-// out[h] += sum over j of weights[h * stride + j] * values[j], in R registers of dimensions, the last of them a part.
-template <int H, int R, class Entry>
-void mix(const float* weights, int64_t stride, const Entry* values, int64_t n, int64_t dim, Part last, float* const* out) {
+// In place of a part: all lanes.
+struct Whole {};
+template <class T>
+Vector load(const T* from, Whole) {
+    return load(from);
+}
+void save(float* to, Whole, Vector value) { save(to, value); }
+
+// out[h] += sum over j of weights[h * stride + j] * values[j], in R registers of dimensions, the last of them a part or whole.
+template <int H, int R, class Entry, class Last>
+void mix(const float* weights, int64_t stride, const Entry* values, int64_t n, int64_t dim, Last last, float* const* out) {
     Vector mixed[H][R];
     for (int h = 0; h < H; ++h) {
         for (int r = 0; r < R; ++r) {
@@ -129,8 +146,8 @@ void mix(const float* weights, int64_t stride, const Entry* values, int64_t n, i
 }
 
 // mix() with as many registers as are left, R at most.
-template <int H, int R, class Entry>
-void mix_some(int64_t registers, const float* weights, int64_t stride, const Entry* values, int64_t n, int64_t dim, Part last,
+template <int H, int R, class Entry, class Last>
+void mix_some(int64_t registers, const float* weights, int64_t stride, const Entry* values, int64_t n, int64_t dim, Last last,
               float* const* out) {
     if constexpr (R > 1) {
         if (registers < R) return mix_some<H, R - 1>(registers, weights, stride, values, n, dim, last, out);
@@ -138,16 +155,47 @@ void mix_some(int64_t registers, const float* weights, int64_t stride, const Ent
     mix<H, R>(weights, stride, values, n, dim, last, out);
 }
 
+// The same sums in memory, for two entries at a time, which are read as they lie.
+template <int H, class Entry>
+void mix_pairs(const float* weights, int64_t stride, const Entry* values, int64_t n, int64_t dim, float* const* out) {
+    const int64_t whole = dim / kLanes * kLanes;
+    const Part rest = part(dim - whole);
+    for (int64_t j = 0; j < n; j += 2) {
+        const bool both = j + 1 < n;
+        const Entry *first = values + j * dim, *second = both ? first + dim : first;
+        ask_ahead(first, 2 * dim * static_cast<int64_t>(sizeof(Entry)));
+        Vector weight[H][2];
+        for (int h = 0; h < H; ++h) {
+            const float* of_query = weights + h * stride + j;
+            weight[h][0] = all(of_query[0]);
+            weight[h][1] = all(both ? of_query[1] : 0);
+        }
+        const auto add = [&](int64_t d, auto lanes) {
+            const Vector a = load(first + d, lanes), b = load(second + d, lanes);
+            for (int h = 0; h < H; ++h) {
+                save(out[h] + d, lanes, fma(weight[h][1], b, fma(weight[h][0], a, load(out[h] + d, lanes))));
+            }
+        };
+        for (int64_t d = 0; d < whole; d += kLanes) add(d, Whole{});
+        if (whole < dim) add(whole, rest);
+    }
+}
+
 template <int H, class Entry>
 void mix_all(const float* weights, int64_t stride, const Entry* values, int64_t n, int64_t dim, float* const* out) {
     constexpr int kMost = (H > 1 ? kMixed : 8) / H;  // registers for the dimensions of a query
     const int64_t registers = (dim + kLanes - 1) / kLanes, passes = (registers + kMost - 1) / kMost;
+    if (kMixPairs && passes > 1) return mix_pairs<H>(weights, stride, values, n, dim, out);
     int64_t at = 0;
     for (int64_t pass = 0; pass < passes; ++pass) {
-        const int64_t next = registers * (pass + 1) / passes, d = at * kLanes;
+        const int64_t next = registers * (pass + 1) / passes, d = at * kLanes, left = dim - (next - 1) * kLanes;
         float* here[H];
         for (int h = 0; h < H; ++h) here[h] = out[h] + d;
-        mix_some<H, kMost>(next - at, weights, stride, values + d, n, dim, part(dim - (next - 1) * kLanes), here);
+        if (left >= kLanes) {
+            mix_some<H, kMost>(next - at, weights, stride, values + d, n, dim, Whole{}, here);
+        } else {
+            mix_some<H, kMost>(next - at, weights, stride, values + d, n, dim, part(left), here);
+        }
         at = next;
     }
 }

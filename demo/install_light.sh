@@ -19,6 +19,10 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+case $venv in
+    /*) ;;
+    *) venv=$PWD/$venv ;; # the end of this script leaves the folder
+esac
 
 run() {
     echo "+ $*"
@@ -54,7 +58,10 @@ if [ -z "$wheel" ]; then
     export CMAKE_BUILD_PARALLEL_LEVEL=$((jobs < cores ? jobs : cores))
     export CMAKE_ARGS="-DTINYCHAT_CUDA=OFF ${CMAKE_ARGS:-}" # the GPU's backend needs torch, which is left out
 fi
-if [ ${#packages[@]} -gt 0 ]; then run sudo apt-get install -y "${packages[@]}"; fi
+if [ ${#packages[@]} -gt 0 ]; then
+    run sudo apt-get update # a new card has no lists of packages yet
+    run sudo apt-get install -y "${packages[@]}"
+fi
 
 run python3 -m venv "$venv"
 run "$venv/bin/pip" install --requirement "$sources/demo/light_requirements.txt"
@@ -62,7 +69,7 @@ if [ -z "$wheel" ]; then
     echo "compiling with $CMAKE_BUILD_PARALLEL_LEVEL at a time"
     run "$venv/bin/pip" install --no-deps "$sources"
 else
-    run "$venv/bin/pip" install --no-deps "$wheel"
+    run "$venv/bin/pip" install --no-deps --force-reinstall "$wheel" # else pip keeps a build of the same version
 fi
 run cd "$HOME" # away from the sources: what was installed is what runs
 run "$venv/bin/tinychat" doctor

@@ -71,9 +71,27 @@ def test_installing_from_sources(board):
 def test_installing_a_wheel_needs_no_compiler_and_little_memory(board):
     Path(board["MEMINFO"]).write_text("MemAvailable: 300000 kB\nSwapFree: 0 kB\n")
     code, out, err = run("install_light.sh", "--dry-run", "/tmp/tinychat-0.1.0.whl", **board)
-    assert code == 0 and "pip install --no-deps /tmp/tinychat-0.1.0.whl" in out and "compiling" not in out, err
+    assert code == 0 and "compiling" not in out, err
+    # a build of the same version may be there already, which pip would keep
+    assert "pip install --no-deps --force-reinstall /tmp/tinychat-0.1.0.whl" in out
     code, out, err = run("install_light.sh", "--dry-run", **board)
     assert code == 1 and "300 MB of memory and swap are free, compiling needs 1000: add swap" in err
+
+
+def test_a_folder_is_meant_from_where_the_script_was_started(board):
+    code, out, err = run("install_light.sh", "--dry-run", "--venv", "here", **board)
+    assert code == 0 and f"+ {Path.cwd()}/here/bin/tinychat doctor" in out, err
+
+
+def test_what_the_system_lacks_is_installed_from_a_list_of_today(board, tmp_path):
+    """Python without its headers, as on a new card: `sudo apt-get install` needs the lists."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").write_text('#!/bin/sh\ncase $2 in *Python.h*) exit 1 ;; esac\n')
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    code, out, err = run("install_light.sh", "--dry-run", **board, PATH=path)
+    update, install, _ = out.splitlines()[:3]
+    assert code == 0 and update == "+ sudo apt-get update" and install.endswith("-y python3-dev"), err
 
 
 @pytest.mark.parametrize("machine, message", [("armv7l", "this system is armv7l; tinychat needs a 64-bit one")])

@@ -15,6 +15,7 @@ using Part = __mmask16;  // some lanes from the first on
 constexpr int kLanes = 16;
 constexpr int kQueries = 6, kWide = 4;  // a block of registers: so many queries by so many vectors, and what they meet
 constexpr int kMixed = 16;              // registers for what two or four queries sum of values
+constexpr bool kMixPairs = false;       // where those are too few, they sum in memory
 
 inline Part part(int64_t n) { return static_cast<Part>(n >= kLanes ? 0xffff : (1u << (n > 0 ? n : 0)) - 1); }
 

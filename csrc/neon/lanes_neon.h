@@ -17,6 +17,7 @@ struct Part {  // some lanes from the first on
 constexpr int kLanes = 4;
 constexpr int kQueries = 6, kWide = 4;  // a block of registers: so many queries by so many vectors, and what they meet
 constexpr int kMixed = 16;              // registers for what two or four queries sum of values
+constexpr bool kMixPairs = false;       // where those are too few, they sum in memory
 
 inline Part part(int64_t n) { return {static_cast<int>(n > kLanes ? kLanes : n < 0 ? 0 : n)}; }
 
