@@ -5,8 +5,11 @@ import pytest
 import torch
 from test_quantize_awq import ALL, random_weights, sequences, tiny_config
 
+from tinychat.backends.reference import TorchOps
+from tinychat.decoder import Context, block, pack_layer
 from tinychat.errors import CheckpointError, UsageError
-from tinychat.quantize import factor, gptq, gram, quantize_in_memory
+from tinychat.quantize import factor, gptq, gram, pipeline, quantize_in_memory
+from tinychat.quantize.activations import Activations
 from tinychat.quantize.dense import Dense
 from tinychat.quantize.grid import Grid
 
@@ -140,6 +143,30 @@ def test_whole_models(method, act_order, symmetric):
         assert np.array_equal(one.up.segments[0].codes, other.up.segments[0].codes)
     if symmetric:
         assert (made.layer(0).qkv.segments[0].zeros == 4).all()
+
+
+@pytest.mark.parametrize(("bits", "followed"), [(2, True), (3, True), (4, False)])
+def test_the_search_follows_what_is_written(bits, followed, monkeypatch):
+    """With awq+gptq, where much is lost: the sampled tokens went through the layers as GPTQ rounded them."""
+    found = []
+
+    class Kept(Activations):
+        def __init__(self, *given):
+            super().__init__(*given)
+            found.append(self)
+
+    monkeypatch.setattr(pipeline, "Activations", Kept)
+    config, tokens = tiny_config(biases=ALL), [5, 1, 4, 30, 2, 2, 7, 9]
+    source = random_weights(config, salient=(3, 17))
+    made, _ = quantize_in_memory(source, method="awq+gptq", bits=bits, group_size=16, sequences=[tokens])
+    state = found[0].state
+    assert ("drifted" in state) == followed
+    if followed:
+        ops, x = TorchOps(), torch.from_numpy(source.embed()[tokens]).float()
+        for index, layer in enumerate(made.layers):
+            x = block(config, ops, pack_layer(ops, layer), index, x, Context.of_sequences(config, [len(tokens)]))
+        torch.testing.assert_close(torch.from_numpy(state["drifted"]), x)
+        assert (x - torch.from_numpy(state["activations"])).abs().max() > 0.01
 
 
 def test_act_order_belongs_to_gptq():

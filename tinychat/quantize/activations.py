@@ -7,20 +7,20 @@ quantized model too, where that is asked for: what a search may then still put r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import numpy as np
 import torch
 
-from tinychat.backends.reference import TorchOps
+from tinychat.backends.reference import QSegment, TorchLinear, TorchOps
 from tinychat.config import ModelConfig
-from tinychat.decoder import Context, Entrance, PackedLayer, block
+from tinychat.decoder import Context, Entrance, PackedLayer, block, pack_layer
 from tinychat.errors import CheckpointError
 from tinychat.quantize.dense import Dense, DenseOps, linears_of
 from tinychat.quantize.device import CPU, room_for
 from tinychat.quantize.gram import Gram
-from tinychat.weights import Ends
+from tinychat.weights import Ends, Layer, Linear
 
 NO_ENDS = Ends()
 SAMPLED_NUMBERS = 2**22  # of a block's input: what narrow models are sampled to
@@ -129,6 +129,21 @@ class Activations:
         if self._drifted is not None:
             self._drifted = torch.from_numpy(state[STATE[1]]).to(self._device)
 
+    def drifted(self) -> torch.Tensor:
+        """A copy of what the quantized layers so far made of the sampled tokens; see `follow`."""
+        assert self._drifted is not None
+        return self._drifted.clone()
+
+    @torch.inference_mode()
+    def follow(self, made: Layer, index: int, entered: torch.Tensor) -> None:
+        """Take the sampled tokens, as they `entered` block `index`, through it as it is written."""
+        assert self._drifted is not None
+        ops, experts = _WrittenOps(self._device), self._config.experts_of(index)
+        layer = pack_layer(ops, made, experts.n_experts if experts else 0)
+        for rows, context, use in self._chunks:
+            if use is not Use.STATISTICS:
+                self._drifted[rows] = block(self._config, ops, layer, index, entered[rows], context)
+
     @torch.inference_mode()
     def advance(self, layer: PackedLayer, index: int, grams: bool = False, samples: bool = True) -> Observed:
         """Run block `index` on all tokens and say what its linears saw, with `grams` and `samples` where asked for.
@@ -170,6 +185,31 @@ class Activations:
         seen = found.grams if grams else {name for sample in found.samples for name in sample.inputs}
         self.unseen = [name for name in linears_of(layer) if name not in seen]
         return found
+
+
+class _WrittenOps(TorchOps):
+    """The reference operations on linears as they are written, on `device`."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self._device = device
+
+    def pack(self, linear: Linear) -> TorchLinear:
+        """See `TorchOps`."""
+        packed = super().pack(linear)
+        return replace(packed, segments=tuple(_moved(segment, self._device) for segment in packed.segments))
+
+    def vector(self, values: np.ndarray) -> torch.Tensor:
+        """See `TorchOps`."""
+        return super().vector(values).to(self._device)
+
+
+def _moved(segment: QSegment | torch.Tensor, device: torch.device) -> QSegment | torch.Tensor:
+    if isinstance(segment, torch.Tensor):
+        return segment.to(device)
+    order = None if segment.order is None else segment.order.to(device)
+    codes, scales, zeros = (x.to(device) for x in (segment.codes, segment.scales, segment.zeros))
+    return replace(segment, codes=codes, scales=scales, zeros=zeros, order=order)
 
 
 def _add(totals: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None:

@@ -26,6 +26,8 @@ from tinychat.quantize.grid import Grid
 from tinychat.quantize.report import GroupResult
 from tinychat.weights import Layer
 
+MUCH_LOST = 3  # bits and fewer
+
 
 @dataclass(frozen=True)
 class Method:
@@ -45,13 +47,14 @@ class Method:
         stages = (self.transformation, self.rounding)
         return any(stage is not None and stage.NEEDS_CALIBRATION for stage in stages)
 
-    @property
-    def follows(self) -> bool:
+    def follows(self, grid: Grid) -> bool:
         """Whether `apply` wants to know what the layers before, as they are written, make of the sampled tokens.
 
-        GPTQ makes up for its own errors as it goes, by moments of the unquantized model's activations.
+        GPTQ makes up for its own errors as it goes, by moments of the unquantized model's activations. With 4 bits
+        little is lost then, and a search that follows it does worse; with 3 and 2 it does better (measured:
+        benchmarks/results/quality.md).
         """
-        return self.transformation is not None and self.rounding is rtn
+        return self.transformation is not None and (self.rounding is rtn or grid.bits <= MUCH_LOST)
 
     def apply(
         self, config: ModelConfig, layer: PackedLayer, index: int, activations: Activations | None, grid: Grid
@@ -63,12 +66,17 @@ class Method:
         results: list[GroupResult] = []
         searches = self.transformation is not None
         observed = activations.advance(layer, index, self.rounding.NEEDS_GRAMS, searches) if activations else None
+        entered = None
+        if activations is not None and self.follows(grid) and self.rounding is not rtn:
+            entered = activations.drifted()  # what a transformation leaves there is of rounding to nearest
         if self.transformation is not None:
             layer, results = self.transformation.transform(config, layer, index, observed, grid)
         if observed is not None:  # rounding has no use for samples, and needs the room
             observed.samples.clear()
             observed.held_out.clear()
         made, found = self.rounding.round_layer(config, layer, index, observed, grid, self.act_order)
+        if activations is not None and entered is not None:
+            activations.follow(made, index, entered)
         return layer, made, results + found
 
 

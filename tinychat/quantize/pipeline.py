@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def quantize(
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = find(method, act_order)
-    Grid(bits, group_size, symmetric)  # checks them
+    grid = Grid(bits, group_size, symmetric)
     where = devices.find(device)
     opened = checkpoint.open(checkpoint.locate(source, revision=revision, offline=offline), ignore_config=ignore_config)
     if opened.path.is_file():
@@ -102,7 +103,7 @@ def quantize(
         state = _State(writer, Report(method, bits, made.group_size, bytes_before=opened.file_bytes), began)
         if writer.note is None:
             kept = n_sequences * length * opened.config.hidden_size * 4 if chosen.needs_calibration else 0
-            kept *= 1 + chosen.follows
+            kept *= 1 + chosen.follows(grid)
             made.require_room(writer.directory.parent, kept)
             state.report.notes += [made.why] if made.why else []
             state.report.notes += [f"computed on {devices.describe(where)}"] if where != devices.CPU else []
@@ -121,7 +122,7 @@ def quantize(
                 )
                 state.commit(0)
             if not writer.complete:
-                grid = Grid(bits, made.group_size, symmetric)
+                grid = replace(grid, group_size=made.group_size)
                 _write_layers(writer, made, chosen, grid, state, seed, progress, where)
             path = made.finish(writer, state.report)
         except (KeyboardInterrupt, SystemExit):
@@ -188,8 +189,9 @@ def _write_layers(
     n_layers = source.config.n_layers
     activations = None
     if method.needs_calibration and state.layers < n_layers:
+        follow = method.follows(grid)
         activations = Activations(
-            source.config, source.embed(), state.sequences, SEARCH_TOKENS, seed, source.ends(), method.follows, device
+            source.config, source.embed(), state.sequences, SEARCH_TOKENS, seed, source.ends(), follow, device
         )
         if state.activations:
             activations.resume(state.activations)
@@ -240,8 +242,9 @@ def quantize_in_memory(
 
     activations = None
     if chosen.needs_calibration:
+        follow = chosen.follows(grid)
         activations = Activations(
-            source.config, source.embed(), sequences or [], SEARCH_TOKENS, seed, source.ends(), chosen.follows, where
+            source.config, source.embed(), sequences or [], SEARCH_TOKENS, seed, source.ends(), follow, where
         )
     shown = Progress(source.config.n_layers, shown=progress)
     layers = []
