@@ -134,7 +134,7 @@ def test_the_pretended_gpu_is_apart_from_the_cpu():
         ("llama", "gptq", {"act_order": True}, FULL),
         ("plain", "gptq", {}, ROOMY),
         ("mixture", "gptq", {"bits": 3}, FULL),
-        ("llama", "awq+gptq", {"bits": 3}, ROOMY),
+        ("llama", "awq+gptq", {"bits": 2}, ROOMY),
     ],
 )
 def test_nothing_is_left_behind_and_choices_are_the_same(name, method, more, free):

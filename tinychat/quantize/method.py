@@ -26,7 +26,7 @@ from tinychat.quantize.grid import Grid
 from tinychat.quantize.report import GroupResult
 from tinychat.weights import Layer
 
-MUCH_LOST = 3  # bits and fewer
+MUCH_LOST = 2  # bits
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Method:
         """Whether `apply` wants to know what the layers before, as they are written, make of the sampled tokens.
 
         GPTQ makes up for its own errors as it goes, by moments of the unquantized model's activations. With 4 bits
-        little is lost then, and a search that follows it does worse; with 3 and 2 it does better (measured:
-        benchmarks/results/quality.md).
+        little is lost then, and a search that follows it does worse; with 3 it does better for one model and worse for
+        another, with 2 better for all (measured: benchmarks/results/quality.md).
         """
         return self.transformation is not None and (self.rounding is rtn or grid.bits <= MUCH_LOST)
 
