@@ -93,6 +93,11 @@ class SamplingParams:
         """Some penalty is on."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
+    @property
+    def needs_logits(self) -> bool:
+        """A token cannot be drawn where the logits are: penalties and log-probabilities want them here."""
+        return self.penalized or self.logprobs is not None
+
     @staticmethod
     def resolve(request: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> SamplingParams:
         """The request's values, else the model's (`generation_config.json`), else the defaults; None means absent.

@@ -298,7 +298,7 @@ class CpuRunner:
         vocab_size = self.config.vocab_size
         top_k = 0 if params.greedy else params.top_k
         drawn = params.greedy or 0 < top_k < min(vocab_size, MOST_DRAWN)
-        if not drawn or params.penalized or params.logprobs is not None:
+        if not drawn or params.needs_logits:
             return None
         cache, decoder, rotary, capacity, draw = self.cache, self._decoder, self._rotary, self.cache.capacity, _cpu.draw
         tokens, positions = np.zeros((2, 1), np.int32)

@@ -18,7 +18,7 @@ import torch
 
 from tinychat.backends.cuda_cache import DeviceCache, DeviceContext
 from tinychat.backends.cuda_ops import CudaOps
-from tinychat.backends.cuda_sampling import DeviceSampler, draws
+from tinychat.backends.cuda_sampling import DeviceSampler
 from tinychat.cache import Rows
 from tinychat.decoder import Decoder
 from tinychat.sampling import SamplingParams
@@ -113,7 +113,7 @@ class CudaRunner:
 
     def drawing(self, slot: int, params: SamplingParams, rng: np.random.Generator) -> Callable[[int], int] | None:
         """A function that runs a token at the end of `slot` and draws the next one, on the device: see `backends`."""
-        return Drawing(self, slot, params, rng) if draws(params) else None
+        return None if params.needs_logits else Drawing(self, slot, params, rng)
 
     def check(self, tokens: np.ndarray) -> None:
         """ValueError where a token is not in the vocabulary."""

@@ -20,11 +20,6 @@ Tensor = torch.Tensor
 AHEAD = 256  # random numbers sent at a time
 
 
-def draws(params: SamplingParams) -> bool:
-    """Whether a token can be drawn on the device: penalties and log-probabilities want the logits."""
-    return not params.penalized and params.logprobs is None
-
-
 class DeviceSampler:
     """Draws from logits [1, vocab_size]; one request at a time.
 

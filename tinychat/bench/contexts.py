@@ -121,7 +121,7 @@ def _one(runner: Runner, context: int, probe: Probe | None) -> tuple[float, floa
 
 
 def _follow(runner: Runner) -> Callable[[int], int] | None:
-    """Greedy drawing on the device, where the runner has it: logits that travel to the host would count."""
+    """Greedy drawing where the logits are, if the runner has it: on a GPU their way to the host would count."""
     if not isinstance(runner, DrawingRunner):
         return None
     return runner.drawing(0, SamplingParams(temperature=0.0), np.random.default_rng(0))
