@@ -1,6 +1,12 @@
 // The linear of AVX2 with FMA and F16C for weights of fp32, fp16 and bf16: for every level that has no wider registers.
 //
-//   y[t, r] = sum over k of w x, in fp32; two registers hold the 16 rows of a tile
+//   y[t, r] = sum over blocks of (sum over even k of w x + sum over odd k of w x), in fp32
+//
+// two registers hold the 16 rows of a tile. The order of the sums is the same however many rows there are: a row's result
+// does not depend on the others.
+// Few rows wait for memory, and meet the weights as they lie. For many, a block of a tile is widened once, and the first
+// cache holds it while a panel of rows, which the second holds, passes: six rows by two registers are 12 sums, as many as
+// two multiplications a cycle of four cycles each want and more, and with the weights and a factor 15 registers.
 #include <immintrin.h>
 
 #include "levels.h"
@@ -12,6 +18,10 @@ namespace {
 constexpr int64_t kAhead = 8192;          // bytes; without it the sums wait for memory
 constexpr int64_t kPanelBytes = 1 << 18;  // of activations: half of a small level-2 cache
 constexpr int64_t kHalf = 8;              // rows in a register
+constexpr int64_t kLength = 256;           // k of a block
+constexpr int kMany = 6;                  // of many rows, those that meet a weight at a time
+constexpr int64_t kPanelRows = 96;        // of many
+constexpr int64_t kStride = kLength + 16;  // floats from row to row: 4 KiB apart the first cache would take them for one
 
 struct Pair {  // one value for each row of a tile
     __m256 half[2];
@@ -30,14 +40,14 @@ __m256 load(const char* values, int64_t k, int h) {
     }
 }
 
-// Two sums for a row, even and odd k, however many rows there are: a row's result does not depend on them.
 template <WeightType type, int R>
-void tile_float(int64_t steps, const char* values, const char* activation, int64_t stride, Pair* y) {
+__attribute__((always_inline)) inline void block_float(int64_t begin, int64_t end, const char* values,
+                                                       const char* activation, int64_t stride, Pair* y) {
     __m256 sums[R][2][2];
     for (int t = 0; t < R; t++) {
         for (int j = 0; j < 2; j++) sums[t][j][0] = sums[t][j][1] = _mm256_setzero_ps();
     }
-    for (int64_t k = 0; k < steps; k += 2) {
+    for (int64_t k = begin; k < end; k += 2) {
         const char* line = values + k * kTile * value_bytes(type);
         _mm_prefetch(line + kAhead, _MM_HINT_T1);
         if constexpr (type == WeightType::f32) _mm_prefetch(line + kAhead + 64, _MM_HINT_T1);
@@ -51,7 +61,9 @@ void tile_float(int64_t steps, const char* values, const char* activation, int64
         }
     }
     for (int t = 0; t < R; t++) {
-        for (int h = 0; h < 2; h++) y[t].half[h] = _mm256_add_ps(sums[t][0][h], sums[t][1][h]);
+        for (int h = 0; h < 2; h++) {
+            y[t].half[h] = _mm256_add_ps(y[t].half[h], _mm256_add_ps(sums[t][0][h], sums[t][1][h]));
+        }
     }
 }
 
@@ -59,13 +71,16 @@ void tile_float(int64_t steps, const char* values, const char* activation, int64
 template <WeightType type, int R>
 void rows_of_tile(const LinearShape& shape, const char* at, const char* activation, int64_t row_bytes, int64_t outputs,
                   float* y, int64_t y_stride) {
-    Pair results[R];
-    tile_float<type, R>(float_steps(shape), at, activation, row_bytes, results);
+    Pair results[R] = {};
+    const int64_t steps = float_steps(shape);
+    for (int64_t k = 0; k < steps; k += kLength) {
+        block_float<type, R>(k, smaller(k + kLength, steps), at, activation, row_bytes, results);
+    }
     for (int t = 0; t < R; t++) std::memcpy(y + t * y_stride, &results[t], static_cast<size_t>(outputs) * 4);
 }
 
 template <WeightType type>
-void run(const LinearShape& shape, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
+void run_few(const LinearShape& shape, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
          int64_t tile_end, float* y, int64_t y_stride) {
     const int64_t tile_bytes = round_up(float_tile_bytes(shape), 64), row_bytes = activation_bytes(shape);
     const int64_t fit = kPanelBytes / row_bytes / 2 * 2, panel = fit > 2 ? fit : 2;
@@ -87,6 +102,119 @@ void run(const LinearShape& shape, const char* packed, const char* activations, 
             }
         }
     }
+}
+
+// ---- many rows -------------------------------------------------------------------------------------------------------
+
+// A block of a tile for all rows: its weights in fp32; whether it is the first of k; bytes to ask for with each step.
+struct BlockOfTile {
+    int64_t length;
+    const float* weights;
+    bool first;
+    int64_t stride;
+};
+
+// made[t] = the sum of w x for every second of `length` k, of R rows kStride apart. Written out for GCC, which would load
+// the factors of all rows first and then have no registers for the sums. Each step asks for `stride` more bytes at `ahead`.
+template <int R>
+__attribute__((noinline)) void multiply(int64_t length, const float* weights, const float* x, Pair* made,
+                                        const char* ahead, int64_t stride) {
+    __m256 sums[R][2];
+#pragma GCC unroll 6
+    for (int t = 0; t < R; t++) sums[t][0] = sums[t][1] = _mm256_setzero_ps();
+    for (int64_t k = 0; k < length; k += kFloatStep, ahead += stride) {
+        _mm_prefetch(ahead, _MM_HINT_T1);
+#pragma GCC unroll 2
+        for (int64_t i = k; i < k + kFloatStep; i += 2) {
+            const __m256 first = _mm256_load_ps(weights + i * kTile), second = _mm256_load_ps(weights + i * kTile + kHalf);
+#pragma GCC unroll 6
+            for (int t = 0; t < R; t++) {
+                __m256 factor;
+                asm("vbroadcastss %3, %2\n\tvfmadd231ps %2, %4, %0\n\tvfmadd231ps %2, %5, %1"
+                    : "+x"(sums[t][0]), "+x"(sums[t][1]), "=&x"(factor)
+                    : "m"(x[i + t * kStride]), "x"(first), "x"(second));
+            }
+        }
+    }
+#pragma GCC unroll 6
+    for (int t = 0; t < R; t++) made[t] = {sums[t][0], sums[t][1]};
+}
+
+// R rows and a block of one tile: y [16] of each row, or what is added to it.
+template <int R>
+void rows_of_block(const BlockOfTile& block, const float* x, const char* ahead, float* y, int64_t y_stride) {
+    for (int t = 0; t < R; t++) _mm_prefetch(reinterpret_cast<const char*>(y + t * y_stride), _MM_HINT_T0);
+    Pair even[R], odd[R];
+    multiply<R>(block.length, block.weights, x, even, ahead, block.stride);
+    multiply<R>(block.length, block.weights + kTile, x + 1, odd, ahead + block.length / kFloatStep * block.stride, block.stride);
+    for (int t = 0; t < R; t++, y += y_stride) {
+        for (int h = 0; h < 2; h++) {
+            const __m256 sum = _mm256_add_ps(even[t].half[h], odd[t].half[h]);
+            const __m256 before = block.first ? _mm256_setzero_ps() : _mm256_loadu_ps(y + h * kHalf);
+            _mm256_storeu_ps(y + h * kHalf, _mm256_add_ps(before, sum));
+        }
+    }
+}
+
+// The same of fewer rows than R, or as many.
+template <int R>
+void up_to(int64_t rows, const BlockOfTile& block, const float* x, const char* ahead, float* y, int64_t y_stride) {
+    if constexpr (R > 1) {
+        if (rows < R) return up_to<R - 1>(rows, block, x, ahead, y, y_stride);
+    }
+    rows_of_block<R>(block, x, ahead, y, y_stride);
+}
+
+template <WeightType type>
+void run_many(const LinearShape& shape, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
+              int64_t tile_end, float* y, int64_t y_stride) {
+    const int64_t tile_bytes = round_up(float_tile_bytes(shape), 64), row_bytes = activation_bytes(shape);
+    const int64_t steps = float_steps(shape);
+    const int64_t panels = divide_up(rows, kPanelRows), most = round_up(divide_up(rows, panels), kMany);
+    alignas(64) float panel[kPanelRows * kStride];
+    alignas(64) float widened[kLength * kTile];
+    for (int64_t begin = 0; begin < rows; begin += most) {
+        const int64_t count = smaller(most, rows - begin);
+        for (int64_t k = 0; k < steps; k += kLength) {
+            BlockOfTile block{smaller(kLength, steps - k), widened, k == 0, 0};
+            for (int64_t t = 0; t < count; t++) {
+                const char* from = activations + (begin + t) * row_bytes + k * 4;
+                std::memcpy(panel + t * kStride, from, static_cast<size_t>(block.length) * 4);
+            }
+            block.stride = divide_up(2 * kTile * value_bytes(type), divide_up(count, kMany));
+            for (int64_t tile = tile_begin; tile < tile_end; tile++) {
+                const char* at = packed + tile * tile_bytes + k * kTile * value_bytes(type);
+                if constexpr (type == WeightType::f32) {
+                    block.weights = reinterpret_cast<const float*>(at);
+                } else {
+                    for (int64_t i = 0; i < block.length; i++) {
+                        for (int h = 0; h < 2; h++) _mm256_store_ps(widened + i * kTile + h * kHalf, load<type>(at, i, h));
+                    }
+                }
+                const char* ahead = at + tile_bytes;
+                const int64_t outputs = smaller(kTile, shape.n - tile * kTile);
+                for (int64_t t = 0; t < count; t += kMany, ahead += block.length / 2 * block.stride) {
+                    const int64_t few = smaller(kMany, count - t);
+                    float* out = y + (begin + t) * y_stride + tile * kTile;
+                    if (outputs == kTile) {
+                        up_to<kMany>(few, block, panel + t * kStride, ahead, out, y_stride);
+                        continue;
+                    }
+                    float part[kMany][kTile] = {};
+                    const auto kept = static_cast<size_t>(outputs) * 4;
+                    for (int64_t i = 0; i < few && k > 0; i++) std::memcpy(part[i], out + i * y_stride, kept);
+                    up_to<kMany>(few, block, panel + t * kStride, ahead, part[0], kTile);
+                    for (int64_t i = 0; i < few; i++) std::memcpy(out + i * y_stride, part[i], kept);
+                }
+            }
+        }
+    }
+}
+
+template <WeightType type>
+void run(const LinearShape& shape, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
+         int64_t tile_end, float* y, int64_t y_stride) {
+    (rows < kMany ? run_few<type> : run_many<type>)(shape, packed, activations, rows, tile_begin, tile_end, y, y_stride);
 }
 
 }  // namespace

@@ -130,7 +130,7 @@ void plain(const char* isa, WeightType type, int64_t n, int64_t k, Random& rando
     kernels.unpack(shape, packed.data(), {found.data(), nullptr, nullptr});
     check(values == found, "unpacking undoes packing: " + name(isa, shape, 0));
     const auto weight = [&](int64_t row, int64_t at) { return numbers[static_cast<size_t>(row * k + at)]; };
-    for (int64_t rows : {1, 2, 7}) product(isa, shape, weight, packed, rows, 1e-12, random.normals(rows * k));
+    for (int64_t rows : {1, 2, 7, 103}) product(isa, shape, weight, packed, rows, 1e-12, random.normals(rows * k));
 }
 
 }  // namespace
