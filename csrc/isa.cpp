@@ -96,18 +96,18 @@ std::vector<Kernels> detect() {
     std::vector<Kernels> list;
 #if defined(__x86_64__)
     const Features has = features();
-    if (has.amx) list.push_back({"amx", linear_amx(), block_avx512(), attention_avx512()});
-    if (has.vnni) list.push_back({"avx512vnni", linear_avx512vnni(), block_avx512(), attention_avx512()});
-    if (has.avx512) list.push_back({"avx512", linear_avx512(), block_avx512(), attention_avx512()});
-    if (has.avxvnni) list.push_back({"avxvnni", linear_avxvnni(), block_avx2(), attention_avx2()});
-    if (has.avx2) list.push_back({"avx2", linear_avx2(), block_avx2(), attention_avx2()});
+    if (has.amx) list.push_back({"amx", linear_amx(), block_avx512(), attention_avx512(), &clip_avx512()});
+    if (has.vnni) list.push_back({"avx512vnni", linear_avx512vnni(), block_avx512(), attention_avx512(), &clip_avx512()});
+    if (has.avx512) list.push_back({"avx512", linear_avx512(), block_avx512(), attention_avx512(), &clip_avx512()});
+    if (has.avxvnni) list.push_back({"avxvnni", linear_avxvnni(), block_avx2(), attention_avx2(), &clip_avx2()});
+    if (has.avx2) list.push_back({"avx2", linear_avx2(), block_avx2(), attention_avx2(), &clip_avx2()});
 #elif defined(__aarch64__)
     const Features has = features();
-    if (has.i8mm) list.push_back({"i8mm", linear_i8mm(), block_neon(), attention_neon()});
-    if (has.dotprod) list.push_back({"dotprod", linear_dotprod(), block_neon(), attention_neon()});
-    list.push_back({"neon", linear_neon(), block_neon(), attention_neon()});
+    if (has.i8mm) list.push_back({"i8mm", linear_i8mm(), block_neon(), attention_neon(), &clip_neon()});
+    if (has.dotprod) list.push_back({"dotprod", linear_dotprod(), block_neon(), attention_neon(), &clip_neon()});
+    list.push_back({"neon", linear_neon(), block_neon(), attention_neon(), &clip_neon()});
 #endif
-    list.push_back({"scalar", linear_scalar(), block_scalar(), attention_scalar()});
+    list.push_back({"scalar", linear_scalar(), block_scalar(), attention_scalar(), nullptr});
     return list;
 }
 

@@ -140,11 +140,53 @@ struct AttentionKernels {
                    const Partial&);
 };
 
+// ---- the quantizer's rounding, and its search of limits --------------------------------------------------------------
+
+// Some rows of a weight in groups of `width` along k, each rounded to the grid of its limits: tinychat/quantize/grid.py has
+// the terms, and the same in PyTorch, to the bit.
+struct Rounding {
+    int64_t rows, k, width;
+    const float* weights;   // [rows, k]
+    const float* limits;    // (low, high) [rows, groups]; null: the range that the weights of a group have
+    float top;              // the largest code
+    bool symmetric;
+    const float* divisors;  // [k], of what is rounded; null: 1
+    float* rounded;         // [rows, k], or the weights
+};
+
+// One group of some rows of a weight: tinychat/quantize/clip.py has the terms. A change d of a row's rounded weights adds
+// d (gram d + pull) to its loss. For each of `moves` in turn the limits become own * shrink, in those ends that it moves (1:
+// low, 2: high, 3: both), for the one of `shrinks` that takes most away, if any does.
+struct Clipping {
+    int64_t rows, width;
+    const float* weights;  // [rows, width]
+    const float* gram;     // [width, width], symmetric
+    const float* pull;     // [rows, width]
+    const float* rounded;  // [rows, width]: the weights with the limits as they are
+    const float* own;      // (low, high) of row r at r * stride
+    float* limits;         // likewise
+    int64_t stride;
+    float top;             // the largest code
+    bool symmetric;
+    const float* shrinks;
+    int64_t n_shrinks;
+    const int32_t* moves;
+    int64_t n_moves;
+    float* change;         // [rows, width], of the rounded weights
+};
+
+struct ClipKernels {
+    bool (*round)(const Rounding&);     // false where a weight is not finite, or fp16 does not hold a scale
+    int64_t (*scratch)(int64_t width);  // floats that clip() needs
+    bool (*clip)(const Clipping&, float* scratch);  // whether any limit has changed
+};
+
 struct Kernels {
     const char* isa;
     LinearKernels linear;
     BlockKernels block;
     AttentionKernels attention;
+    const ClipKernels* clip;  // null: there is none, and PyTorch searches
 };
 
 // The table in use: the best that this CPU and operating system run, or the one that TINYCHAT_ISA names.

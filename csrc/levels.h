@@ -29,6 +29,8 @@ const BlockKernels& block_avx2();
 const BlockKernels& block_avx512();
 const AttentionKernels& attention_avx2();
 const AttentionKernels& attention_avx512();
+const ClipKernels& clip_avx2();
+const ClipKernels& clip_avx512();
 // Multiplies bytes in registers and does nothing else; returns how many products it added.
 int64_t dot_peak_avx512vnni(int64_t rounds);
 // LinearKernels::linear of weights that are not quantized, for the levels that have these instructions and more.
@@ -45,6 +47,7 @@ const LinearKernels& linear_dotprod();
 const LinearKernels& linear_i8mm();
 const BlockKernels& block_neon();
 const AttentionKernels& attention_neon();
+const ClipKernels& clip_neon();
 void linear_float_neon(const LinearShape& shape, const void* packed, const void* activations, int64_t rows,
                        int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride);
 #endif

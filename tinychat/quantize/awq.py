@@ -51,12 +51,15 @@ class Reading:
 
     exact  by canonical name, fp32 [T, K]: in the unquantized model
     given  likewise, where all before them is quantized; `exact` itself where that is not followed
-    off    [T, hidden_size]: how far the stream that the group's output is added to then is from what it was; None: 0
+    added  [T, hidden_size]: what the linears' part of the block adds to the stream in the unquantized model; None where
+           that cannot be told from the stream
+    off    likewise: how far the stream that it is added to then is from what it was; None: 0
     """
 
     context: Context
     exact: dict[str, torch.Tensor]
     given: dict[str, torch.Tensor]
+    added: torch.Tensor | None = None
     off: torch.Tensor | None = None
 
 
@@ -89,24 +92,40 @@ def transform(
         if seen and any(part(layer, name).quantized for name in group.consumers):
             folded, result = _search(config, layer, folded, index, group, observed, grid, seen, others)
             results.append(result)
-    rest = [*observed.samples, *observed.held_out]
-    if results:
-        judging = observed.held_out or observed.samples
-        before, after = (_block_loss(config, one, index, grid, judging, one is folded) for one in (layer, folded))
-        results.append(GroupResult(index, BLOCK, None, before, after))
-        rest = observed.samples if observed.held_out else []
-    for sample in rest:
-        if sample.drifted is not sample.x:
-            ops = DenseOps(grid=grid)
-            sample.drifted.copy_(block(config, ops, folded, index, sample.drifted, sample.context))
+
+    def through(layer: PackedLayer, sample: Sample) -> torch.Tensor:
+        return block(config, DenseOps(grid=grid), layer, index, sample.drifted, sample.context)
+
+    judged = (observed.held_out or observed.samples)[0] if results else None
+    before = _error_added(judged, through(layer, judged)) if judged else 0.0
+    for sample in (*observed.samples, *observed.held_out):
+        followed = sample.drifted is not sample.x
+        if followed or sample is judged:
+            found = through(folded, sample)
+            if sample is judged:
+                results.append(GroupResult(index, BLOCK, None, before, _error_added(sample, found)))
+            if followed:
+                sample.drifted.copy_(found)
     return folded, results
+
+
+def _error_added(sample: Sample, found: torch.Tensor) -> float:
+    """The relative error of what a block adds to its input, where its output was `found`."""
+    power = float((sample.y - sample.x).square().sum())
+    return float((found - sample.y).square().sum()) / max(power, torch.finfo(torch.float32).tiny)
 
 
 def _reading(config: ModelConfig, folded: PackedLayer, index: int, group: Group, sample: Sample, grid: Grid) -> Reading:
     """Of a group in one sample, by what was found for the groups before it."""
     exact = {name: sample.inputs[name] for name in group.consumers if name in sample.inputs}
+    added = None
+    if config.block is Block.SEQUENTIAL:
+        of_attention, of_mlp = exact.keys() <= {"qkv", "out"}, exact.keys() & {"up", "router", "down"}
+        if of_attention or of_mlp:  # not of one expert
+            after, before = (sample.middle[0], sample.x) if of_attention else (sample.y, sample.middle[0])
+            added = (after - before) / config.residual_scale
     if sample.drifted is sample.x or not exact.keys() <= set(LINEARS):
-        return Reading(sample.context, exact, exact)
+        return Reading(sample.context, exact, exact, added)
 
     def watch(linear: Dense, x: torch.Tensor) -> None:
         if linear.name in exact:
@@ -121,7 +140,7 @@ def _reading(config: ModelConfig, folded: PackedLayer, index: int, group: Group,
     if config.block is Block.SEQUENTIAL:  # else more is added, or not as it is
         before = sample.x if exact.keys() <= {"qkv", "out"} else sample.middle[0]
         off = (ops.stream - before) / config.residual_scale
-    return Reading(sample.context, exact, given, off)
+    return Reading(sample.context, exact, given, added, off)
 
 
 def _search(
@@ -293,7 +312,9 @@ def _loss(config: ModelConfig, layer: PackedLayer, index: int, group: Group, rea
             outputs.append(sum(parts[1:], start=parts[0]))
         return outputs
 
-    expected = run({name: part(layer, name) for name in group.consumers}, [one.exact for one in readings])
+    expected = [one.added for one in readings if one.added is not None]
+    if not expected:
+        expected = run({name: part(layer, name) for name in group.consumers}, [one.exact for one in readings])
     power = _power(expected)
     expected = [y if one.off is None else y - one.off for y, one in zip(expected, readings, strict=True)]
     return lambda consumers: _squares(run(consumers, given), expected) / power
@@ -306,7 +327,7 @@ def _quadratic_loss(consumer: Dense, readings: list[Reading]) -> Callable[[Dense
     """
     ops = DenseOps()
     given = [one.given[consumer.name] for one in readings]
-    expected = [ops.linear(one.exact[consumer.name], consumer) for one in readings]
+    expected = [ops.linear(one.exact[consumer.name], consumer) if one.added is None else one.added for one in readings]
     power = _power(expected)
     expected = [y if one.off is None else y - one.off for y, one in zip(expected, readings, strict=True)]
 
@@ -345,21 +366,3 @@ def _squares(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
 
 def _power(outputs: list[torch.Tensor]) -> float:
     return max(sum(float(y.square().sum()) for y in outputs), torch.finfo(torch.float32).tiny)
-
-
-def _block_loss(
-    config: ModelConfig, layer: PackedLayer, index: int, grid: Grid, samples: list[Sample], advance: bool = False
-) -> float:
-    """The relative error of what block `index` adds to its input where `layer`, on the grid, is in its place.
-
-    `advance`: and where samples are followed, `drifted` becomes the output of that block.
-    """
-    ops = DenseOps(grid=grid)
-    error = power = 0.0
-    for sample in samples:
-        found = block(config, ops, layer, index, sample.drifted, sample.context)
-        error += float((found - sample.y).square().sum())
-        power += float((sample.y - sample.x).square().sum())
-        if advance and sample.drifted is not sample.x:
-            sample.drifted.copy_(found)
-    return error / max(power, torch.finfo(torch.float32).tiny)

@@ -24,9 +24,13 @@ of the calibration there it goes from 0.53 to 0.54; six steps of an end from whe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 
 import torch
 
+from tinychat.backends import products
 from tinychat.quantize.grid import Grid
 
 SHRINK = tuple(1 - i / 20 for i in range(12))  # of the range that the weights have
@@ -84,40 +88,82 @@ def _search(
     own = torch.stack((grouped.amin(-1), grouped.amax(-1)), dim=-1)  # [N, groups, 2]
     limits = own.clone()
     grouped = grouped.transpose(0, 1).contiguous()  # [groups, N, width]: what is computed with lies together
-    error = grid.nearest(grouped, scales.T, zeros.T).sub_(grouped)
+    rounded = grid.nearest(grouped, scales.T, zeros.T)
     if short := -weight.shape[1] % width:  # what pads the last group of a row is multiplied by nothing
         x = torch.nn.functional.pad(x, (0, short))
-    output = error.transpose(0, 1).reshape(n, -1) @ x.T  # [N, T]
+    output = (rounded - grouped).transpose(0, 1).reshape(n, -1) @ x.T  # [N, T]: the error's
     if apart is not None:
         output += apart.T
     parts = [part.contiguous() for part in x.split(width, dim=1)]
     grams = [part.T @ part for part in parts]
-    factors = torch.tensor(shrinks)[:, None, None]
+    cpu = products.engine() if weight.is_cpu else None
+    visit = partial(_visited, cpu) if cpu and cpu.clips() else _visit
+    low, high = (own * max(shrinks)).unbind(-1)
+    grid.parameters(low, high, name)  # raises where a scale is too large
     for ends in visits:
-        for g, (group, part, gram) in enumerate(zip(grouped, parts, grams, strict=True)):
-            before = made = error[g]
-            pull = (output @ part).addmm_(before, gram, alpha=-1).mul_(2)  # of the other groups' errors
-            least = _loss(before, gram, pull)
-            for moved in ends:
-                tried = torch.where(torch.tensor(moved), own[:, g] * factors, limits[:, g])  # [shrinks, N, 2]
-                scales, zeros = grid.parameters(tried[..., 0], tried[..., 1], name)
-                chosen = torch.full((n,), -1)
-                for i, fit in enumerate(zip(scales, zeros, strict=True)):
-                    loss = _loss(grid.nearest(group, *fit).sub_(group), gram, pull)
-                    chosen.masked_fill_(loss < least, i)
-                    least = torch.where(loss < least, loss, least)  # a NaN is never better
-                (rows,) = torch.nonzero(chosen >= 0, as_tuple=True)
-                if len(rows):
-                    at = chosen[rows], rows
-                    limits[rows, g] = tried[at]
-                    better = grid.nearest(group[rows], scales[at], zeros[at]).sub_(group[rows])
-                    made = made.index_copy(0, rows, better)
-            if made is not before:
-                output.addmm_(made - before, part.T)
-                error[g] = made
+        for g, (part, gram) in enumerate(zip(parts, grams, strict=True)):
+            group = _Group(grouped[g], gram, (output @ part).mul_(2), rounded[g], own[:, g], limits[:, g])
+            change = visit(grid, group, ends, shrinks, name)
+            if change is not None:
+                rounded[g] += change
+                output.addmm_(change, part.T)
     return limits
 
 
-def _loss(error: torch.Tensor, gram: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
-    """What one group's error [N, width] adds to e G e^T, which the others alone have some of: [N]; pull, twice."""
-    return torch.addmm(pull, error, gram).mul_(error).sum(1)
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """One group of all rows, fp32.
+
+    weight   [N, width]
+    gram     [width, width]: G
+    pull     [N, width]: what a change d of the rounded weights adds to the loss is d (G d + pull)
+    rounded  likewise: the weights within the limits as they are
+    own      [N, 2]: the range that the weights have
+    limits   likewise: as found so far, which a visit changes
+    """
+
+    weight: torch.Tensor
+    gram: torch.Tensor
+    pull: torch.Tensor
+    rounded: torch.Tensor
+    own: torch.Tensor
+    limits: torch.Tensor
+
+
+def _visit(
+    grid: Grid, group: _Group, ends: Sequence[tuple[bool, bool]], shrinks: Sequence[float], name: str
+) -> torch.Tensor | None:
+    """Move the limits to the best of those tried: how that changes what is rounded; None where it does not."""
+    n = len(group.weight)
+    least, change = torch.zeros(n), None
+    factors = torch.tensor(shrinks)[:, None, None]
+    for moved in ends:
+        tried = torch.where(torch.tensor(moved), group.own * factors, group.limits)  # [shrinks, N, 2]
+        scales, zeros = grid.parameters(tried[..., 0], tried[..., 1], name)
+        chosen = torch.full((n,), -1)
+        for i, fit in enumerate(zip(scales, zeros, strict=True)):
+            d = grid.nearest(group.weight, *fit).sub_(group.rounded)
+            loss = torch.addmm(group.pull, d, group.gram).mul_(d).sum(1)
+            chosen.masked_fill_(loss < least, i)
+            least = torch.where(loss < least, loss, least)  # a NaN is never better
+        (rows,) = torch.nonzero(chosen >= 0, as_tuple=True)
+        if len(rows):
+            at = chosen[rows], rows
+            group.limits[rows] = tried[at]
+            better = grid.nearest(group.weight[rows], scales[at], zeros[at]).sub_(group.rounded[rows])
+            change = (torch.zeros_like(group.weight) if change is None else change).index_copy(0, rows, better)
+    return change
+
+
+def _visited(
+    cpu: ModuleType, grid: Grid, group: _Group, ends: Sequence[tuple[bool, bool]], shrinks: Sequence[float], name: str
+) -> torch.Tensor | None:
+    """The same by the engine's kernel, which takes sums in another order and does not look at how large scales are."""
+    n, width = group.weight.shape
+    change = torch.empty_like(group.weight)
+    inputs = (group.weight, group.gram, group.pull, group.rounded, group.own, group.limits)
+    addresses = [x.data_ptr() for x in inputs]
+    moves = [low + 2 * high for low, high in ends]
+    stride, to = group.limits.stride(0), change.data_ptr()
+    changed = cpu.clip(n, width, *addresses, stride, grid.top, grid.symmetric, shrinks, moves, to)
+    return change if changed else None

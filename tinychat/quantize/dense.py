@@ -13,17 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from tinychat.backends import products
 from tinychat.backends.reference import TorchOps
 from tinychat.decoder import PackedLayer
 from tinychat.errors import CheckpointError, UsageError
 from tinychat.qtensor import QTensor, Weight
+from tinychat.quantize import threads
 from tinychat.quantize.device import CPU
 from tinychat.quantize.grid import FP16_MAX, Grid, as_float, as_stored, stacked
 from tinychat.weights import LINEARS, NORMS, OF_EXPERTS, QUANTIZED, Layer, Linear
 
 PIECE = 2**18  # numbers of a weight, in whole rows, that are rounded at a time: what stays in the cache
+MULTIPLIED = 2**21  # numbers of a weight, at most about so many, that a thread multiplies with at a time
 SLICE = 2**23  # numbers of a weight that are in fp32 at once to be multiplied with
-ALIKE = 512  # of more rows than that are taken a multiple: of such parts a matrix product rounds as the whole one does
+ALIKE = 512, 16  # a multiple of them is taken, where it is more: of such parts a product rounds as the whole one does
 
 # For segment i of a canonical linear, of shape (N, K): its name for the user, and why it stays in 16 bits (None: it
 # is quantized).
@@ -62,8 +65,8 @@ class Dense:
         return any(reason is None for reason in self.kept)
 
     @property
-    def _piece(self) -> int:
-        """See PIECE; a GPU would spend its time in starting on so little."""
+    def piece(self) -> int:
+        """Numbers; see PIECE. A GPU would spend its time in starting on so little."""
         return PIECE if self.stored.is_cpu else SLICE
 
     @property
@@ -72,12 +75,19 @@ class Dense:
         if self.grid is None:
             return self.of_rows(slice(None))
         made = torch.empty(self.shape)
-        for rows, piece in self.slices(self._piece):
+        for rows, piece in self.slices(self.piece):
             weight = piece.of_rows(slice(None))
             if piece.quantized:
-                weight = self.grid.round_trip(weight, piece.modules[0], piece.limits)
-            made[rows] = weight if self.reading is None else weight / self.reading
+                self.grid.round_trip(weight, piece.modules[0], piece.limits, self.reading, made[rows])
+            else:
+                made[rows] = weight if self.reading is None else weight / self.reading
         return made
+
+    @property
+    def factor(self) -> torch.Tensor:
+        """The same, in the 16 bits that it is `stored` in where nothing is done to it."""
+        plain = self.grid is None and self.columns is None and self.divisors is None
+        return self.stored if plain else self.weight
 
     def of_rows(self, rows: slice) -> torch.Tensor:
         """Some rows of the weight before it is rounded."""
@@ -101,7 +111,7 @@ class Dense:
         What is done row by row need not be in fp32 at once.
         """
         n = len(self.stored) if numbers is None else max(1, numbers // self.shape[1])
-        n -= n % ALIKE if ALIKE < n < len(self.stored) else 0
+        n -= n % next((length for length in ALIKE if length < n), 1) if n < len(self.stored) else 0
         end = 0
         for length, module, reason in zip(self.rows, self.modules, self.kept, strict=True):
             begin, end = end, end + length
@@ -135,7 +145,7 @@ class Dense:
 
     def quantize(self, grid: Grid) -> QTensor:
         """A linear of one segment rounded to nearest, within its limits."""
-        pieces = (piece for _, piece in self.slices(self._piece))
+        pieces = (piece for _, piece in self.slices(self.piece))
         return stacked([grid.quantize(piece.weight, piece.modules[0], piece.limits) for piece in pieces])
 
 
@@ -156,12 +166,19 @@ class DenseOps(TorchOps):
         if self._watch:
             self._watch(weight, x)
         used = weight if self._grid is None else weight.rounded(self._grid)
-        if used.stored.numel() <= SLICE:
+        cpu = products.multiplier(x)
+        if cpu is None and used.stored.numel() <= SLICE:
             return torch.nn.functional.linear(x, used.weight, used.bias)
         y = torch.empty(len(x), used.shape[0])
-        for rows, piece in used.slices(SLICE):
-            y[:, rows] = torch.nn.functional.linear(x, piece.weight, piece.bias)
-        return y
+        if cpu is None:
+            for rows, piece in used.slices(SLICE):
+                y[:, rows] = torch.nn.functional.linear(x, piece.weight, piece.bias)
+            return y
+        product, n = products.Product(cpu, x), threads.count()
+        pieces = n * -(-used.stored.numel() // (n * MULTIPLIED))
+        cuts = used.slices(-(-used.stored.numel() // pieces))
+        threads.each(lambda cut: product.into(y[:, cut[0]], cut[1].factor), cuts)
+        return y if used.bias is None else y.add_(used.bias)
 
     def add_norm(self, *given: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Ops.add_norm`."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tinychat.backends import products
 from tinychat.errors import CheckpointError, UsageError
 from tinychat.qtensor import QTensor, bfloat16
 
@@ -131,11 +132,35 @@ class Grid:
         )
 
     def round_trip(
-        self, weight: torch.Tensor, name: str = "weight", limits: torch.Tensor | None = None
+        self,
+        weight: torch.Tensor,
+        name: str = "weight",
+        limits: torch.Tensor | None = None,
+        divisors: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What `quantize(weight).dequantize()` returns, fp32 [N, K], without the detour."""
+        """What `quantize(weight).dequantize()` returns, fp32 [N, K], without the detour.
+
+        divisors  [K]: it is divided by them
+        out       [N, K], contiguous: where it goes
+
+        On the CPU by the engine's kernel, where it is: the same bits.
+        """
         n, k = weight.shape
-        return self.nearest(*self.fitted(weight, name, limits)).reshape(n, -1)[:, :k]
+        cpu = products.engine() if weight.is_cpu else None
+        if cpu and cpu.clips():
+            weight = weight.contiguous()
+            made = torch.empty_like(weight) if out is None else out
+            given = [None if x is None else x.contiguous() for x in (limits, divisors)]
+            at, by = (0 if x is None else x.data_ptr() for x in given)
+            if cpu.round(n, k, self.width(k), weight.data_ptr(), at, self.top, self.symmetric, by, made.data_ptr()):
+                return made
+        made = self.nearest(*self.fitted(weight, name, limits)).reshape(n, -1)[
+            :, :k
+        ]  # raises where the kernel gives up
+        if divisors is not None:
+            made = made / divisors
+        return made if out is None else out.copy_(made)
 
 
 def stacked(parts: Sequence[QTensor]) -> QTensor:

@@ -17,12 +17,17 @@ Piece = TypeVar("Piece")
 Made = TypeVar("Made")
 
 
+def count() -> int:
+    """On how many."""
+    return torch.get_num_threads() if torch.get_default_device().type == "cpu" else 1
+
+
 def each(function: Callable[[Piece], Made], pieces: Iterable[Piece]) -> list[Made]:
     """`function` of each of the pieces, in their order, on as many threads as PyTorch has. The first error is raised.
 
     On one thread, a piece of this too, they are computed in turn; on a GPU, which has threads of its own, likewise.
     """
-    n = torch.get_num_threads() if torch.get_default_device().type == "cpu" else 1
+    n = count()
     if n == 1:
         return [function(piece) for piece in pieces]
     inference = torch.is_inference_mode_enabled()  # of this thread alone
