@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -89,47 +90,136 @@ T* numbers(const py::array& array, std::initializer_list<int64_t> shape, const c
     return static_cast<T*>(const_cast<void*>(array.data()));
 }
 
-// One step; its arrays as tinychat/cache.py has them.
+// The arrays of a cache, as tinychat/cache.py has them.
+struct Cache {
+    py::array keys, values;
+    std::optional<py::array> key_scales, value_scales;
+
+    // A step of nothing yet, on them.
+    Step step(const DecoderShape& shape) const {
+        if (keys.ndim() != 5) throw std::invalid_argument("the cache has " + std::to_string(keys.ndim()) + " axes, not 5");
+        const int64_t n_slots = keys.shape(1), capacity = keys.shape(3);
+        const int64_t n_layers = static_cast<int64_t>(shape.windows.size());
+        Step made{};
+        made.n_slots = n_slots;
+        made.capacity = capacity;
+        made.cache_type = keys.itemsize() == 4 ? CacheType::f32 : keys.itemsize() == 2 ? CacheType::f16 : CacheType::q8;
+        const auto entries = [&](const py::array& array, const char* name) -> void* {
+            const std::initializer_list<int64_t> sizes{n_layers, n_slots, shape.n_kv_heads, capacity, shape.head_dim};
+            if (made.cache_type == CacheType::f32) return numbers<float>(array, sizes, name);
+            if (made.cache_type == CacheType::q8) return numbers<int8_t>(array, sizes, name);
+            return numbers<Half>(array, sizes, name);
+        };
+        const auto scales = [&](const std::optional<py::array>& array, const char* name) -> float* {
+            if (made.cache_type != CacheType::q8) return nullptr;
+            if (!array) throw std::invalid_argument(std::string(name) + " of an int8 cache are missing");
+            return numbers<float>(*array, {n_layers, n_slots, shape.n_kv_heads, capacity}, name);
+        };
+        made.keys = entries(keys, "keys");
+        made.values = entries(values, "values");
+        made.key_scales = scales(key_scales, "key scales");
+        made.value_scales = scales(value_scales, "value scales");
+        return made;
+    }
+};
+
 void step(Decoder& decoder, const std::optional<py::array>& tokens, const std::optional<py::array>& embeddings,
           const py::array& positions, const py::array& slots, const py::array& wanted, const py::array& cos,
           const py::array& sin, const py::array& keys, const py::array& values,
           const std::optional<py::array>& key_scales, const std::optional<py::array>& value_scales, const py::array& logits) {
     const DecoderShape& shape = decoder.shape();
-    const int64_t n = positions.size(), n_wanted = wanted.size(), half = shape.rope_dim / 2, n_ropes = shape.n_ropes();
-    if (keys.ndim() != 5) throw std::invalid_argument("the cache has " + std::to_string(keys.ndim()) + " axes, not 5");
-    const int64_t n_slots = keys.shape(1), capacity = keys.shape(3);
-    const int64_t n_layers = static_cast<int64_t>(shape.windows.size());
-    const CacheType type = keys.itemsize() == 4 ? CacheType::f32 : keys.itemsize() == 2 ? CacheType::f16 : CacheType::q8;
-    const auto entries = [&](const py::array& array, const char* name) -> void* {
-        const std::initializer_list<int64_t> sizes{n_layers, n_slots, shape.n_kv_heads, capacity, shape.head_dim};
-        if (type == CacheType::f32) return numbers<float>(array, sizes, name);
-        if (type == CacheType::q8) return numbers<int8_t>(array, sizes, name);
-        return numbers<Half>(array, sizes, name);
-    };
-    const auto scales = [&](const std::optional<py::array>& array, const char* name) -> float* {
-        if (type != CacheType::q8) return nullptr;
-        if (!array) throw std::invalid_argument(std::string(name) + " of an int8 cache are missing");
-        return numbers<float>(*array, {n_layers, n_slots, shape.n_kv_heads, capacity}, name);
-    };
-    const Step step{n,
-                    tokens && !embeddings ? numbers<int32_t>(*tokens, {n}, "tokens") : nullptr,
-                    embeddings ? numbers<float>(*embeddings, {n, shape.hidden_size}, "embeddings") : nullptr,
-                    numbers<int32_t>(positions, {n}, "positions"),
-                    numbers<int32_t>(slots, {n}, "slots"),
-                    numbers<float>(cos, {n_ropes, n, half}, "cos"),
-                    numbers<float>(sin, {n_ropes, n, half}, "sin"),
-                    n_wanted,
-                    numbers<int32_t>(wanted, {n_wanted}, "wanted"),
-                    type,
-                    n_slots,
-                    capacity,
-                    entries(keys, "keys"),
-                    entries(values, "values"),
-                    scales(key_scales, "key scales"),
-                    scales(value_scales, "value scales"),
-                    numbers<float>(logits, {n_wanted, shape.vocab_size}, "logits")};
+    const int64_t n = positions.size(), half = shape.rope_dim / 2, n_ropes = shape.n_ropes();
+    Step step = Cache{keys, values, key_scales, value_scales}.step(shape);
+    step.rows = n;
+    step.tokens = tokens && !embeddings ? numbers<int32_t>(*tokens, {n}, "tokens") : nullptr;
+    step.embeddings = embeddings ? numbers<float>(*embeddings, {n, shape.hidden_size}, "embeddings") : nullptr;
+    step.positions = numbers<int32_t>(positions, {n}, "positions");
+    step.slots = numbers<int32_t>(slots, {n}, "slots");
+    step.cos = numbers<float>(cos, {n_ropes, n, half}, "cos");
+    step.sin = numbers<float>(sin, {n_ropes, n, half}, "sin");
+    step.n_wanted = wanted.size();
+    step.wanted = numbers<int32_t>(wanted, {step.n_wanted}, "wanted");
+    step.logits = numbers<float>(logits, {step.n_wanted, shape.vocab_size}, "logits");
     without_interpreter([&] { decoder.step(step); });
 }
+
+void check(int64_t top_k, int64_t n_logits) {
+    if (n_logits < 1 || top_k < 0 || top_k >= n_logits) {
+        throw std::invalid_argument("top_k must be 0 or below the number of logits");
+    }
+}
+
+// One slot's answer, token by token: what is the same for all of them is looked at once.
+class Follower {
+  public:
+    Follower(py::object decoder, int32_t slot, py::array lengths, Cache cache, DrawParams how, py::function turn,
+             py::object random)
+        : owner_(std::move(decoder)), decoder_(owner_.cast<Decoder&>()), lengths_(std::move(lengths)),
+          cache_(std::move(cache)), how_(how), turn_(std::move(turn)), random_(std::move(random)), slot_(slot),
+          logits_(static_cast<size_t>(decoder_.shape().vocab_size)), step_(cache_.step(decoder_.shape())) {
+        if (slot < 0 || slot >= step_.n_slots) throw std::invalid_argument("a slot is not in the cache");
+        check(how_.top_k, decoder_.shape().vocab_size);
+        length_ = numbers<int32_t>(lengths_, {step_.n_slots}, "lengths") + slot;
+        step_.rows = step_.n_wanted = 1;
+        step_.tokens = &token_;
+        step_.positions = &position_;
+        step_.slots = &slot_;
+        step_.wanted = &wanted_;
+        step_.logits = logits_.data();
+    }
+    Follower(const Follower&) = delete;
+    Follower& operator=(const Follower&) = delete;
+
+    int64_t operator()(int32_t token) {
+        token_ = token;
+        position_ = *length_;
+        if (position_ >= step_.capacity) {
+            throw std::invalid_argument(std::to_string(position_ + 1) + " positions in a cache of " +
+                                        std::to_string(step_.capacity));
+        }
+        if (position_ < first_ || position_ >= first_ + turned_) turn();
+        const int64_t at = (position_ - first_) * decoder_.shape().n_ropes() * (decoder_.shape().rope_dim / 2);
+        step_.cos = static_cast<const float*>(cos_.data()) + at;
+        step_.sin = static_cast<const float*>(sin_.data()) + at;
+        const double number = random_.is_none() ? 0 : random_().cast<double>();
+        int64_t drawn = -1;
+        without_interpreter([&] {
+            decoder_.step(step_);
+            drawn = draw(logits_.data(), static_cast<int64_t>(logits_.size()), how_, number);
+        });
+        *length_ = position_ + 1;
+        return drawn;
+    }
+
+  private:
+    // The angles of the positions from this one on.
+    void turn() {
+        const auto [cos, sin] = turn_(position_).cast<std::pair<py::array, py::array>>();
+        const int64_t n_ropes = decoder_.shape().n_ropes(), half = decoder_.shape().rope_dim / 2;
+        const int64_t n = cos.ndim() ? cos.shape(0) : 0;
+        if (n < 1) throw std::invalid_argument("no angles for a position");
+        numbers<float>(cos, {n, n_ropes, half}, "cos");
+        numbers<float>(sin, {n, n_ropes, half}, "sin");
+        cos_ = cos;
+        sin_ = sin;
+        first_ = position_;
+        turned_ = n;
+    }
+
+    const py::object owner_;
+    Decoder& decoder_;
+    const py::array lengths_;
+    const Cache cache_;
+    const DrawParams how_;
+    const py::function turn_;
+    const py::object random_;
+    int32_t token_ = 0, position_ = 0, slot_, wanted_ = 0;
+    int32_t* length_ = nullptr;
+    int64_t first_ = 0, turned_ = 0;
+    py::array cos_, sin_;
+    std::vector<float> logits_;
+    Step step_;
+};
 
 }  // namespace
 
@@ -231,9 +321,24 @@ void bind_decoder(py::module_& m) {
              py::arg("key_scales"), py::arg("value_scales"), py::arg("logits"));
 
     m.def(
+        "follower",
+        [](const py::object& decoder, int32_t slot, const py::array& lengths, const py::array& keys, const py::array& values,
+           const std::optional<py::array>& key_scales, const std::optional<py::array>& value_scales, int64_t top_k,
+           float temperature, double top_p, float min_p, const py::function& turn, const py::object& random) {
+            const auto follower = std::make_shared<Follower>(decoder, slot, lengths, Cache{keys, values, key_scales, value_scales},
+                                                             DrawParams{top_k, temperature, top_p, min_p}, turn, random);
+            return py::cpp_function([follower](int32_t token) { return (*follower)(token); });
+        },
+        "A function that runs a token where `slot` ends, lengthens it, and draws the next token: -1 where a logit is not "
+        "finite. turn(position) gives cos and sin [n, n_ropes, rope_dim / 2] of positions from there on; random() a number "
+        "of [0, 1), or None where nothing is to be drawn.",
+        py::kw_only(), py::arg("decoder"), py::arg("slot"), py::arg("lengths"), py::arg("keys"), py::arg("values"),
+        py::arg("key_scales"), py::arg("value_scales"), py::arg("top_k"), py::arg("temperature"), py::arg("top_p"),
+        py::arg("min_p"), py::arg("turn"), py::arg("random"));
+    m.def(
         "draw",
         [](Address logits, int64_t n, int64_t top_k, float temperature, double top_p, float min_p, double number) {
-            if (n < 1 || top_k < 0 || top_k >= n) throw std::invalid_argument("top_k must be 0 or below the number of logits");
+            check(top_k, n);
             return draw(pointer<const float>(logits), n, {top_k, temperature, top_p, min_p}, number);
         },
         "The next token, or -1 where a logit is not finite; see csrc/draw.h. Not checked: the address.", py::arg("logits"),

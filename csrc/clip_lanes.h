@@ -1,11 +1,11 @@
-// The quantizer's rounding, and its search of one group's limits, in the lanes of a level (lanes_*.h, included first), compiled anew in each
-// level's unit. tinychat/quantize/clip.py has the terms, and the same in PyTorch.
+// The quantizer's rounding, and its search of one group's limits, in the lanes of a level (lanes_*.h, included first),
+// compiled anew in each level's unit. tinychat/quantize has the terms, in grid.py and clip.py, and the same in PyTorch.
 //
 // What a change d of a row's rounded weights adds to the loss is d (G d + pull). G is symmetric: with T its lower triangle,
 // what is below the diagonal doubled, d G d = d T d in half the products. Six rows go together through all that is tried; T
 // lies in blocks of columns of G as wide as a block of registers, each as far down as it goes.
 //
-// Weights are rounded as Grid.nearest does, to the bit: no multiplication may fuse with the addition that follows.
+// Weights are rounded to the numbers that Grid.nearest gives: no multiplication may fuse with the addition that follows.
 #pragma once
 #include <cstring>
 
@@ -21,7 +21,6 @@ constexpr float kMost = 65504.0f;                       // of fp16
 constexpr float kToInteger = 12582912.0f;               // 1.5 * 2^23: adding it rounds to an integer, the even one of two
 
 inline Vector nearest_integer(Vector x) { return (x + all(kToInteger)) - all(kToInteger); }
-inline Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
 
 inline int64_t padded(int64_t width) { return (width + kBlock - 1) / kBlock * kBlock; }
 inline int64_t row_stride(int64_t width) { return padded(width) + kLanes; }  // rows a power of two apart would share a set
@@ -81,13 +80,15 @@ struct Fit {
     float scale, zero;
 };
 
-// As Grid.parameters, of scales that fp16 holds.
+// As Grid.parameters; a scale beyond fp16 becomes infinite.
 inline Fit fitted(Limits limits, float top, bool symmetric) {
     const float low = limits.low < 0 ? limits.low : 0, high = limits.high > 0 ? limits.high : 0, middle = (top + 1) / 2;
     const float below = __builtin_fabsf(limits.low), above = __builtin_fabsf(limits.high);
     float scale = symmetric ? (below > above ? below : above) / middle : (high - low) / top;
     if (limits.low == limits.high && below <= kMost) scale = below;  // the one value, exactly
-    if (scale < 0x1p-14f) {
+    if (scale > kMost) {
+        scale = __builtin_inff();
+    } else if (scale < 0x1p-14f) {
         scale = __builtin_ceilf(scale * 0x1p24f) * 0x1p-24f;
     } else {
         uint32_t bits;

@@ -21,7 +21,7 @@
 // is done.
 //
 // What goes into a linear is normed, or gated, piece by piece in the fastest cache and prepared there: a whole
-// row of it is never written.
+// row of it is never written. What reads a row of x is prepared in the phase that completes the row.
 #include "decoder.h"
 
 #include <algorithm>
@@ -86,6 +86,7 @@ Decoder::~Decoder() {
     if (team_ && !team_->alive()) team_.release();  // its threads are another process's: there is nothing to join
 }
 
+// A system call tells whether the threads are this process's: a step asks once.
 Team& Decoder::team() {
     if (team_ && !team_->alive()) team_.release();
     if (team_) return *team_;
@@ -190,14 +191,14 @@ void Decoder::step(const Step& step) {
     reserve(std::max(step.rows, step.n_wanted));
     plan(step);
     if (!profiling_) return forward(step);
-    team().profile(true);
+    team_->profile(true);
     const auto begin = std::chrono::steady_clock::now();
-    const int64_t busy = team().busy_ns();
+    const int64_t busy = team_->busy_ns();
     forward(step);
     ++profile_.steps;
     profile_.steps_ns += std::chrono::nanoseconds(std::chrono::steady_clock::now() - begin).count();
-    profile_.busy_ns += team().busy_ns() - busy;
-    team().profile(false);
+    profile_.busy_ns += team_->busy_ns() - busy;
+    team_->profile(false);
 }
 
 void Decoder::profile(bool on) {
@@ -242,20 +243,22 @@ void Decoder::forward(const Step& step) {
     float* y = y_.floats();  // [T, hidden_size]
     float* z = z_.floats();  // [T, hidden_size]
 
-    enter(step);
+    const auto read_by = [&](size_t l) {  // x, at the beginning of layer l; after the last, only wanted rows are read
+        return l < layers_.size() ? Reader{post ? &none : &layers_[l].norm1, &layers_[l].qkv} : Reader{};
+    };
+    enter(step, read_by(0));
 
     for (size_t l = 0; l < layers_.size(); ++l) {
         const Layer& layer = layers_[l];
-        const Norm& norm2 = parallel && !layer.norm2.weight ? layer.norm1 : layer.norm2;
+        const Reader mlp{post ? &none : parallel && !layer.norm2.weight ? &layer.norm1 : &layer.norm2, &layer.up};
 
-        prepare_normed(post ? none : layer.norm1, layer.qkv, T);
         apply(layer.qkv, T, qkv_.floats(), shape_.qkv_size());
         attend(step, l);
         prepare_rows(layer.out, T, mixed_.floats(), shape_.q_size());
         apply(layer.out, T, y, hidden);
-        if (!parallel) add(step, layer.out_norm, y, post ? layer.norm1 : none);
+        if (parallel) prepare_normed(mlp, T);
+        else add(step, layer.out_norm, y, post ? layer.norm1 : none, mlp);
 
-        prepare_normed(post ? none : norm2, layer.up, T);
         if (layer.expert_up.empty()) {
             apply(layer.up, T, gate_up_.floats(), shape_.up_size());
             prepare_activated(layer, T);
@@ -263,15 +266,15 @@ void Decoder::forward(const Step& step) {
         } else {
             mix(layer, T);
         }
-        if (parallel) add(step, layer.out_norm, y, none);
-        add(step, layer.down_norm, z, post ? layer.norm2 : none);
+        if (parallel) add(step, layer.out_norm, y, none, {});
+        add(step, layer.down_norm, z, post ? layer.norm2 : none, read_by(l + 1));
     }
 
     if (!step.n_wanted) return;
     if (shape_.embed_size == hidden) {
-        prepare_normed(norm_, head_, step.n_wanted, step.wanted);
+        prepare_normed({&norm_, &head_}, step.n_wanted, step.wanted);
     } else {
-        prepare_normed(norm_, project_out_, step.n_wanted, step.wanted);
+        prepare_normed({&norm_, &project_out_}, step.n_wanted, step.wanted);
         apply(project_out_, step.n_wanted, narrow_.floats(), shape_.embed_size);
         prepare_rows(head_, step.n_wanted, narrow_.floats(), shape_.embed_size);
     }
@@ -286,49 +289,62 @@ void Decoder::forward(const Step& step) {
     }
 }
 
-// x = what the first block reads.
-void Decoder::enter(const Step& step) {
+// x = what the first block reads, which `reader` does.
+void Decoder::enter(const Step& step, const Reader& reader) {
     const int64_t hidden = shape_.hidden_size, width = shape_.embed_size;
     float* x = x_.floats();
-    const auto settle = [&](int64_t t) {
+    const auto settle = [&](int64_t t, int thread) {
         float* row = x + t * hidden;
         if (positions_) add_values(positions_type_, positions_, step.positions[t] * hidden, hidden, row);
         if (embed_norm_.weight) normalize(embed_norm_, row);
-        take_moments(t);
+        settled(step, t, reader, thread);
     };
     if (!step.tokens || width == hidden) {
-        each(step.rows, [&](int64_t t, int) {
+        each(step.rows, [&](int64_t t, int thread) {
             if (step.tokens) {
                 embed(step, t, x + t * hidden);
             } else {
                 std::memcpy(x + t * hidden, step.embeddings + t * hidden, static_cast<size_t>(hidden) * sizeof(float));
             }
-            settle(t);
+            settle(t, thread);
         });
-        return;
+        return prepare_permuted(reader, step.rows);
     }
     each(step.rows, [&](int64_t t, int) { embed(step, t, narrow_.floats() + t * width); });
     prepare_rows(project_in_, step.rows, narrow_.floats(), width);
     apply(project_in_, step.rows, x, hidden);
-    each(step.rows, [&](int64_t t, int) { settle(t); });
+    each(step.rows, [&](int64_t t, int thread) { settle(t, thread); });
+    prepare_permuted(reader, step.rows);
 }
 
-// x += y, of which there may be a norm, as there may be of the sum.
-void Decoder::add(const Step& step, const Norm& added, float* y, const Norm& sum) {
+// x += y, of which there may be a norm, as there may be of the sum; what `reader` reads, if anything does yet.
+void Decoder::add(const Step& step, const Norm& added, float* y, const Norm& sum, const Reader& reader) {
     const int64_t hidden = shape_.hidden_size;
-    each(step.rows, [&](int64_t t, int) {
+    each(step.rows, [&](int64_t t, int thread) {
         float *to = x_.floats() + t * hidden, *row = y + t * hidden;
         if (added.weight) normalize(added, row);
         kernels_.block.add(to, row, shape_.residual_scale, hidden);
         if (sum.weight) normalize(sum, to);
-        take_moments(t);
+        settled(step, t, reader, thread);
     });
+    prepare_permuted(reader, step.rows);
 }
 
-// What norms of row t of x need, for as long as it is as it is.
-void Decoder::take_moments(int64_t t) {
+// Row t of x is as it will be read: its moments, which norms need, and what reads it prepared, which takes the same phase.
+void Decoder::settled(const Step& step, int64_t t, const Reader& reader, int thread) {
     const int64_t hidden = shape_.hidden_size;
     moments()[t] = kernels_.block.moments(shape_.norm_type, x_.floats() + t * hidden, hidden);
+    if (!reader.linear || reader.linear->permuted()) return;
+    const int64_t length = piece(*reader.linear);
+    for (int64_t begin = 0; begin < hidden; begin += length) {
+        const Range part{begin, std::min(begin + length, hidden)};
+        const float* values = normed(*reader.norm, t, part, pieces_.floats() + thread * piece_);
+        reader.linear->prepare(kernels_.linear, values, part, t, step.rows, activations_.data());
+    }
+}
+
+void Decoder::prepare_permuted(const Reader& reader, int64_t rows) {
+    if (reader.linear && reader.linear->permuted()) prepare_normed(reader, rows);
 }
 
 // A row of hidden_size values, in place.
@@ -339,19 +355,22 @@ void Decoder::normalize(const Norm& norm, float* row) const {
     kernels_.block.normalize(row, moments.mean, factor, norm.weight.floats(), norm.bias.floats(), hidden, row);
 }
 
-// The norm of each row of x, or of the `rows` wanted ones; x itself where there is no norm.
-void Decoder::prepare_normed(const Norm& norm, const PackedLinear& linear, int64_t rows, const int32_t* wanted) {
-    const int64_t hidden = shape_.hidden_size;
+// `part` of the norm of row t of x, in `piece`, or of x itself where there is none.
+const float* Decoder::normed(const Norm& norm, int64_t t, Range part, float* piece) {
     const float *weight = norm.weight.floats(), *bias = norm.bias.floats();
-    prepare(linear, rows, hidden, [&](int64_t r, Range part, float* piece) {
-        const int64_t t = wanted ? wanted[r] : r;
-        float* values = x_.floats() + t * hidden + part.begin;
-        if (!weight) return values;
-        const auto [mean, variance] = moments()[t];
-        const float factor = 1 / std::sqrt(variance + shape_.norm_eps);
-        kernels_.block.normalize(values, mean, factor, weight + part.begin, bias ? bias + part.begin : nullptr,
-                                 part.end - part.begin, piece);
-        return piece;
+    const float* values = x_.floats() + t * shape_.hidden_size + part.begin;
+    if (!weight) return values;
+    const auto [mean, variance] = moments()[t];
+    const float factor = 1 / std::sqrt(variance + shape_.norm_eps);
+    kernels_.block.normalize(values, mean, factor, weight + part.begin, bias ? bias + part.begin : nullptr,
+                             part.end - part.begin, piece);
+    return piece;
+}
+
+// What a reader reads of each row of x, or of the `rows` wanted ones.
+void Decoder::prepare_normed(const Reader& reader, int64_t rows, const int32_t* wanted) {
+    prepare(*reader.linear, rows, shape_.hidden_size, [&](int64_t r, Range part, float* piece) {
+        return normed(*reader.norm, wanted ? wanted[r] : r, part, piece);
     });
 }
 
@@ -422,7 +441,7 @@ void Decoder::embed(const Step& step, int64_t row, float* x) const {
 }
 
 void Decoder::apply(const PackedLinear& linear, int64_t rows, float* y, int64_t y_stride) {
-    linear.apply(kernels_.linear, activations_.data(), rows, y, y_stride, team());
+    linear.apply(kernels_.linear, activations_.data(), rows, y, y_stride, *team_);
 }
 
 }  // namespace tinychat

@@ -134,6 +134,10 @@ class Decoder {
         Buffer weight;  // [hidden_size]
         Buffer bias;    // [hidden_size], or nothing
     };
+    struct Reader {  // what reads x next, normed; linear null: nothing yet
+        const Norm* norm;
+        const PackedLinear* linear;
+    };
     struct Layer {
         Norm norm1, norm2, out_norm, down_norm;  // see LayerData
         Buffer q_norm, k_norm;
@@ -150,19 +154,21 @@ class Decoder {
     void check(const Step& step) const;
     void reserve(int64_t rows);
     void forward(const Step& step);
-    void enter(const Step& step);
+    void enter(const Step& step, const Reader& reader);
     void embed(const Step& step, int64_t row, float* x) const;
     void normalize(const Norm& norm, float* row) const;
-    void add(const Step& step, const Norm& added, float* y, const Norm& sum);
-    void take_moments(int64_t row);
+    void add(const Step& step, const Norm& added, float* y, const Norm& sum, const Reader& reader);
+    void settled(const Step& step, int64_t row, const Reader& reader, int thread);
     Moments* moments() { return reinterpret_cast<Moments*>(moments_.data()); }
-    void prepare_normed(const Norm& norm, const PackedLinear& linear, int64_t rows, const int32_t* wanted = nullptr);
+    const float* normed(const Norm& norm, int64_t row, Range part, float* piece);
+    void prepare_normed(const Reader& reader, int64_t rows, const int32_t* wanted = nullptr);
+    void prepare_permuted(const Reader& reader, int64_t rows);
     void prepare_rows(const PackedLinear& linear, int64_t rows, const float* x, int64_t size);
     void prepare_activated(const Layer& layer, int64_t rows);
     // One phase: work(row, thread) for each row.
     template <class Work>
     void each(int64_t rows, const Work& work) {
-        team().run(rows, [&](Range part, int thread) {
+        team_->run(rows, [&](Range part, int thread) {
             for (int64_t t = part.begin; t < part.end; ++t) work(t, thread);
         });
     }

@@ -58,7 +58,7 @@ void Decoder::attend(const Step& step, size_t layer) {
     plan_.set_window(shape_.windows[layer]);
     if (shape_.whole_qk_norm) norm_whole(step, layer);
     if (!plan_.rows_alone()) {
-        team().run(step.rows * heads, [&](Range items, int) {
+        team_->run(step.rows * heads, [&](Range items, int) {
             for (int64_t item = items.begin; item < items.end; ++item) {
                 const int64_t t = item / heads, head = item % heads;
                 turn_queries(step, layer, t, queries(t, head));
@@ -69,7 +69,7 @@ void Decoder::attend(const Step& step, size_t layer) {
     const int64_t runs = plan_.runs(), pieces = static_cast<int64_t>(plan_.pieces().size());
     for (int64_t i = 0; i < runs * heads; ++i) finished_pieces_[static_cast<size_t>(i)].store(0, std::memory_order_relaxed);
     // The items of a head are neighbours: a thread that takes several finds its entries in its caches.
-    team().run(heads * pieces, [&](Range items, int thread) {
+    team_->run(heads * pieces, [&](Range items, int thread) {
         float* scratch = scratch_.floats() + thread * scratch_size_;
         for (int64_t item = items.begin; item < items.end; ++item) {
             attend_piece(step, layer, plan_.pieces()[static_cast<size_t>(item % pieces)], item / pieces, scratch);

@@ -57,13 +57,13 @@ void Decoder::mix(const Layer& layer, int64_t T) {
     const float* logits = router_.floats();
 
     parts_.assign({{&layer.up, 0, layer.router_end, activations, T, router_.floats(), s.router_size()}});
-    PackedLinear::apply(kernels_.linear, parts_, team());
-    routing_.route(s, logits, T, team());
+    PackedLinear::apply(kernels_.linear, parts_, *team_);
+    routing_.route(s, logits, T, *team_);
 
     const size_t first = layer.expert_up.front(), end = layer.expert_up.back();
     const int64_t row_bytes = layer.up.activation_bytes();
     if (T > 1) {
-        team().run(pairs, [&](Range part, int) {
+        team_->run(pairs, [&](Range part, int) {
             for (int64_t i = part.begin; i < part.end; ++i) {
                 const Routing::Pair& pair = routing_.pairs()[size(i)];
                 const Routing::Group& group = routing_.groups()[size(pair.group)];
@@ -80,7 +80,7 @@ void Decoder::mix(const Layer& layer, int64_t T) {
         const char* rows = T > 1 ? gathered_.data() + group.first * row_bytes : activations;
         parts_.push_back({&layer.up, at[0], at[1], rows, group.rows, gate_up_.floats() + group.first * up_size, up_size});
     }
-    PackedLinear::apply(kernels_.linear, parts_, team());
+    PackedLinear::apply(kernels_.linear, parts_, *team_);
 
     // What goes into `down`, piece by piece, for pairs and then for rows of the shared expert.
     const int64_t pair_bytes = layer.down.activation_bytes();
@@ -94,7 +94,7 @@ void Decoder::mix(const Layer& layer, int64_t T) {
                                 part.end - part.begin, out);
         return out;
     };
-    team().run(pairs * pieces + T * shared_pieces, [&](Range items, int thread) {
+    team_->run(pairs * pieces + T * shared_pieces, [&](Range items, int thread) {
         for (int64_t item = items.begin; item < items.end; ++item) {
             if (item < pairs * pieces) {
                 const int64_t pair = item / pieces, begin = item % pieces * length;
@@ -123,9 +123,9 @@ void Decoder::mix(const Layer& layer, int64_t T) {
         parts_.push_back({&layer.down, at[0], at[1], activations + group.first * pair_bytes, group.rows,
                           outputs_.floats() + group.first * hidden, hidden});
     }
-    PackedLinear::apply(kernels_.linear, parts_, team());
+    PackedLinear::apply(kernels_.linear, parts_, *team_);
 
-    team().run(T, [&](Range rows, int) {
+    team_->run(T, [&](Range rows, int) {
         for (int64_t t = rows.begin; t < rows.end; ++t) {
             float* z = z_.floats() + t * hidden;
             std::fill(z, z + hidden, 0.0f);

@@ -143,7 +143,7 @@ struct AttentionKernels {
 // ---- the quantizer's rounding, and its search of limits --------------------------------------------------------------
 
 // Some rows of a weight in groups of `width` along k, each rounded to the grid of its limits: tinychat/quantize/grid.py has
-// the terms, and the same in PyTorch, to the bit.
+// the terms, and the same in PyTorch.
 struct Rounding {
     int64_t rows, k, width;
     const float* weights;   // [rows, k]
@@ -151,7 +151,7 @@ struct Rounding {
     float top;              // the largest code
     bool symmetric;
     const float* divisors;  // [k], of what is rounded; null: 1
-    float* rounded;         // [rows, k], or the weights
+    float* rounded;         // [rows, k]
 };
 
 // One group of some rows of a weight: tinychat/quantize/clip.py has the terms. A change d of a row's rounded weights adds

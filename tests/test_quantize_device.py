@@ -10,7 +10,7 @@ from pretended_gpu import Pretended, pretended
 from test_quantize_awq import PLAIN, random_weights, sequences, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinychat.backends import products
+from tinychat.backends import arithmetic
 from tinychat.cli import main
 from tinychat.config import Experts, Rope
 from tinychat.decoder import Context
@@ -139,7 +139,7 @@ def test_the_pretended_gpu_is_apart_from_the_cpu():
     ],
 )
 def test_nothing_is_left_behind_and_choices_are_the_same(name, method, more, free, monkeypatch):
-    monkeypatch.setattr(products, "engine", lambda: None)  # the kernels, which a GPU does without
+    monkeypatch.setattr(arithmetic, "engine", lambda: None)  # the kernels, which a GPU does without
     source = model(name, n_layers=1 if name == "mixture" and method == "awq" else 2)
     options = {"method": method, "group_size": -1, "sequences": sequences(source.config, (24, 7, 16)), **more}
     with sdpa_kernel(SDPBackend.MATH):  # as on the GPU

@@ -1,4 +1,4 @@
-"""The quantizer's kernels against PyTorch's formulas, at every level of this machine: rounding, limits, products."""
+"""The quantizer's kernels against PyTorch's formulas, at every level of this machine: rounding, limits, arithmetic."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("tinychat._cpu", reason="needs the compiled kernels")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-from tinychat.backends import products  # noqa: E402
+from tinychat.backends import arithmetic  # noqa: E402
 from tinychat.backends.cpu_linear import supported_isas  # noqa: E402
 from tinychat.errors import CheckpointError  # noqa: E402
 from tinychat.quantize import clip  # noqa: E402
@@ -28,7 +28,7 @@ def one_thread():
 @pytest.fixture(params=LEVELS)
 def level(request, monkeypatch):
     monkeypatch.setenv("TINYCHAT_ISA", request.param)
-    assert products.engine().clips()
+    assert arithmetic.engine().clips()
     return request.param
 
 
@@ -38,7 +38,7 @@ def pytorch(monkeypatch):
 
     def without(function, *given):
         with monkeypatch.context() as patch:
-            patch.setattr(products, "engine", lambda: None)
+            patch.setattr(arithmetic, "engine", lambda: None)
             return function(*given)
 
     return without
@@ -107,10 +107,10 @@ def test_limits_are_those_of_the_formula(level, pytorch, shape, bits, symmetric,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 5, 7), (9, 33, 48), (150, 70, 300), (40, 16, 1030)])
-def test_products_are_exact_however_they_are_cut(level, dtype, rows, n, k):
+def test_arithmetic_are_exact_however_they_are_cut(level, dtype, rows, n, k):
     torch.manual_seed(rows)
     x, w = torch.randn(rows, k), torch.randn(n, k).to(dtype)
-    product, y = products.Product(products.engine(), x), torch.full((rows, n + 8), -5.0)
+    product, y = arithmetic.Product(arithmetic.engine(), x), torch.full((rows, n + 8), -5.0)
     product.into(y[:, 3 : 3 + n], w)
     exact = x.double() @ w.double().T
     assert (y[:, 3 : 3 + n].double() - exact).square().sum() < 1e-12 * exact.square().sum()
@@ -123,7 +123,7 @@ def test_products_are_exact_however_they_are_cut(level, dtype, rows, n, k):
 
 def test_without_kernels_it_is_pytorch(monkeypatch):
     monkeypatch.setenv("TINYCHAT_ISA", "scalar")
-    assert not products.engine().clips() and products.multiplier(torch.zeros(1, 1)) is None
+    assert not arithmetic.engine().clips() and arithmetic.multiplier(torch.zeros(1, 1)) is None
     w = weights(9, 64)
     assert torch.equal(Grid(4, 32).round_trip(w), torch.from_numpy(Grid(4, 32).quantize(w).dequantize()))
     clip.search(Grid(4, 32), w, torch.randn(20, 64))

@@ -67,7 +67,7 @@ def _ending(finish_reason: str | None, usage: Usage | None, timings: Timings | N
     }
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # made for every token: not frozen, which would take several times as long
 class Piece:
     """One step of a stream. The last one, and only it, has a finish_reason, usage and timings.
 

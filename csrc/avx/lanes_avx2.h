@@ -29,6 +29,7 @@ inline Vector all(float value) { return _mm256_set1_ps(value); }
 inline Vector counted() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
+inline Vector smaller(Vector a, Vector b) { return _mm256_min_ps(a, b); }
 inline Vector magnitude(Vector a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 inline float sum_of(Vector a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -23,6 +23,7 @@ inline Vector all(float value) { return _mm512_set1_ps(value); }
 inline Vector counted() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vector larger(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+inline Vector smaller(Vector a, Vector b) { return _mm512_min_ps(a, b); }
 inline Vector magnitude(Vector a) { return _mm512_abs_ps(a); }
 inline float sum_of(Vector a) { return _mm512_reduce_add_ps(a); }
 inline float largest_of(Vector a) { return _mm512_reduce_max_ps(a); }

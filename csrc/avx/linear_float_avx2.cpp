@@ -5,8 +5,9 @@
 // two registers hold the 16 rows of a tile. The order of the sums is the same however many rows there are: a row's result
 // does not depend on the others.
 // Few rows wait for memory, and meet the weights as they lie. For many, a block of a tile is widened once, and the first
-// cache holds it while a panel of rows, which the second holds, passes: six rows by two registers are 12 sums, as many as
-// two multiplications a cycle of four cycles each want and more, and with the weights and a factor 15 registers.
+// cache holds it while a panel of rows, which the second holds, passes. Six rows by two registers are 12 sums, of which two
+// multiplications a cycle, of four cycles each, need 8; with the weights and a factor they are 15 registers.
+// Speed: many rows reach 0.83 of what the instructions allow on Zen 3 (benchmarks/results/speed.md).
 #include <immintrin.h>
 
 #include "levels.h"
@@ -16,12 +17,11 @@ namespace tinychat {
 namespace {
 
 constexpr int64_t kAhead = 8192;          // bytes; without it the sums wait for memory
-constexpr int64_t kPanelBytes = 1 << 18;  // of activations: half of a small level-2 cache
 constexpr int64_t kHalf = 8;              // rows in a register
-constexpr int64_t kLength = 256;           // k of a block
+constexpr int64_t kLength = 256;          // k of a block
 constexpr int kMany = 6;                  // of many rows, those that meet a weight at a time
 constexpr int64_t kPanelRows = 96;        // of many
-constexpr int64_t kStride = kLength + 16;  // floats from row to row: 4 KiB apart the first cache would take them for one
+constexpr int64_t kStride = kLength + 16;  // floats from row to row of a panel: a power of two apart they would share sets
 
 struct Pair {  // one value for each row of a tile
     __m256 half[2];
@@ -81,24 +81,18 @@ void rows_of_tile(const LinearShape& shape, const char* at, const char* activati
 
 template <WeightType type>
 void run_few(const LinearShape& shape, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
-         int64_t tile_end, float* y, int64_t y_stride) {
+             int64_t tile_end, float* y, int64_t y_stride) {
     const int64_t tile_bytes = round_up(float_tile_bytes(shape), 64), row_bytes = activation_bytes(shape);
-    const int64_t fit = kPanelBytes / row_bytes / 2 * 2, panel = fit > 2 ? fit : 2;
-    for (int64_t begin = 0; begin < rows; begin += panel) {
-        const int64_t end = smaller(begin + panel, rows);
-        for (int64_t tile = tile_begin; tile < tile_end; tile++) {
-            const char* at = packed + tile * tile_bytes;
-            const int64_t outputs = smaller(kTile, shape.n - tile * kTile);
-            for (int64_t t = begin; t < end;) {
-                const char* x = activations + t * row_bytes;
-                float* out = y + t * y_stride + tile * kTile;
-                if (end - t >= 2) {
-                    rows_of_tile<type, 2>(shape, at, x, row_bytes, outputs, out, y_stride);
-                    t += 2;
-                } else {
-                    rows_of_tile<type, 1>(shape, at, x, row_bytes, outputs, out, y_stride);
-                    t += 1;
-                }
+    for (int64_t tile = tile_begin; tile < tile_end; tile++) {
+        const char* at = packed + tile * tile_bytes;
+        const int64_t outputs = smaller(kTile, shape.n - tile * kTile);
+        for (int64_t t = 0; t < rows; t += 2) {
+            const char* x = activations + t * row_bytes;
+            float* out = y + t * y_stride + tile * kTile;
+            if (rows - t >= 2) {
+                rows_of_tile<type, 2>(shape, at, x, row_bytes, outputs, out, y_stride);
+            } else {
+                rows_of_tile<type, 1>(shape, at, x, row_bytes, outputs, out, y_stride);
             }
         }
     }
@@ -106,12 +100,12 @@ void run_few(const LinearShape& shape, const char* packed, const char* activatio
 
 // ---- many rows -------------------------------------------------------------------------------------------------------
 
-// A block of a tile for all rows: its weights in fp32; whether it is the first of k; bytes to ask for with each step.
+// A block of a tile, for all rows of a panel.
 struct BlockOfTile {
-    int64_t length;
-    const float* weights;
-    bool first;
-    int64_t stride;
+    int64_t length;        // k
+    const float* weights;  // [length][16]
+    bool first;            // of k
+    int64_t stride;        // bytes of the next tile that each step asks for
 };
 
 // made[t] = the sum of w x for every second of `length` k, of R rows kStride apart. Written out for GCC, which would load
@@ -131,7 +125,7 @@ __attribute__((noinline)) void multiply(int64_t length, const float* weights, co
             for (int t = 0; t < R; t++) {
                 __m256 factor;
                 asm("vbroadcastss %3, %2\n\tvfmadd231ps %2, %4, %0\n\tvfmadd231ps %2, %5, %1"
-                    : "+x"(sums[t][0]), "+x"(sums[t][1]), "=&x"(factor)
+                    : "+&x"(sums[t][0]), "+&x"(sums[t][1]), "=&x"(factor)
                     : "m"(x[i + t * kStride]), "x"(first), "x"(second));
             }
         }

@@ -25,6 +25,7 @@ inline Vector all(float value) { return vdupq_n_f32(value); }
 inline Vector counted() { return Vector{0, 1, 2, 3}; }
 inline Vector fma(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
 inline Vector larger(Vector a, Vector b) { return vmaxq_f32(a, b); }
+inline Vector smaller(Vector a, Vector b) { return vminq_f32(a, b); }
 inline Vector magnitude(Vector a) { return vabsq_f32(a); }
 inline float sum_of(Vector a) { return vaddvq_f32(a); }
 inline float largest_of(Vector a) { return vmaxvq_f32(a); }

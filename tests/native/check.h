@@ -91,6 +91,7 @@ std::vector<std::string> isas();
 
 void test_attention();
 void test_block();
+void test_clip();
 void test_draw();
 void test_linear();
 void test_macos();

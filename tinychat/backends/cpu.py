@@ -300,30 +300,27 @@ class CpuRunner:
         drawn = params.greedy or 0 < top_k < min(vocab_size, MOST_DRAWN)
         if not drawn or params.needs_logits:
             return None
-        cache, decoder, rotary, capacity, draw = self.cache, self._decoder, self._rotary, self.cache.capacity, _cpu.draw
-        tokens, positions = np.zeros((2, 1), np.int32)
-        slots, wanted = np.full(1, slot, np.int32), np.zeros(1, np.int32)
-        logits = np.empty((1, vocab_size), np.float32)
-        held = cache.keys, cache.values, cache.key_scales, cache.value_scales, logits
-        how = logits.ctypes.data, vocab_size, top_k, min(params.temperature, FP32_MAX), params.top_p, params.min_p
-        first = 0
-        angles: list[tuple[np.ndarray, np.ndarray]] = []  # of the positions from `first` on
+        cache, rotary = self.cache, self._rotary
 
-        def follow(token: int) -> int:
-            nonlocal first, angles
-            position = int(cache.lengths[slot])
-            if position == capacity:
-                raise ValueError(f"{position + 1} positions in a cache of {capacity}")
-            if not 0 <= position - first < len(angles):
-                ahead = np.arange(position, min(position + ROTATED_AHEAD, capacity), dtype=np.int32)
-                turned = (np.swapaxes(a, 0, 1)[:, :, None].copy() for a in rotary.rows(ahead, ahead + 1))
-                first, angles = position, list(zip(*turned, strict=True))
-            tokens[0], positions[0] = token, position
-            cos, sin = angles[position - first]
-            decoder.step(tokens, None, positions, slots, wanted, cos, sin, *held)
-            cache.lengths[slot] = position + 1
-            return draw(*how, 0.0 if params.greedy else rng.random())
+        def turn(position: int) -> tuple[np.ndarray, ...]:
+            ahead = np.arange(position, min(position + ROTATED_AHEAD, cache.capacity), dtype=np.int32)
+            return tuple(np.ascontiguousarray(angles.swapaxes(0, 1)) for angles in rotary.rows(ahead, ahead + 1))
 
+        follow: Callable[[int], int] = _cpu.follower(
+            decoder=self._decoder,
+            slot=slot,
+            lengths=cache.lengths,
+            keys=cache.keys,
+            values=cache.values,
+            key_scales=cache.key_scales,
+            value_scales=cache.value_scales,
+            top_k=top_k,
+            temperature=min(params.temperature, FP32_MAX),
+            top_p=params.top_p,
+            min_p=params.min_p,
+            turn=turn,
+            random=None if params.greedy else rng.random,
+        )
         return follow
 
     def profile(self, on: bool) -> None:

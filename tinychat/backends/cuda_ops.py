@@ -28,6 +28,7 @@ TYPES = {torch.float16: 1, torch.bfloat16: 2}  # csrc/cuda/stream.h, Dtype
 _ACTIVATIONS = {Activation.SILU: 0, Activation.GELU: 1, Activation.GELU_TANH: 2, Activation.RELU: 3}
 _FEW = 8  # rows of a stretch that go through the kernel of single rows: a mask would cost more
 _PIECE = 512  # rows of a prompt that share a mask: [rows, positions] of each head under ALiBi
+_SCORES = 2**25  # numbers of capped scores at once
 _SPLIT = 64  # positions worth a block of their own
 _GROUPED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5)  # torch's attention knows grouped queries
 
@@ -224,8 +225,8 @@ class CudaOps:
         """See `decoder.Ops.attention`.
 
         Rows that are each alone on their slot take one kernel: norms, rotation, the cache's extension and all. Of
-        others the cache is extended first; then torch's attention takes them where a mask says who sees whom, and our
-        kernel of single rows where scores are capped, or rows are few.
+        others the cache is extended first; then torch's attention takes them (its formula where scores are capped), or
+        our kernel of single rows where they are few.
         """
         told = self._told(q, k, v, config, index, context, norms)
         rows, heads = len(q), config.n_heads * config.head_dim
@@ -236,7 +237,7 @@ class CudaOps:
         padded = context.cache.padded
         turned = torch.empty(rows, config.n_heads, padded, dtype=torch.float16, device=q.device)
         self.kernels.prepare(target=turned.data_ptr(), stream=self.stream, **told)
-        if config.attention_cap is not None or rows <= _FEW:
+        if rows <= _FEW:
             self._single({**told, "q": turned.data_ptr()}, out, config, index, append=False)
             return out
         for stretch in context.stretches:
@@ -312,9 +313,9 @@ class CudaOps:
         c, start, n = config, stretch.start, stretch.end - stretch.begin
         keys, values = context.cache.entries(index, stretch.slot, start + n, q.dtype)  # [n_kv_heads, L, padded]
         q = q[stretch.begin : stretch.end].transpose(0, 1)  # [n_heads, n, padded]
-        window, group = c.window(index), c.n_heads // c.n_kv_heads
+        window, group, cap = c.window(index), c.n_heads // c.n_kv_heads, c.attention_cap
         attend = torch.nn.functional.scaled_dot_product_attention
-        if not start and self._slopes is None and not (window and window < n):
+        if not start and self._slopes is None and cap is None and not (window and window < n):
             shared: dict[str, Any] = {"enable_gqa": True} if group > 1 and _GROUPED else {}
             if group > 1 and not shared:
                 keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
@@ -323,12 +324,16 @@ class CudaOps:
         else:
             if group > 1:
                 keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
-            parts = []
-            for first in range(0, n, _PIECE):
-                begin, end = start + first, start + min(first + _PIECE, n)
+            parts, length = [], _PIECE
+            if cap is not None:
+                keys, values = keys.float(), values.float()
+                length = max(1, min(_PIECE, _SCORES // (c.n_heads * (start + n))))
+            for first in range(0, n, length):
+                begin, end = start + first, start + min(first + length, n)
                 mask = self._mask(begin, end, window, context)
-                part = q[None, :, first : first + _PIECE]
-                parts.append(attend(part, keys[None, :, :end], values[None, :, :end], mask, scale=c.score_scale)[0])
+                given = q[None, :, first : first + length], keys[None, :, :end], values[None, :, :end], mask
+                made = attend(*given, scale=c.score_scale) if cap is None else _capped(*given, c.score_scale, cap)
+                parts.append(made[0])
             mixed = torch.cat(parts, dim=1)
         return mixed.transpose(0, 1)[..., : c.head_dim].flatten(1)
 
@@ -345,6 +350,17 @@ class CudaOps:
                 seen = torch.where(seen, bias, -torch.inf).to(torch.float16)
             context.masks[key] = seen
         return context.masks[key]
+
+
+def _capped(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
+    """torch's attention of scores cap * tanh(score / cap), which it does not know: in fp32, as are keys and values."""
+    scores = (q.float() * (scale / cap)) @ keys.transpose(-1, -2)
+    scores.tanh_().mul_(cap)
+    if mask.dtype is torch.bool:
+        scores.masked_fill_(~mask, -torch.inf)
+    else:
+        scores.add_(mask)
+    return (scores.softmax(-1) @ values).to(q.dtype)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -30,7 +30,7 @@ from types import ModuleType
 
 import torch
 
-from tinychat.backends import products
+from tinychat.backends import arithmetic
 from tinychat.quantize.grid import Grid
 
 SHRINK = tuple(1 - i / 20 for i in range(12))  # of the range that the weights have
@@ -96,8 +96,8 @@ def _search(
         output += apart.T
     parts = [part.contiguous() for part in x.split(width, dim=1)]
     grams = [part.T @ part for part in parts]
-    cpu = products.engine() if weight.is_cpu else None
-    visit = partial(_visited, cpu) if cpu and cpu.clips() else _visit
+    cpu = arithmetic.clipper(weight, width)
+    visit = partial(_visit_by_kernel, cpu) if cpu else _visit
     low, high = (own * max(shrinks)).unbind(-1)
     grid.parameters(low, high, name)  # raises where a scale is too large
     for ends in visits:
@@ -155,15 +155,10 @@ def _visit(
     return change
 
 
-def _visited(
+def _visit_by_kernel(
     cpu: ModuleType, grid: Grid, group: _Group, ends: Sequence[tuple[bool, bool]], shrinks: Sequence[float], name: str
 ) -> torch.Tensor | None:
     """The same by the engine's kernel, which takes sums in another order and does not look at how large scales are."""
-    n, width = group.weight.shape
-    change = torch.empty_like(group.weight)
-    inputs = (group.weight, group.gram, group.pull, group.rounded, group.own, group.limits)
-    addresses = [x.data_ptr() for x in inputs]
+    tensors = group.weight, group.gram, group.pull, group.rounded, group.own, group.limits
     moves = [low + 2 * high for low, high in ends]
-    stride, to = group.limits.stride(0), change.data_ptr()
-    changed = cpu.clip(n, width, *addresses, stride, grid.top, grid.symmetric, shrinks, moves, to)
-    return change if changed else None
+    return arithmetic.clipped(cpu, *tensors, grid.top, grid.symmetric, shrinks, moves)

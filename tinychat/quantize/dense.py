@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinychat.backends import products
+from tinychat.backends import arithmetic
 from tinychat.backends.reference import TorchOps
 from tinychat.decoder import PackedLayer
 from tinychat.errors import CheckpointError, UsageError
@@ -26,7 +26,7 @@ from tinychat.weights import LINEARS, NORMS, OF_EXPERTS, QUANTIZED, Layer, Linea
 PIECE = 2**18  # numbers of a weight, in whole rows, that are rounded at a time: what stays in the cache
 MULTIPLIED = 2**21  # numbers of a weight, at most about so many, that a thread multiplies with at a time
 SLICE = 2**23  # numbers of a weight that are in fp32 at once to be multiplied with
-ALIKE = 512, 16  # a multiple of them is taken, where it is more: of such parts a product rounds as the whole one does
+ALIKE = 512, 16  # rows of a part: a multiple of the first that is less; a product then rounds as the whole one does
 
 # For segment i of a canonical linear, of shape (N, K): its name for the user, and why it stays in 16 bits (None: it
 # is quantized).
@@ -65,7 +65,7 @@ class Dense:
         return any(reason is None for reason in self.kept)
 
     @property
-    def piece(self) -> int:
+    def _piece(self) -> int:
         """Numbers; see PIECE. A GPU would spend its time in starting on so little."""
         return PIECE if self.stored.is_cpu else SLICE
 
@@ -75,7 +75,7 @@ class Dense:
         if self.grid is None:
             return self.of_rows(slice(None))
         made = torch.empty(self.shape)
-        for rows, piece in self.slices(self.piece):
+        for rows, piece in self.slices(self._piece):
             weight = piece.of_rows(slice(None))
             if piece.quantized:
                 self.grid.round_trip(weight, piece.modules[0], piece.limits, self.reading, made[rows])
@@ -84,8 +84,8 @@ class Dense:
         return made
 
     @property
-    def factor(self) -> torch.Tensor:
-        """The same, in the 16 bits that it is `stored` in where nothing is done to it."""
+    def operand(self) -> torch.Tensor:
+        """The same, as it is `stored` where nothing is done to it."""
         plain = self.grid is None and self.columns is None and self.divisors is None
         return self.stored if plain else self.weight
 
@@ -145,7 +145,7 @@ class Dense:
 
     def quantize(self, grid: Grid) -> QTensor:
         """A linear of one segment rounded to nearest, within its limits."""
-        pieces = (piece for _, piece in self.slices(self.piece))
+        pieces = (piece for _, piece in self.slices(self._piece))
         return stacked([grid.quantize(piece.weight, piece.modules[0], piece.limits) for piece in pieces])
 
 
@@ -166,7 +166,7 @@ class DenseOps(TorchOps):
         if self._watch:
             self._watch(weight, x)
         used = weight if self._grid is None else weight.rounded(self._grid)
-        cpu = products.multiplier(x)
+        cpu = arithmetic.multiplier(x)
         if cpu is None and used.stored.numel() <= SLICE:
             return torch.nn.functional.linear(x, used.weight, used.bias)
         y = torch.empty(len(x), used.shape[0])
@@ -174,10 +174,10 @@ class DenseOps(TorchOps):
             for rows, piece in used.slices(SLICE):
                 y[:, rows] = torch.nn.functional.linear(x, piece.weight, piece.bias)
             return y
-        product, n = products.Product(cpu, x), threads.count()
+        product, n = arithmetic.Product(cpu, x), threads.count()
         pieces = n * -(-used.stored.numel() // (n * MULTIPLIED))
         cuts = used.slices(-(-used.stored.numel() // pieces))
-        threads.each(lambda cut: product.into(y[:, cut[0]], cut[1].factor), cuts)
+        threads.each(lambda cut: product.into(y[:, cut[0]], cut[1].operand), cuts)
         return y if used.bias is None else y.add_(used.bias)
 
     def add_norm(self, *given: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:

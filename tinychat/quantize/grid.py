@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tinychat.backends import products
+from tinychat.backends import arithmetic
 from tinychat.errors import CheckpointError, UsageError
 from tinychat.qtensor import QTensor, bfloat16
 
@@ -144,20 +144,16 @@ class Grid:
         divisors  [K]: it is divided by them
         out       [N, K], contiguous: where it goes
 
-        On the CPU by the engine's kernel, where it is: the same bits.
+        On the CPU by the engine's kernel, where it is: the same numbers.
         """
-        n, k = weight.shape
-        cpu = products.engine() if weight.is_cpu else None
-        if cpu and cpu.clips():
-            weight = weight.contiguous()
-            made = torch.empty_like(weight) if out is None else out
-            given = [None if x is None else x.contiguous() for x in (limits, divisors)]
-            at, by = (0 if x is None else x.data_ptr() for x in given)
-            if cpu.round(n, k, self.width(k), weight.data_ptr(), at, self.top, self.symmetric, by, made.data_ptr()):
-                return made
-        made = self.nearest(*self.fitted(weight, name, limits)).reshape(n, -1)[
-            :, :k
-        ]  # raises where the kernel gives up
+        (n, k), width = weight.shape, self.width(weight.shape[1])
+        if cpu := arithmetic.clipper(weight):
+            made = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
+            ends, by = (None if x is None else x.contiguous() for x in (limits, divisors))
+            if arithmetic.rounded(cpu, weight.contiguous(), width, self.top, self.symmetric, ends, by, made):
+                return made  # else what stands in the way is an error below
+        grouped = self.nearest(*self.fitted(weight, name, limits))
+        made = grouped.reshape(n, -1)[:, :k]
         if divisors is not None:
             made = made / divisors
         return made if out is None else out.copy_(made)

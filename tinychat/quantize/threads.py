@@ -18,7 +18,7 @@ Made = TypeVar("Made")
 
 
 def count() -> int:
-    """On how many."""
+    """Threads that `each` computes on."""
     return torch.get_num_threads() if torch.get_default_device().type == "cpu" else 1
 
 

@@ -70,7 +70,10 @@ class IncrementalDecoder:
 
     scheme: Scheme
     token: Callable[[int], str | None]  # the token's text in the vocabulary; None for those that are not shown
+    known: dict[int, tuple[bytes, str | None]] = field(default_factory=dict, repr=False)
+    # Of tokens so far, the bytes, and their text where they are whole characters: decoders may share it
     _bytes: codecs.IncrementalDecoder = field(init=False, repr=False)
+    _holds: bool = field(default=False, init=False)  # bytes of an incomplete character
     _is_first_token: bool = field(default=True, init=False)
     _is_first_text: bool = field(default=True, init=False)
 
@@ -79,14 +82,22 @@ class IncrementalDecoder:
 
     def step(self, token_id: int) -> str:
         """The text that this token makes certain: none while a character is incomplete. Never lasts over 3 bytes."""
-        token = self.token(token_id)
-        if token is None:
-            return ""
-        if self._is_first_token:
-            self._is_first_token = False
-            if self.scheme.drop_in_first:
-                token = token.replace(self.scheme.drop_in_first, "")
-        return self._shown(self._bytes.decode(self.scheme.token_bytes(token)))
+        found = self.known.get(token_id)
+        if found is None or self._is_first_token:
+            token = self.token(token_id)
+            if token is None:
+                return ""
+            if found is None:
+                found = self.known[token_id] = _whole(self.scheme.token_bytes(token))
+            if self._is_first_token:
+                self._is_first_token = False
+                if self.scheme.drop_in_first:
+                    found = _whole(self.scheme.token_bytes(token.replace(self.scheme.drop_in_first, "")))
+        data, text = found
+        if text is None or self._holds:
+            text = self._bytes.decode(data)
+            self._holds = bool(self._bytes.getstate()[0])
+        return self._shown(text) if self._is_first_text else text
 
     def flush(self) -> str:
         """The text still held back when no more tokens come; afterwards the decoder is as new.
@@ -98,6 +109,7 @@ class IncrementalDecoder:
         is_surrogate = held[:1] == b"\xed" and held[1:2] >= b"\xa0"
         text = self._shown(self._bytes.decode(b"", final=True)) if is_surrogate else ""
         self._bytes.reset()
+        self._holds = False
         self._is_first_token = self._is_first_text = True
         return text
 
@@ -106,6 +118,14 @@ class IncrementalDecoder:
             self._is_first_text = False
             return text.removeprefix(self.scheme.strip_first)
         return text
+
+
+def _whole(data: bytes) -> tuple[bytes, str | None]:
+    """Bytes, and their text where they are whole characters."""
+    try:
+        return data, data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data, None
 
 
 def read_scheme(decoder: Any) -> Scheme:

@@ -80,6 +80,8 @@ class Tokenizer:
         self.named_tokens = dict(named_tokens)
         self._core = core
         self._scheme: Scheme = read_scheme(core.decoder)
+        # Of decoders, by skip_special: see `IncrementalDecoder.known`.
+        self._known: dict[bool, dict[int, tuple[bytes, str | None]]] = {True: {}, False: {}}
         vocabulary = core.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise TokenizerError("the tokenizer has an empty vocabulary")
@@ -132,7 +134,8 @@ class Tokenizer:
     def decoder(self, *, skip_special: bool = True) -> IncrementalDecoder:
         """A decoder that takes one token at a time."""
         skipped = self.special_ids if skip_special else frozenset()
-        return IncrementalDecoder(self._scheme, lambda i: None if i in skipped else self.token(i))
+        known = self._known[skip_special]
+        return IncrementalDecoder(self._scheme, lambda i: None if i in skipped else self.token(i), known)
 
     def token(self, token_id: int) -> str | None:
         """A token as it is written in the vocabulary ("▁the", "Ġthe", "<0x0A>"), or None beyond it."""
