@@ -171,6 +171,16 @@ def test_attention_in_bf16(device, name):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["cap", "all at once", "window"])
+def test_a_prompt_in_pieces(device, name, monkeypatch):
+    monkeypatch.setattr(cuda_ops, "_PIECE", 32)
+    monkeypatch.setattr(cuda_ops, "_SCORES", 4000)  # of 6 heads and 100 positions: 6 rows
+    both = Both(device, "fp16", config_of(**CASES[name]))
+    for rows in (45, 1, 90):
+        assert both.step((0, rows)) <= 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["grouped", "a head each", "heads of 100", "ALiBi"])
 def test_attention_on_an_int8_cache(device, name):
     """Entries are those of `cache.quantize_entries`, of the fp16 stream's rounding aside."""

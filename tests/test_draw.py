@@ -7,6 +7,8 @@ import pytest
 
 from tinychat import engine
 from tinychat.backends import cpu
+from tinychat.cache import Rows
+from tinychat.config import Rope, RopeScaling
 from tinychat.sampling import History, SamplingParams, sample
 
 if cpu.available():
@@ -121,3 +123,31 @@ def test_what_is_left_to_python():
         follow(1)
     runner.cache.truncate(0, 3)  # and on from there
     assert follow(1) >= 0 and runner.cache.lengths[0] == 4
+
+
+FOLLOWED = {
+    "one rope": {},
+    "two ropes": {"layer_ropes": (Rope(dim=8), Rope(dim=8, theta=1e6))},
+    "no rope": {"rope": Rope(dim=0), "n_kv_heads": 6, "slopes": tuple(2.0**-i for i in range(1, 7))},
+    "angles by length": {"rope": Rope(dim=8, scaling=RopeScaling.DYNAMIC, factor=2.0, original_max_positions=40)},
+}
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_following_is_stepping(name, kv_dtype):
+    """Over more positions than angles are looked up at a time, on the second slot of two."""
+    pytest.importorskip("torch")
+    from test_quantize_awq import random_weights, tiny_config
+
+    source, params = random_weights(tiny_config(max_positions=160, **FOLLOWED[name])), SamplingParams(top_k=40)
+    runners = [cpu.build(source, ctx_size=150, n_slots=2, threads=1, kv_dtype=kv_dtype) for _ in range(2)]
+    follow = runners[0].drawing(1, params, np.random.default_rng(0))
+    rng, history = np.random.default_rng(0), History(source.config.vocab_size)
+    followed, stepped = [], []
+    for position, token in enumerate(np.random.default_rng(1).integers(0, source.config.vocab_size, 140).tolist()):
+        followed.append(follow(token))
+        stepped.append(sample(runners[1].step(Rows.of([token], position, 1))[0], params, history, rng)[0])
+    assert followed == stepped and len(set(followed)) > 10
+    for one, other in zip(*((r.cache.keys, r.cache.values, r.cache.lengths) for r in runners), strict=True):
+        assert np.array_equal(one, other)

@@ -10,7 +10,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 from tinychat.backends import arithmetic  # noqa: E402
 from tinychat.backends.cpu_linear import supported_isas  # noqa: E402
 from tinychat.errors import CheckpointError  # noqa: E402
-from tinychat.quantize import clip  # noqa: E402
+from tinychat.quantize import clip, dense  # noqa: E402
+from tinychat.quantize.dense import Dense, DenseOps  # noqa: E402
 from tinychat.quantize.grid import Grid  # noqa: E402
 
 LEVELS = [isa for isa in supported_isas() if isa != "scalar"]
@@ -119,6 +120,25 @@ def test_arithmetic_are_exact_however_they_are_cut(level, dtype, rows, n, k):
         one = torch.empty(rows, 1)
         product.into(one, w[first : first + 1])
         assert np.array_equal(one[:, 0], y[:, 3 + first])
+
+
+@pytest.mark.skipif("avx2" not in LEVELS, reason="the kernel is used on a CPU of AVX2 alone")
+@pytest.mark.parametrize("rows", [0, 1, 70])
+def test_a_linear_is_pytorchs(monkeypatch, rows):
+    """Of several segments, one of which stays as it is; rounded on the way; on two threads, in several cuts."""
+    monkeypatch.setenv("TINYCHAT_ISA", "avx2")
+    monkeypatch.setattr(dense, "MULTIPLIED", 2000)
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    grid, weight = Grid(4, 32), torch.randn(90, 70).half()
+    plain = Dense("qkv", weight, torch.randn(90), (50, 23, 17), ("q", "k", "v"), (None, "kept", None))
+    x, columns = torch.randn(rows, 70), torch.rand(70) + 0.5
+    assert arithmetic.multiplier(x)
+    for linear in (plain, plain.scaled(columns), plain.scaled(columns).rounded(grid, columns)):
+        for ops in (DenseOps(), DenseOps(grid=grid)) if linear.grid is None else (DenseOps(),):
+            used = linear if ops._grid is None else linear.rounded(grid)
+            exact = x.double() @ used.weight.double().T + linear.bias
+            assert torch.allclose(ops.linear(x, linear).double(), exact, atol=1e-4)
 
 
 def test_without_kernels_it_is_pytorch(monkeypatch):
