@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tinychat.config import ModelConfig
 from tinychat.errors import BackendError
@@ -130,6 +133,21 @@ def peak_rss() -> int | None:
     except ImportError:  # not a Unix
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def give_back() -> None:
+    """Give the system what was freed and the C library keeps for later (glibc does): it counts as memory in use."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # not on Windows, not of another C library
+        return None
 
 
 def megabytes(n: int) -> str:

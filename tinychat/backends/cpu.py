@@ -300,11 +300,11 @@ class CpuRunner:
         drawn = params.greedy or 0 < top_k < min(vocab_size, MOST_DRAWN)
         if not drawn or params.needs_logits:
             return None
-        cache, rotary = self.cache, self._rotary
+        cache = self.cache
 
-        def turn(position: int) -> tuple[np.ndarray, ...]:
+        def turn(position: int) -> tuple[np.ndarray, ...]:  # keeps the runner, whose tables C++ reads
             ahead = np.arange(position, min(position + ROTATED_AHEAD, cache.capacity), dtype=np.int32)
-            return tuple(np.ascontiguousarray(angles.swapaxes(0, 1)) for angles in rotary.rows(ahead, ahead + 1))
+            return tuple(np.ascontiguousarray(angles.swapaxes(0, 1)) for angles in self._rotary.rows(ahead, ahead + 1))
 
         follow: Callable[[int], int] = _cpu.follower(
             decoder=self._decoder,

@@ -24,6 +24,7 @@ from functools import partial
 
 import torch
 
+from tinychat import memory
 from tinychat.config import Block, ModelConfig
 from tinychat.decoder import Context, PackedLayer, block, mlp, self_attention
 from tinychat.quantize import clip, threads
@@ -78,6 +79,7 @@ def transform(
     results = []
     folded = layer
     for group in scaling_groups(config, config.experts_of(index)):
+        memory.give_back()
         seen, others = (
             [
                 _reading(config, folded, index, group, sample, grid)
@@ -180,6 +182,7 @@ def _search(
         return scales, group.spread(scales)
 
     def at(step: int) -> float:
+        memory.give_back()
         columns = scaled(step)[1]
         return coarse(_rounded(grid, consumers, columns, _limits(clip.glance, grid, consumers, columns, some)))
 
@@ -256,9 +259,11 @@ def _limits(
     found = {}
     for name, (x, apart) in inputs.items():
         if consumers[name].quantized:
-            scaled, x = _scaled(consumers[name], columns), x if columns is None else x / columns
-            pieces = [slice(first, first + clip.ROWS) for first in range(0, len(scaled.stored), clip.ROWS)]
-            found[name] = torch.cat(threads.each(partial(_limits_of, search, grid, scaled, x, apart), pieces))
+            scaled = _scaled(consumers[name], columns)
+            given = clip.split(grid, x if columns is None else x / columns)
+            n = max(1, clip.PIECE // scaled.shape[1])
+            pieces = [slice(first, first + n) for first in range(0, len(scaled.stored), n)]
+            found[name] = torch.cat(threads.each(partial(_limits_of, search, grid, scaled, given, apart), pieces))
     return found
 
 
@@ -266,11 +271,11 @@ def _limits_of(
     search: Callable[..., torch.Tensor],
     grid: Grid,
     linear: Dense,
-    x: torch.Tensor,
+    given: clip.Split,
     apart: torch.Tensor | None,
     rows: slice,
 ) -> torch.Tensor:
-    return search(grid, linear.of_rows(rows), x, None if apart is None else apart[:, rows], linear.modules[0])
+    return search(grid, linear.of_rows(rows), given, None if apart is None else apart[:, rows], linear.modules[0])
 
 
 def _few(linear: Dense, readings: list[Reading], numbers: int) -> Inputs:

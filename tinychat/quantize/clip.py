@@ -38,17 +38,45 @@ OUTWARD = (1.1, 1.05)
 GLANCE = (0.9, 0.75, 0.6)
 TOGETHER, LOW, HIGH = (True, True), (True, False), (False, True)  # which ends are moved
 SEARCHED, GLANCED = 2**21, 2**19  # numbers of the inputs that a search and a glance take
-ROWS = 512  # that a thread takes at a time: what stays in its cache
+PIECE = 2**20  # numbers of a weight that a thread takes at a time, in whole rows: some copies of them are made
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """X [T, K] in its groups.
+
+    x      [T, groups * width]: what pads the last group of a row is multiplied by nothing
+    parts  of each group [T, width]
+    grams  of each group [width, width]: X^T X
+    """
+
+    x: torch.Tensor
+    parts: list[torch.Tensor]
+    grams: list[torch.Tensor]
+
+
+def split(grid: Grid, x: torch.Tensor) -> Split:
+    """Of X fp32 [T, K], for `search` and `glance`."""
+    width = grid.width(x.shape[1])
+    if short := -x.shape[1] % width:
+        x = torch.nn.functional.pad(x, (0, short))
+    parts = [part.contiguous() for part in x.split(width, dim=1)]
+    return Split(x, parts, [part.T @ part for part in parts])
 
 
 def search(
-    grid: Grid, weight: torch.Tensor, inputs: torch.Tensor, apart: torch.Tensor | None = None, name: str = "weight"
+    grid: Grid,
+    weight: torch.Tensor,
+    inputs: torch.Tensor | Split,
+    apart: torch.Tensor | None = None,
+    name: str = "weight",
 ) -> torch.Tensor:
     """Limits [N, groups, 2] for `Grid.fitted` of fp32 [N, K], by inputs X [T, K]. `name` is for its errors.
 
     apart  [T, N]: how far X W^T, with the weight as it is, is from what it is to be; None: nowhere
 
-    Only X^T X and X^T apart matter here: see `condensed`. Rows are searched one by one: give it ROWS at most.
+    Only X^T X and X^T apart matter here: see `condensed`. Rows are searched one by one: give it PIECE at most, and X
+    `split` once for all pieces.
     """
     ends = () if grid.symmetric else (LOW, HIGH)
     if apart is None:
@@ -58,7 +86,11 @@ def search(
 
 
 def glance(
-    grid: Grid, weight: torch.Tensor, inputs: torch.Tensor, apart: torch.Tensor | None = None, name: str = "weight"
+    grid: Grid,
+    weight: torch.Tensor,
+    inputs: torch.Tensor | Split,
+    apart: torch.Tensor | None = None,
+    name: str = "weight",
 ) -> torch.Tensor:
     """The same by a first pass in wider steps: near enough to tell what scales leave to clip."""
     return _search(grid, weight, inputs, apart, name, ((TOGETHER,),), GLANCE)
@@ -77,7 +109,7 @@ def condensed(x: torch.Tensor, apart: torch.Tensor | None = None) -> tuple[torch
 def _search(
     grid: Grid,
     weight: torch.Tensor,
-    x: torch.Tensor,
+    inputs: torch.Tensor | Split,
     apart: torch.Tensor | None,
     name: str,
     visits: Sequence[Sequence[tuple[bool, bool]]],
@@ -89,19 +121,16 @@ def _search(
     limits = own.clone()
     grouped = grouped.transpose(0, 1).contiguous()  # [groups, N, width]: what is computed with lies together
     rounded = grid.nearest(grouped, scales.T, zeros.T)
-    if short := -weight.shape[1] % width:  # what pads the last group of a row is multiplied by nothing
-        x = torch.nn.functional.pad(x, (0, short))
-    output = (rounded - grouped).transpose(0, 1).reshape(n, -1) @ x.T  # [N, T]: the error's
+    given = inputs if isinstance(inputs, Split) else split(grid, inputs)
+    output = (rounded - grouped).transpose(0, 1).reshape(n, -1) @ given.x.T  # [N, T]: the error's
     if apart is not None:
         output += apart.T
-    parts = [part.contiguous() for part in x.split(width, dim=1)]
-    grams = [part.T @ part for part in parts]
     cpu = arithmetic.clipper(weight, width)
     visit = partial(_visit_by_kernel, cpu) if cpu else _visit
     low, high = (own * max(shrinks)).unbind(-1)
     grid.parameters(low, high, name)  # raises where a scale is too large
     for ends in visits:
-        for g, (part, gram) in enumerate(zip(parts, grams, strict=True)):
+        for g, (part, gram) in enumerate(zip(given.parts, given.grams, strict=True)):
             group = _Group(grouped[g], gram, (output @ part).mul_(2), rounded[g], own[:, g], limits[:, g])
             change = visit(grid, group, ends, shrinks, name)
             if change is not None:
