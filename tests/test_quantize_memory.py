@@ -32,7 +32,8 @@ def kilobytes(name):
     return int(found.split()[1])
 
 clip.SHRINK = clip.SHRINK[:2]  # more of the same takes time, not memory
-factor.TILE, clip.ROWS, dense.SLICE, awq.SLICE, gptq.NUMBERS = 192, 192, 2**18, 2**18, 2**18
+factor.TILE, clip.PIECE, dense.MULTIPLIED = 192, 2**17, 2**17
+dense.SLICE, awq.SLICE, gptq.NUMBERS = 2**18, 2**18, 2**18
 small, source, output, options = json.loads(sys.argv[1])
 sequences = [[(7 * i + j) % 1000 for j in range(options["length"])] for i in range(options["n_sequences"])]
 calibration.load = lambda *given, **more: (sequences, "tokens of this test")
