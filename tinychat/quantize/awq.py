@@ -98,7 +98,7 @@ def transform(
     def through(layer: PackedLayer, sample: Sample) -> torch.Tensor:
         return block(config, DenseOps(grid=grid), layer, index, sample.drifted, sample.context)
 
-    # One sample tells how much of a block's error is left; to run them all as they were would take as long as a search.
+    # One sample tells how much of a block's error is left, without running all of them through what they came as.
     judged = (observed.held_out or observed.samples)[0] if results else None
     before = _error_added(judged, through(layer, judged)) if judged else 0.0
     for sample in (*observed.samples, *observed.held_out):

@@ -22,7 +22,7 @@ class GroupResult:
     """What was found for one group of one layer. Losses are relative: mean error^2 over mean output^2.
 
     `alpha` is 0 where no scales were better; where there is none to find, as of the whole block (group `BLOCK`, all
-    groups together), it is None.
+    groups together, in one sample), it is None.
     """
 
     layer: int
