@@ -52,6 +52,7 @@ const BlockKernels& block_scalar() { static const BlockKernels none{}; return no
 const BlockKernels& block_neon() { return block_scalar(); }
 const AttentionKernels& attention_scalar() { static const AttentionKernels none{}; return none; }
 const AttentionKernels& attention_neon() { return attention_scalar(); }
+const ClipKernels& clip_neon() { static const ClipKernels none{}; return none; }
 
 }  // namespace tinychat
 
