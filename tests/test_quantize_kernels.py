@@ -57,7 +57,7 @@ def weights(n: int, k: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (2, False), (3, True), (8, False)])
-def test_rounding_gives_the_same_bits(level, pytorch, shape, bits, symmetric):
+def test_rounding_gives_the_same_numbers(level, pytorch, shape, bits, symmetric):
     torch.manual_seed(bits)
     n, k, group = shape
     grid, w = Grid(bits, group, symmetric), weights(n, k)
