@@ -353,14 +353,14 @@ class CudaOps:
 
 
 def _capped(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
-    """torch's attention of scores cap * tanh(score / cap), which it does not know: in fp32, as are keys and values."""
+    """torch's attention of scores cap * tanh(score / cap), which it does not know: in fp32, as keys and values are."""
     scores = (q.float() * (scale / cap)) @ keys.transpose(-1, -2)
     scores.tanh_().mul_(cap)
     if mask.dtype is torch.bool:
         scores.masked_fill_(~mask, -torch.inf)
     else:
         scores.add_(mask)
-    return (scores.softmax(-1) @ values).to(q.dtype)
+    return scores.softmax(-1) @ values
 
 
 def _address(tensor: Tensor | None) -> int:
