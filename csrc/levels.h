@@ -36,7 +36,7 @@ int64_t dot_peak_avx512vnni(int64_t rounds);
 // LinearKernels::linear of weights that are not quantized, for the levels that have these instructions and more.
 void linear_float_avx2(const LinearShape& shape, const void* packed, const void* activations, int64_t rows,
                        int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride);
-// The same of quantized weights, for many rows.
+// The same of quantized weights for many rows, where activations have 16 bits or codes 8.
 void linear_rows_avx2(const LinearShape& shape, const void* packed, const void* activations, int64_t rows,
                       int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride);
 void linear_float_avx512(const LinearShape& shape, const void* packed, const void* activations, int64_t rows,

@@ -13,8 +13,11 @@
 //            with 256 those of the upper plane. Codes of 8 bits are taken as two of 4, the upper widened with 16 times as much.
 //
 // All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
-// Speed: one row runs at 0.82 of the speed at which a thread reads memory (Emerald Rapids), on Zen 3 at 0.83 to 0.87
-// (benchmarks/linear.py), as codes are fetched ahead; a few rows share the unpacking, many go to linear_rows_avx2.cpp.
+//
+// Speed: one row waits for memory, which is read at 0.8 to 0.9 of the speed of reading alone, as codes are fetched ahead; in
+// the cache Zen 3 takes 8 cycles for 128 weights, 64 bytes of 4-bit codes (benchmarks/results/speed.md). A few rows share the
+// unpacking, many go to linear_rows_avx2.cpp. Two tiles at once would share the broadcasts: tried, a tenth faster in the
+// cache and slower from memory. Loops over sums are written out by pragmas, or GCC would keep the sums in memory.
 #include <immintrin.h>
 
 #include "levels.h"
@@ -54,19 +57,18 @@ typedef uint32_t Lanes __attribute__((vector_size(32)));
 #ifdef __AVXVNNI__
 
 constexpr int sums_of(int planes) { return planes; }
-
-__m256i add_pairs(__m256i sum, __m256i a, __m256i b) { return _mm256_dpwssd_avx_epi32(sum, a, b); }
+constexpr int rows_at_once(int, int planes) { return 4 / planes; }  // 8 registers of sums
 
 // sums[p][t][j] += sum over k of q x for plane p, row t and half j, in `length` k.
-template <int bits, int planes, int R, int H>
+template <int bits, int planes, int R>
 __attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t length,
-                                               __m256i (&sums)[planes][R][H]) {
+                                               __m256i (&sums)[planes][R][2]) {
     constexpr int kFours = unit_length(bits) / 4;
-    constexpr bool kSplit = planes * R * H <= 4;  // few sums would wait for themselves: every second has its own
-    __m256i second[planes][R][H];
+    constexpr bool kSplit = planes * R <= 2;  // few sums would wait for themselves: every second has its own
+    __m256i second[planes][R][2];
     for (int p = 0; p < planes; p++) {
         for (int t = 0; t < R; t++) {
-            for (int j = 0; j < H; j++) second[p][t][j] = _mm256_setzero_si256();
+            for (int j = 0; j < 2; j++) second[p][t][j] = _mm256_setzero_si256();
         }
     }
     const int64_t end = divide_up(length, unit_length(bits));
@@ -76,12 +78,12 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
         fetch_unit<bits>(at);
 #pragma GCC unroll 8
         for (int h = 0; h < kFours; h++) {
-            __m256i q[H];
-            for (int j = 0; j < H; j++) q[j] = (__m256i)unpacked<bits, Lanes>(at + j * kHalfBytes, h);
+            __m256i q[2];
+            for (int j = 0; j < 2; j++) q[j] = (__m256i)unpacked<bits, Lanes>(at + j * kHalfBytes, h);
             for (int t = 0; t < R; t++) {
                 for (int p = 0; p < planes; p++) {
                     const __m256i factor = broadcast(factors + t * stride + p * length + h * 4);
-                    for (int j = 0; j < H; j++) {
+                    for (int j = 0; j < 2; j++) {
                         __m256i& sum = kSplit && h % 2 == 1 ? second[p][t][j] : sums[p][t][j];
                         sum = _mm256_dpbusd_avx_epi32(sum, q[j], factor);
                     }
@@ -91,7 +93,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
     }
     for (int p = 0; kSplit && p < planes; p++) {
         for (int t = 0; t < R; t++) {
-            for (int j = 0; j < H; j++) sums[p][t][j] = _mm256_add_epi32(sums[p][t][j], second[p][t][j]);
+            for (int j = 0; j < 2; j++) sums[p][t][j] = _mm256_add_epi32(sums[p][t][j], second[p][t][j]);
         }
     }
 }
@@ -99,64 +101,64 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
 #else
 
 constexpr int sums_of(int) { return 1; }  // planes are widened with their weights
-
-__m256i add_pairs(__m256i sum, __m256i a, __m256i b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
-
-// sum = the products of q and x in pairs, or added to it.
-template <bool begin>
-__attribute__((always_inline)) inline void multiply(__m256i q, __m256i x, __m256i& sum) {
-    const __m256i product = _mm256_maddubs_epi16(q, x);
-    sum = begin ? product : _mm256_add_epi16(sum, product);
-}
+constexpr int rows_at_once(int bits, int planes) { return bits > 4 || planes == 2 ? 2 : 4; }  // 8 registers of sums
 
 // sums[0][t][j] += sum over k of q x for row t and half j, in `length` k.
-template <int bits, int planes, int R, int H>
+template <int bits, int planes, int R>
 __attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t length,
-                                               __m256i (&sums)[1][R][H]) {
+                                               __m256i (&sums)[1][R][2]) {
     constexpr int kParts = bits > 4 ? 2 : 1;  // of a code
     constexpr int kFours = unit_length(bits) / 4;
     constexpr int64_t kUnits = (bits == 2 ? 128 : bits == 3 ? 64 : 32) / unit_length(bits);  // that int16 sums hold
     const int64_t all = divide_up(length, unit_length(bits));
     for (int64_t first = 0; first < all; first += kUnits) {
-        const int64_t end = smaller(first + kUnits, all);
-        __m256i narrow[kParts][planes][R][H];
-        const auto four = [&](auto begin, const char* at, const char* factors, int h) __attribute__((always_inline)) {
-            Lanes q[2][H];
-            for (int j = 0; j < H; j++) {
-                const Lanes whole = unpacked<bits, Lanes>(at + j * kHalfBytes, h);
-                q[0][j] = kParts == 2 ? whole & 0x0f0f0f0fu : whole;
-                q[1][j] = whole >> 4 & 0x0f0f0f0fu;
-            }
-            for (int t = 0; t < R; t++) {
-                for (int p = 0; p < planes; p++) {
-                    const __m256i factor = broadcast(factors + t * stride + p * length + h * 4);
-                    for (int j = 0; j < H; j++) {
-                        for (int part = 0; part < kParts; part++) {
-                            multiply<begin.value>((__m256i)q[part][j], factor, narrow[part][p][t][j]);
+        __m256i narrow[kParts][planes][R][2];
+        const auto unit = [&](auto begin, int64_t i) __attribute__((always_inline)) {
+            const char *at = codes + i * unit_bytes(bits), *factors = x + i * unit_length(bits);
+            fetch_unit<bits>(at);
+#pragma GCC unroll 8
+            for (int h = 0; h < kFours; h++) {
+                Lanes q[2][2];
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; j++) {
+                    const Lanes whole = unpacked<bits, Lanes>(at + j * kHalfBytes, h);
+                    q[0][j] = kParts == 2 ? whole & 0x0f0f0f0fu : whole;
+                    q[1][j] = whole >> 4 & 0x0f0f0f0fu;
+                }
+#pragma GCC unroll 4
+                for (int t = 0; t < R; t++) {
+#pragma GCC unroll 2
+                    for (int p = 0; p < planes; p++) {
+                        const __m256i factor = broadcast(factors + t * stride + p * length + h * 4);
+#pragma GCC unroll 2
+                        for (int j = 0; j < 2; j++) {
+#pragma GCC unroll 2
+                            for (int part = 0; part < kParts; part++) {
+                                __m256i& sum = narrow[part][p][t][j];
+                                const __m256i product = _mm256_maddubs_epi16((__m256i)q[part][j], factor);
+                                sum = begin.value && h == 0 ? product : _mm256_add_epi16(sum, product);
+                                asm("" : "+x"(sum));  // in its place: GCC 12 puts some off, and spills the products
+                            }
                         }
                     }
                 }
             }
         };
-        const auto unit = [&](auto begin, int64_t i) __attribute__((always_inline)) {
-            const char *at = codes + i * unit_bytes(bits), *factors = x + i * unit_length(bits);
-            fetch_unit<bits>(at);
-            four(begin, at, factors, 0);
-#pragma GCC unroll 8
-            for (int h = 1; h < kFours; h++) four(Number<0>{}, at, factors, h);
-        };
-        int64_t i = first;
-        if constexpr (bits == 4) {
-            unit(Number<1>{}, i++);
-        } else {  // their units are long: twice in a loop would be too much for the registers
-            std::memset(&narrow, 0, sizeof narrow);
-        }
-        for (; i < end; i++) unit(Number<0>{}, i);
+        unit(Number<1>{}, first);
+        const int64_t end = smaller(first + kUnits, all);
+        for (int64_t i = first + 1; i < end; i++) unit(Number<0>{}, i);
+#pragma GCC unroll 2
         for (int p = 0; p < planes; p++) {
+#pragma GCC unroll 2
             for (int part = 0; part < kParts; part++) {
                 const __m256i weight = _mm256_set1_epi16((part == 0 ? 1 : 16) * (p < planes - 1 ? 256 : 1));
+#pragma GCC unroll 4
                 for (int t = 0; t < R; t++) {
-                    for (int j = 0; j < H; j++) sums[0][t][j] = add_pairs(sums[0][t][j], narrow[part][p][t][j], weight);
+#pragma GCC unroll 2
+                    for (int j = 0; j < 2; j++) {
+                        const __m256i wide = _mm256_madd_epi16(narrow[part][p][t][j], weight);
+                        sums[0][t][j] = _mm256_add_epi32(sums[0][t][j], wide);
+                    }
                 }
             }
         }
@@ -172,90 +174,127 @@ struct Call {
     int64_t n, y_stride;
 };
 
-__m256 load_scales(const char* at, bool wide) {
-    if (wide) return _mm256_load_ps(reinterpret_cast<const float*>(at));
-    return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(at)));
+// Scales of both halves of a tile.
+__attribute__((always_inline)) inline void load_scales(const char* at, bool wide, __m256 (&scales)[2]) {
+    if (wide) {
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) scales[j] = _mm256_load_ps(reinterpret_cast<const float*>(at) + j * kHalf);
+    } else {
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) scales[j] = _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(at) + j));
+    }
 }
 
-// A block of R rows and H halves of a tile, the first of them at `codes`, `scales` and `zeros`: adds to sums[t * 2 + j].
-template <int bits, int planes, int R, int H>
-__attribute__((always_inline)) inline void block_of_tile(const Call& call, const char* codes, const char* scales,
-                                                         const char* zeros, int64_t length, const char* x,
-                                                         const char* blocks, const char* outliers, __m256* sums) {
-    const int64_t stride = call.layout.activation_bytes;
-    constexpr int kSums = sums_of(planes);
-    __m256i zero[H], products[kSums][R][H];
-    for (int j = 0; j < H; j++) {  // z and 128 z, as Block::halves wants them
-        zero[j] = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + j * kHalf)));
-        zero[j] = _mm256_or_si256(zero[j], _mm256_slli_epi32(zero[j], 16 + 7));
+__m256i load_zeros(const char* at) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+}
+
+// `sum` with what the outliers of a block add to half a tile, whose codes, zeros and scales these are.
+template <int bits>
+__attribute__((noinline, cold)) __m256 with_outliers(const QuantizedLayout& layout, const char* row, const Block* block,
+                                                     const char* codes, __m256i zero, __m256 scale, __m256 sum) {
+    const int64_t index = block - reinterpret_cast<const Block*>(row + layout.blocks_at);
+    const auto* list = reinterpret_cast<const Outlier*>(row + layout.outliers_at) + index * layout.block_outliers;
+    for (int32_t o = 0; o < block->outliers; o++) {
+        const auto code = (__m256i)one_code<bits, Lanes>(codes, list[o].index);
+        const __m256 weight = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(code, zero)), scale);
+        sum = _mm256_fmadd_ps(weight, _mm256_set1_ps(list[o].value), sum);
     }
-    for (int t = 0; t < R; t++) {
-        const __m256i halves = _mm256_set1_epi32(reinterpret_cast<const Block*>(blocks + t * stride)->halves);
-        for (int j = 0; j < H; j++) {
-            for (int p = 0; p < kSums - 1; p++) products[p][t][j] = _mm256_setzero_si256();
-            products[kSums - 1][t][j] = add_pairs(_mm256_setzero_si256(), zero[j], halves);
+    return sum;
+}
+
+// Where a block of a tile and of activations is.
+struct Place {
+    const char *codes, *scales, *zeros;
+    const char *row, *integers, *block;  // of the first row
+};
+
+// A block of R rows and a tile: adds to sums[t][j] of half j.
+template <int bits, int planes, int R>
+__attribute__((always_inline)) inline void block_of_tile(const Call& call, const Place& at, int64_t length,
+                                                         __m256 (&sums)[R][2]) {
+    constexpr int kSums = sums_of(planes);
+    const int64_t stride = call.layout.activation_bytes;
+    __m256i products[kSums][R][2];
+#pragma GCC unroll 2
+    for (int p = 0; p < kSums; p++) {  // memset would keep them in memory
+#pragma GCC unroll 4
+        for (int t = 0; t < R; t++) {
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; j++) products[p][t][j] = _mm256_setzero_si256();
         }
     }
-    if (length == kBlock) {
-        dot<bits, planes, R, H>(codes, x, stride, kBlock, products);
-    } else {
-        dot<bits, planes, R, H>(codes, x, stride, length, products);
-    }
+    dot<bits, planes, R>(at.codes, at.integers, stride, length, products);
+    __m256 scale[2];
+    load_scales(at.scales, call.wide_scales, scale);
 #pragma GCC unroll 2
-    for (int j = 0; j < H; j++) {
-        const __m256 scale = load_scales(scales + j * call.layout.scale_bytes / 2, call.wide_scales);
+    for (int j = 0; j < 2; j++) {
+        const __m256i zero = load_zeros(at.zeros + j * kHalf);
+#pragma GCC unroll 4
         for (int t = 0; t < R; t++) {
-            const Block& block = *reinterpret_cast<const Block*>(blocks + t * stride);
-            const auto* list = reinterpret_cast<const Outlier*>(outliers + t * stride);
+            const auto* block = reinterpret_cast<const Block*>(at.block + t * stride);
             __m256i product = products[kSums - 1][t][j];
             if (kSums == 2) product = _mm256_add_epi32(product, _mm256_slli_epi32(products[0][t][j], 8));
-            const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(block.scale));
-            __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), factor, sums[t * 2 + j]);
-            for (int32_t o = 0; __builtin_expect(o < block.outliers, 0); o++) {
-                const auto code = (__m256i)one_code<bits, Lanes>(codes + j * kHalfBytes, list[o].index);
-                const __m256i z = _mm256_and_si256(zero[j], _mm256_set1_epi32(255));
-                const __m256 weight = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(code, z)), scale);
-                sum = _mm256_fmadd_ps(weight, _mm256_set1_ps(list[o].value), sum);
-            }
-            sums[t * 2 + j] = sum;
+            product = _mm256_sub_epi32(product, _mm256_mullo_epi32(zero, _mm256_set1_epi32(block->sum)));
+            const __m256 factor = _mm256_mul_ps(scale[j], _mm256_set1_ps(block->scale));
+            sums[t][j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), factor, sums[t][j]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < R; t++) {
+        const auto* block = reinterpret_cast<const Block*>(at.block + t * stride);
+        if (__builtin_expect(block->outliers == 0, 1)) continue;
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            sums[t][j] = with_outliers<bits>(call.layout, at.row + t * stride, block, at.codes + j * kHalfBytes,
+                                             load_zeros(at.zeros + j * kHalf), scale[j], sums[t][j]);
         }
     }
 }
 
 // R rows of one tile, of which the first `outputs` rows of weights exist.
 template <int bits, int planes, int R>
-__attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, const char* x, int64_t outputs,
+__attribute__((noinline)) void rows_of_tile(const Call& call, const char* packed, const char* x, int64_t outputs,
                                             float* y) {
-    constexpr int H = R * planes <= 4 ? 2 : 1;  // both halves where the registers hold the sums: they share the broadcasts
     const QuantizedLayout& layout = call.layout;
-    const char *blocks = x + layout.blocks_at, *outliers = x + layout.outliers_at;
-    __m256 sums[R * 2];
-    for (int t = 0; t < R * 2; t++) sums[t] = _mm256_setzero_ps();
+    __m256 sums[R][2];
+#pragma GCC unroll 4
+    for (int t = 0; t < R; t++) {
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) sums[t][j] = _mm256_setzero_ps();
+    }
+    Place at{packed, nullptr, nullptr, x, x, x + layout.blocks_at};
     for (int64_t first = 0; first < layout.groups; first += kChunk) {
         const int64_t m = smaller(kChunk, layout.groups - first);
-        const char *scales = at, *zeros = at + m * layout.scale_bytes;
-        at += layout.header_bytes(m);
-        for (int64_t g = first; g < first + m; g++, scales += layout.scale_bytes, zeros += kTile) {
-            for (int64_t begin = 0; begin < layout.padded(g); begin += kBlock) {
-                const int64_t length = smaller(kBlock, layout.padded(g) - begin);
-                for (int h = 0; h < 2; h += H) {
-                    block_of_tile<bits, planes, R, H>(call, at + h * kHalfBytes, scales + h * layout.scale_bytes / 2,
-                                                      zeros + h * kHalf, length, x, blocks, outliers, sums + h);
+        at.scales = at.codes;
+        at.zeros = at.codes + m * layout.scale_bytes;
+        at.codes += layout.header_bytes(m);
+        for (int64_t g = first; g < first + m; g++, at.scales += layout.scale_bytes, at.zeros += kTile) {
+            for (int64_t left = layout.padded(g); left > 0; left -= kBlock, at.block += sizeof(Block)) {
+                const auto through = [&](int64_t length) __attribute__((always_inline)) {
+                    block_of_tile<bits, planes, R>(call, at, length, sums);
+                    at.codes += divide_up(length, unit_length(bits)) * unit_bytes(bits);
+                    at.integers += length * planes;
+                };
+                if (left >= kBlock) {  // the usual one, for the compiler to unroll
+                    through(kBlock);
+                } else {
+                    through(left);
                 }
-                at += layout.code_bytes(length);
-                x += length * planes;
-                blocks += sizeof(Block);
-                outliers += layout.block_outliers * int64_t{sizeof(Outlier)};
             }
         }
     }
-    for (int t = 0; t < R; t++) std::memcpy(y + t * call.y_stride, &sums[t * 2], static_cast<size_t>(outputs) * 4);
+    for (int t = 0; t < R; t++) {
+        float values[kTile];
+        for (int j = 0; j < 2; j++) _mm256_storeu_ps(values + j * kHalf, sums[t][j]);
+        std::memcpy(y + t * call.y_stride, values, static_cast<size_t>(outputs) * 4);
+    }
 }
 
 template <int bits, int planes>
 void run(const Call& call, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
          int64_t tile_end, float* y) {
-    constexpr int kMost = 4;  // rows at a time: what the registers hold
+    constexpr int kMost = rows_at_once(bits, planes);
     const int64_t row_bytes = call.layout.activation_bytes, fit = kPanelBytes / row_bytes / kMost * kMost;
     const int64_t panel = fit > kMost ? fit : kMost;
     for (int64_t begin = 0; begin < rows; begin += panel) {
@@ -266,20 +305,30 @@ void run(const Call& call, const char* packed, const char* activations, int64_t 
             for (int64_t t = begin; t < end;) {
                 const char* x = activations + t * row_bytes;
                 float* out = y + t * call.y_stride + tile * kTile;
+                const auto next = [&](auto some) {
+                    rows_of_tile<bits, planes, some.value>(call, at, x, outputs, out);
+                    t += some.value;
+                };
                 if (end - t >= kMost) {
-                    rows_of_tile<bits, planes, kMost>(call, at, x, outputs, out);
-                    t += kMost;
+                    next(Number<kMost>{});
                 } else if (end - t >= 2) {
-                    rows_of_tile<bits, planes, 2>(call, at, x, outputs, out);
-                    t += 2;
+                    next(Number<2>{});
                 } else {
-                    rows_of_tile<bits, planes, 1>(call, at, x, outputs, out);
-                    t += 1;
+                    next(Number<1>{});
                 }
             }
         }
     }
 }
+
+#ifndef __AVXVNNI__
+// From how many rows on it pays to unpack to words, once for all of them. It never does where one plane meets codes of 4 bits
+// or fewer: vpmaddubsw makes 32 products of bytes, vpmaddwd 16 of words.
+int64_t many_rows(const LinearShape& shape) {
+    if (shape.activation_bits == 16) return shape.bits == 8 ? 2 : 12;
+    return shape.bits == 8 ? 8 : INT64_MAX;
+}
+#endif
 
 void linear(const LinearShape& shape, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
             int64_t tile_end, float* y, int64_t y_stride) {
@@ -288,8 +337,7 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
         return;
     }
 #ifndef __AVXVNNI__
-    const int64_t many = (shape.bits == 8 ? 2 : 6) * (shape.activation_bits == 8 ? 2 : 1);  // from which unpacking apart pays
-    if (rows >= many) {
+    if (rows >= many_rows(shape)) {
         linear_rows_avx2(shape, packed, activations, rows, tile_begin, tile_end, y, y_stride);
         return;
     }
