@@ -64,7 +64,7 @@ def test_results_are_json():
     assert result["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "cached_tokens": 0}
     assert [len(entry["top"]) for entry in result["logprobs"]] == [2, 2, 2]
     assert [entry["token"] for entry in result["logprobs"]] == result["tokens"]
-    last = list(llm.stream("Hi", max_tokens=2))[-1]
+    last = list(llm.stream("Hi", seed=1, max_tokens=2))[-1]
     assert json.loads(json.dumps(last.to_dict()))["finish_reason"] == "length"
 
 
