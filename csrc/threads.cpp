@@ -24,7 +24,19 @@ using std::chrono::microseconds;
 // it waits for the next one a little. Where threads are more than cores, one that spins takes the core from one that
 // works, so it soon sleeps, and a sleeper is not called at every phase.
 constexpr microseconds kSpinCrowded{20}, kSpin{100}, kBetweenSteps{100}, kStuck{5000}, kBetweenCalls{100};
-constexpr int kPartsPerThread = 4;  // more even shares, for more claims
+
+// A share is cut in half, and what is left of it again, so many times: all threads end with small parts, and so at about the
+// same time, for few claims.
+constexpr int kParts = 8;
+
+int parts_of(int64_t n) {
+    int parts = 0;
+    while (parts < kParts && n >> parts) ++parts;
+    return parts;
+}
+
+// Where part i of n items begins.
+int64_t cut(int64_t n, int i) { return i < kParts ? n - (n >> i) : n; }
 
 void pause_briefly() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -107,20 +119,22 @@ void Team::timed(int thread, const Work& work) {
 }
 
 void Team::run(Job job) {
-    job.parts = static_cast<int>(std::min<int64_t>(job.items, int64_t{kPartsPerThread} * size_));
-    if (size_ == 1 || job.parts <= 1) {
+    if (size_ == 1 || job.items <= 1) {
         timed(0, [&] {
             if (job.items > 0) job.call(job.work, {0, job.items}, 0);
         });
         return;
     }
     job_ = job;
-    unfinished_.store(job.parts, std::memory_order_relaxed);
+    int parts = 0;
     for (int thread = 0; thread < size_; ++thread) {
-        const int begin = job.parts * thread / size_, end = job.parts * (thread + 1) / size_;
-        shares_[static_cast<size_t>(thread)].end = end;
-        shares_[static_cast<size_t>(thread)].left.store(end - begin);
+        Share& share = shares_[static_cast<size_t>(thread)];
+        share.items = {job.items * thread / size_, job.items * (thread + 1) / size_};
+        share.parts = parts_of(share.items.end - share.items.begin);
+        parts += share.parts;
     }
+    unfinished_.store(parts, std::memory_order_relaxed);
+    for (Share& share : shares_) share.left.store(share.parts);
     rounds_.fetch_add(1);
     take_parts(0);
     const auto finished = [&] { return unfinished_.load() == 0; };
@@ -151,8 +165,9 @@ int Team::do_parts(int thread) {
         for (int left = share.left.load(); left > 0;) {
             if (thread == 0 && sleepers_.load() > 0) call_helpers();
             if (!share.left.compare_exchange_weak(left, left - 1)) continue;
-            const int64_t part = share.end - left;
-            job_.call(job_.work, {job_.items * part / job_.parts, job_.items * (part + 1) / job_.parts}, thread);
+            const auto [begin, end] = share.items;
+            const int part = share.parts - left;
+            job_.call(job_.work, {begin + cut(end - begin, part), begin + cut(end - begin, part + 1)}, thread);
             ++done;
             left = share.left.load();
         }

@@ -1,6 +1,7 @@
-// One team of threads for a whole step. The work of each phase is cut into parts; each thread has a share of consecutive
-// ones, so that it reads one stretch of memory, the same at every step, and who has done his own claims those of others:
-// a thread that the system has set aside owes nothing, so that on a crowded machine the others go on without it.
+// One team of threads for a whole step. Each thread has a share of the work of a phase, one stretch of memory, the same at
+// every step. A share is cut into parts, each half of what is left, and who has done his own claims those of others: all end
+// at about the same time, and a thread that the system has set aside owes nothing, so that on a crowded machine the others
+// go on without it.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -47,7 +48,7 @@ class Team {
     template <class Work>
     void run(int64_t items, const Work& work) {
         run({&work, [](const void* what, Range part, int thread) { (*static_cast<const Work*>(what))(part, thread); },
-             items, 0});
+             items});
     }
 
     // Nanoseconds that all threads together spent on parts, since it was first switched on.
@@ -57,10 +58,11 @@ class Team {
   private:
     using Clock = std::chrono::steady_clock;
 
-    // The parts of job_ that thread i begins with: end - left is the next, while any is left.
+    // What thread i begins with of job_, in parts: parts - left is the next, while any is left.
     struct alignas(64) Share {
         std::atomic<int> left{0};
-        int end = 0;                       // read only by a thread that has claimed one of its parts
+        int parts = 0;                    // this and the items: read only by a thread that has claimed one of the parts
+        Range items{0, 0};
         std::atomic<int64_t> busy_ns{0};  // of thread i
     };
 
@@ -68,7 +70,6 @@ class Team {
         const void* work;
         void (*call)(const void* work, Range part, int thread);
         int64_t items;
-        int parts;  // 0 until run() cuts them
     };
 
     void run(Job job);
