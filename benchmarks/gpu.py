@@ -112,10 +112,13 @@ def tinychat_source(shape: str, bits: int) -> RandomWeights:
     return RandomWeights(*found.translate(), None if bits == 16 else found.group_size)
 
 
-def tinychat_engine(shape: str, bits: int, graphs: bool, ctx_size: int) -> tuple[Engine, RandomWeights]:
+def tinychat_engine(
+    shape: str, bits: int, graphs: bool, ctx_size: int, overlap: bool = True
+) -> tuple[Engine, RandomWeights]:
     """On the GPU, the head in 16 bits or 8."""
     from tinychat.backends import cuda
 
+    os.environ["TINYCHAT_CUDA_OVERLAP"] = "1" if overlap else "0"
     source = tinychat_source(shape, bits)
     runner = cuda.build(source, ctx_size=ctx_size, head=16 if bits == 16 else 8, graphs=graphs)
     return Engine(runner), source
@@ -128,8 +131,7 @@ def tinychat(bits: int, graphs: bool, copy_gb_s: float, overlap: bool = True) ->
     """
 
     def run(shape: str) -> Found:
-        os.environ["TINYCHAT_CUDA_OVERLAP"] = "1" if overlap else "0"
-        engine, source = tinychat_engine(shape, bits, graphs, CAPACITY)
+        engine, source = tinychat_engine(shape, bits, graphs, CAPACITY, overlap)
         options: Found = {"max_tokens": TOKENS, "temperature": 0.0, "ignore_eos": True}
         latencies: list[float] = []
         for repeat in range(REPEATS + 1):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ def copy_rate() -> float:
 
 
 def measurements(copy_gb_s: float) -> dict[str, Callable[[], Iterator[Found]]]:
-    """By name; each yields its findings one by one."""
+    """By name; each yields its findings one by one. Kernels overlap, whatever was measured before."""
+    import_module("tinychat._cuda").overlap(True)
     return {
         "GEMV, 4 bits": lambda: gemv(copy_gb_s),
         "GEMM, 4 bits": gemm,
@@ -120,15 +122,13 @@ def gemm() -> Iterator[Found]:
 
 
 def others(copy_gb_s: float) -> Iterator[Found]:
-    """Norm, activation and attention of one row of Llama-3-8B: what stands between the linears."""
-    from importlib import import_module
-
+    """Norm, activation and attention of one row of Llama-3-8B, layer after layer: what stands between the linears."""
     config, _ = shapes.find("llama-3-8b").translate()
     device = torch.device("cuda", torch.cuda.current_device())
     for kv_dtype in ("fp16", "int8"):
         capacity = 32768 + 64
-        cache = DeviceCache(_single(config), 1, capacity, kv_dtype, device)
-        ops = CudaOps(import_module("tinychat._cuda"), _single(config), cache, torch.float16)
+        cache = DeviceCache(config, 1, capacity, kv_dtype, device)
+        ops = CudaOps(import_module("tinychat._cuda"), config, cache, torch.float16)
         weight = torch.ones(config.hidden_size, device=device)
         x = torch.randn(1, config.hidden_size, device=device, dtype=torch.float16)
         up = torch.randn(1, config.up_size, device=device, dtype=torch.float16)
@@ -144,14 +144,12 @@ def others(copy_gb_s: float) -> Iterator[Found]:
         for position in (0, 200, 1000, 4096, 32768):
             told = torch.tensor([[position], [0]], device=device)
             context = DeviceContext(told[0], told[1], ops.angles.alone(told[0]), cache, None)
-            each = seconds([lambda context=context: ops.attention(*heads, config, 0, context)] * 32)  # noqa: B023
+            each = seconds(
+                [
+                    lambda context=context, layer=layer: ops.attention(*heads, config, layer, context)  # noqa: B023
+                    for layer in range(config.n_layers)
+                ]
+            )
             gb_s = config.kv_bytes(position + 1, 1 if kv_dtype == "int8" else 2) / config.n_layers / each / 1e9
             found = {"kernel": f"attention, {kv_dtype}", "position": position, "us": each * 1e6, "gb_s": gb_s}
             yield {**found, "of_copy_rate": gb_s / copy_gb_s}
-
-
-def _single(config: Any) -> Any:
-    """One layer of it."""
-    from dataclasses import replace
-
-    return replace(config, n_layers=1)

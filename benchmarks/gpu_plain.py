@@ -27,8 +27,10 @@ class Int4(nn.Module):
         super().__init__()
         tiles = next(n for n in (8, 4, 2) if inputs % (16 * n) == 0)
         codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
-        self.weight = torch.ops.aten._convert_weight_to_int4pack(codes, tiles)
-        self.scales = torch.rand(inputs // group, outputs, 2, dtype=torch.bfloat16) / inputs**0.5 / 8
+        scales = torch.rand(inputs // group, outputs, 2, dtype=torch.bfloat16) / inputs**0.5 / 8
+        # buffers: a graph reads those in place, and would copy other tensors at each replay
+        self.register_buffer("weight", torch.ops.aten._convert_weight_to_int4pack(codes, tiles))
+        self.register_buffer("scales", scales)
         self.group = group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

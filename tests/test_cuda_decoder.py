@@ -11,7 +11,8 @@ import torch
 from cuda_devices import DEVICES, kernels
 from tiny_models import memory_weights, tiny
 
-from tinychat.backends import reference
+from tinychat import sampling
+from tinychat.backends import cuda_sampling, reference
 from tinychat.backends.cuda_runner import CudaRunner, build_on
 from tinychat.backends.cuda_sampling import DeviceSampler
 from tinychat.bench import contexts
@@ -196,6 +197,22 @@ def test_the_likeliest_token(device, width):
     assert drawn(np.full(width, np.nan, np.float32)) == -1
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("width", "k"), [(2, 1), (97, 12), (5003, 40)])
+def test_the_largest_are_those_of_the_host(device, width, k):
+    """Of equals the first, where the k-th has equals too; zeros of both signs are equal."""
+    _, where = kernels(device)
+    rng = np.random.default_rng()
+    for spread in (1, 3, 1000):
+        values = (rng.integers(0, spread, width, endpoint=True) * rng.choice([-1.0, 1.0], width)).astype(np.float32)
+        values[rng.random(width) < 0.2] *= 1e30
+        found, ids = cuda_sampling._largest(torch.from_numpy(values).to(where), k)
+        assert (
+            ids.tolist() == sampling._largest(values, k).tolist()
+            and found.tolist() == values[ids.cpu().numpy()].tolist()
+        )
+
+
 class OnTheHost:
     """A runner without its own way of drawing."""
 
@@ -237,7 +254,7 @@ def test_more_draws_than_numbers_are_sent_ahead(monkeypatch):
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_bench_measures_it(device):
     """Tokens are drawn on the device there too, and a cache filled with random entries is read."""
-    runner = build(device, family("llama"))
+    runner = build(device, family("llama"), ctx_size=40 + contexts.MOST)
     session = Session(Engine(runner))
     found = session.decode(6, lambda n: 1.0, None)
     assert len(found.latencies) == 5 and all(0 < a <= b for a, b in zip(found.steps, found.latencies, strict=True))

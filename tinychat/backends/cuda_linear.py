@@ -216,9 +216,16 @@ class CudaLinear:
 
     def _dense(self, values: torch.Tensor, x: torch.Tensor, y: torch.Tensor, begin: int) -> None:
         out = y[:, begin : begin + len(values)]
-        torch.mm(x, values.T, out=out) if out.dtype == x.dtype and len(values) == self.n else out.copy_(x @ values.T)
-        if self.bias is not None:
-            out += self.bias[begin : begin + len(values)]
+        bias = None if self.bias is None else self.bias[begin : begin + len(values)]
+        if out.dtype == x.dtype and len(values) == self.n:  # else strided, which a product would not be written to
+            if bias is None:
+                torch.mm(x, values.T, out=out)
+            else:
+                torch.addmm(bias.to(x.dtype), x, values.T, out=out)  # rounded once
+            return
+        out.copy_(x @ values.T)
+        if bias is not None:
+            out += bias
 
 
 def _dtype(cuda: ModuleType, dtype: torch.dtype) -> Any:

@@ -82,7 +82,7 @@ class DeviceSampler:
         temperature, top_p, min_p = self._settings.unbind()
         ids: Tensor | None = None
         if 0 < top_k < len(row):
-            row, ids = torch.topk(row, top_k)
+            row, ids = _largest(row, top_k)
         elif nucleus:
             row, ids = torch.sort(row, descending=True, stable=True)
         weights = torch.exp((row.double() - row.max()) / temperature)
@@ -97,3 +97,13 @@ class DeviceSampler:
         self._place += 1
         place = torch.searchsorted(sums, number * sums[-1], right=True).clamp(max=len(row) - 1)
         return (place if ids is None else ids.index_select(0, place)).reshape(())
+
+
+def _largest(row: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of fp32 [n], descending, ties to the lower index, and their indices: topk leaves ties to chance."""
+    bits = (row + 0.0).view(torch.int32).long()  # -0 is 0
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # floats have sign and size
+    last = len(row) - 1
+    keys = (order << 32) | (last - torch.arange(len(row), device=row.device))
+    ids = last - (torch.topk(keys, k).values & 0xFFFFFFFF)
+    return row.index_select(0, ids), ids
