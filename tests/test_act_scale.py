@@ -72,7 +72,26 @@ def broken(directory, scale):
     return checkpoint.open(path)
 
 
+@pytest.mark.parametrize(("family", "bits"), [("mpt", 4), ("mpt", 3), ("phi", 4)])
+def test_scales_are_made_where_other_engines_read_them(tmp_path, family, bits):
+    """In AWQ's layout, of families for which AutoAWQ has a name; elsewhere they would be passed over there."""
+    if family == "mpt":
+        path = saved(tmp_path / "source", "mpt", {}).path
+    else:
+        model, config = tiny(family, hidden_size=64, intermediate_size=128, num_attention_heads=4)
+        path = tmp_path / "source"
+        path.mkdir()
+        save_file({k: v.numpy().copy() for k, v in model.state_dict().items()}, path / "model.safetensors")
+        (path / "config.json").write_text(json.dumps(config))
+    small = {"group_size": 32, "n_sequences": 4, "length": 24, "progress": False}
+    report = quantize.quantize(path, tmp_path / "out", bits=bits, **small)
+    groups = {result.group for result in report.groups}
+    scaled = any(name.endswith(".scales") and ".act." in name for name in load_file(tmp_path / "out/model.safetensors"))
+    assert scaled == ("act_scale -> down" in groups) == (family == "mpt" and bits == 4)
+    assert scaled != any("no engine would find its scales" in note for note in report.notes)
+
+
 def test_names():
-    assert TensorNames().vector("act_scale", 3) == "model.layers.3.mlp.act.scales"
+    assert TensorNames().act_scale == ""
     bloom = TensorNames(layer="h.{}.").renamed(act_scale="mlp.gelu_impl.scales")
     assert bloom.vector("act_scale", 0) == "h.0.mlp.gelu_impl.scales"

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,6 +107,42 @@ def test_what_the_layout_cannot_express_stays_in_16_bits(tmp_path, method):
     opened = checkpoint.open(tmp_path / "out")
     assert opened.layer(0).down.segments[0].dtype == np.float16
     assert not any(result.group == "up -> down" for result in report.groups)
+
+
+def test_a_short_last_group_is_said(tmp_path):
+    """GPTQ's layout has them; AWQ's has not."""
+    source = tiny.write(tmp_path / "source", with_inner(160), intermediate_size=160, bos_token_id=1)
+    report = quantize(source, tmp_path / "out", method="rtn", bits=3, group_size=64, progress=False)
+    assert report.notes == ["of mlp.down_proj the last group has 32 inputs: 64 does not divide its 160"]
+    assert report.group_size == 64 and report.kept == {}
+
+
+def test_nothing_that_fits_is_seen_before_anything_is_done(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "load", None)
+    with pytest.raises(UsageError, match=r"no linear .* can be quantized: .*31.*another --group-size"):
+        quantize(source, tmp_path / "out", group_size=31, progress=False)
+    with pytest.raises(UsageError, match="seed -1: give a whole number, 0 or more"):
+        quantize(source, tmp_path / "out", seed=-1, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_what_says_nothing_is_counted(tmp_path):
+    """Inputs that are 0 in all tokens, groups of weights that are all 0: rounded as they are, and reported."""
+    tensors = {name: array * np.float16(0.3) for name, array in tiny.plain().items()}
+    for index in range(2):
+        tensors[f"model.layers.{index}.mlp.up_proj.weight"][:7] = 0
+        tensors[f"model.layers.{index}.self_attn.o_proj.weight"][3:5, 32:64] = 0
+    source = tiny.write(tmp_path / "source", tensors, bos_token_id=1)
+    report = quantize(source, tmp_path / "out", group_size=32, **SMALL)
+    groups = 7 * (tensors["model.layers.0.mlp.up_proj.weight"].shape[1] // 32)
+    assert report.dead_inputs == {"down": 14} and report.zero_groups == 2 * (groups + 2)
+    assert "0 in all calibration tokens: 14 of down" in str(report) and "all 0, and stay so" in str(report)
+    opened = checkpoint.open(tmp_path / "out")
+    up, out = (
+        canonical(segment).dequantize() for segment in (opened.layer(1).up.segments[1], *opened.layer(1).out.segments)
+    )
+    assert not up[:7].any() and not out[3:5, 32:64].any() and up[7:].any(1).all()
+    assert np.isfinite(canonical(opened.layer(1).down.segments[0]).dequantize()).all()
 
 
 def test_the_same_seed_gives_the_same_bytes(source, tmp_path):
@@ -281,6 +318,41 @@ def test_json_lines(data_dir, tmp_path):
     assert all(s.count(tokenizer.bos_id) == 1 for s in found)
     with pytest.raises(UsageError, match="line 1 holds messages, and the checkpoint has no chat template"):
         read(path, data_dir / "stories260K")
+
+
+def test_full_sequences_come_first(source, tmp_path):
+    """Where a text has enough of them; else its remainders serve too."""
+    make_tokenizer(source)
+    (tmp_path / "x.txt").write_text("the cat sat on the mat and " * 400)
+    assert {len(s) for s in read(tmp_path / "x.txt", source, n=20, length=17)} == {17}
+    (tmp_path / "x.txt").write_text("the cat sat on the mat and " * 3)
+    assert min(len(s) for s in read(tmp_path / "x.txt", source, n=20, length=17)) < 17
+
+
+def test_short_lines_are_joined_where_there_are_many(source, tmp_path):
+    make_tokenizer(source)
+    path = tmp_path / "x.jsonl"
+    lines = [json.dumps({"text": f"{i} the cat\u2028sat\u0085on"}, ensure_ascii=False) for i in range(300)]
+    path.write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    found = read(path, source, n=6, length=40)
+    assert [len(s) for s in found] == [40] * 6
+    few = read(path, source, n=300, length=40)
+    assert len(few) == 300 and max(map(len, few)) < 40
+    path.write_text("\n".join([*lines[:200], "{nonsense}", *lines[201:]]), encoding="utf-8")
+    with pytest.raises(UsageError, match="line 201 is not JSON"):
+        read(path, source, n=300, length=40)
+
+
+def test_tokens_that_the_model_lacks(source, tmp_path):
+    make_tokenizer(source)
+    sequences = [[1, 2], [1, checkpoint.open(source).config.vocab_size]]
+    with pytest.raises(TokenizerError, match=r"token id (\d+) and the model ids 0 to \d+: the tokenizer"):
+        quantize_in_memory(checkpoint.open(source), sequences=sequences)
+    (tmp_path / "x.txt").write_text("the cat")
+    small = checkpoint.open(source)
+    small.config = replace(small.config, vocab_size=3)
+    with pytest.raises(TokenizerError, match="the model ids 0 to 2"):
+        calibration.load(tmp_path / "x.txt", small, n_sequences=2, length=8)
 
 
 @pytest.mark.parametrize(

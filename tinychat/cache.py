@@ -73,9 +73,11 @@ class KVCache:
                               `quantize_entries`); entry j of a slot is position j
     key_scales, value_scales  fp32 [n_layers, n_slots, n_kv_heads, capacity] of int8, else None
     lengths                   int32 [n_slots]: positions filled
+    kv_dtype                  the name of what entries are kept in: fp16, fp32, int8
     """
 
     def __init__(self, n_layers: int, n_slots: int, n_kv_heads: int, capacity: int, head_dim: int, dtype: str = "fp16"):
+        self.kv_dtype = dtype
         self.dtype: np.dtype = np.dtype(KV_DTYPES[dtype])
         shape = (n_layers, n_slots, n_kv_heads, capacity, head_dim)
         self.keys = self.zeros(shape, self.dtype)

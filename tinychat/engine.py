@@ -109,7 +109,7 @@ def load(
         runner,
         words,
         description=f"{name}: {config.model_type}, {weights}, {precision(source)}"
-        f"{_unusual(source, head, activations)} · {module.describe()} · context {size}",
+        f"{_unusual(source, head, activations, module.FOOTPRINT)} · {module.describe()} · context {size}",
         generation_config=source.generation_config,
         eos_ids=_eos_ids(source.generation_config, source.hf_config, words),
     )
@@ -446,10 +446,12 @@ def precision(checkpoint: Any) -> str:
     return f"{q.bits}-bit {q.method.upper()} " + ("per row" if q.group_size == -1 else f"g{q.group_size}")
 
 
-def _unusual(checkpoint: Any, head: int, activations: int) -> str:
-    """What was asked for beside the weights, where it is not as usual."""
+def _unusual(checkpoint: Any, head: int, activations: int, footprint: memory.Footprint) -> str:
+    """How the weights are kept, and what was asked for beside them, where it is not as usual."""
+    bits = checkpoint.quantization.bits if checkpoint.quantization else 0
+    kept = f" (kept in {footprint.kept(bits)} bits)" if bits and footprint.kept(bits) != bits else ""
     head_words = f", {head}-bit head" if (head == 8) != (checkpoint.quantization is not None) else ""
-    return head_words + (", 8-bit activations" if activations == 8 else "")
+    return kept + head_words + (", 8-bit activations" if activations == 8 else "")
 
 
 _loaded: dict[str, Engine] = {}  # of a model given by name; one, as two may be more than a small machine holds

@@ -24,6 +24,7 @@ NAMES = TensorNames(
     out=("self_attention.dense",),
     up=("mlp.dense_h_to_4h",),
     down=("mlp.dense_4h_to_h",),
+    act_scale="mlp.act.scales",
     heads_interleaved=True,
 )
 TWO_NORMS = NAMES.renamed(norm1="ln_attn", norm2="ln_mlp")

@@ -15,6 +15,7 @@ NAMES = TensorNames(
     norm2="ln_2",
     up=("mlp.c_fc",),
     down=("mlp.c_proj",),
+    act_scale="mlp.act.scales",
     heads_interleaved=True,
     ignored=(".attn.bias", ".attn.masked_bias"),
 )

@@ -13,6 +13,7 @@ NAMES = TensorNames(
     out=("attention.dense",),
     up=("mlp.dense_h_to_4h",),
     down=("mlp.dense_4h_to_h",),
+    act_scale="mlp.act.scales",
     heads_interleaved=True,
     ignored=(".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
 )

@@ -36,7 +36,7 @@ class TensorNames:
     shared_down: tuple[str, ...] = ("mlp.shared_expert.down_proj",)
     expert_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")  # {}: the expert's index
     expert_down: tuple[str, ...] = ("mlp.experts.{}.down_proj",)
-    act_scale: str = "mlp.act.scales"  # AWQ's, where there is one: a tensor, not a module
+    act_scale: str = ""  # AWQ's, in families for which it has one: a tensor, not a module
     heads_interleaved: bool = False  # rows of a fused qkv: for each key-value head its queries, its key, its value
     norm_offset: float = 0.0  # a stored weight w of a norm stands for norm_offset + w
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)  # endings of tensors that carry nothing

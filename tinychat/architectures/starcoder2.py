@@ -4,7 +4,7 @@ from tinychat.architectures.config_reader import ConfigReader
 from tinychat.architectures.names import TensorNames
 from tinychat.config import ModelConfig, Norm
 
-NAMES = TensorNames(up=("mlp.c_fc",), down=("mlp.c_proj",))
+NAMES = TensorNames(up=("mlp.c_fc",), down=("mlp.c_proj",), act_scale="mlp.act.scales")
 
 
 def translate(reader: ConfigReader) -> ModelConfig:

@@ -118,7 +118,7 @@ def for_writing(bits: int, group_size: int, *, symmetric: bool = False, act_orde
         found: WritableLayout | None = layout.for_writing(bits, group_size, symmetric, act_order)
         if found is not None:
             return found
-    raise UsageError(f"{bits} bits cannot be written: no checkpoint layout holds them")
+    raise UsageError(f"{bits} bits cannot be written: no checkpoint layout holds them; 2, 3, 4 and 8 there are")
 
 
 def first_endings() -> set[str]:

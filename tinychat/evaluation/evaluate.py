@@ -182,6 +182,7 @@ def evaluate(
     with ExitStack() as stack:
         engines = [stack.enter_context(s.loaded(options, progress)) for s in both]
         runners = [stack.enter_context(e.exclusive()) for e in engines]
+        settings["kv_dtype"] = runners[0].cache.kv_dtype  # which may be less than was asked for
         bar = stack.enter_context(
             tqdm(total=n_tokens, desc="evaluating", unit="token", leave=False, disable=None if progress else True)
         )

@@ -87,6 +87,7 @@ class Activations:
         where blocks run; what is carried from one to the next stays there too where it fits.
         """
         self.unseen: list[str] = []  # linears of experts that no token went to in the last block, or no sampled one
+        self.dead: dict[str, int] = {}  # inputs of linears that were 0 in all tokens in the last block, where any were
         self._config = config
         sample_tokens = max(sample_tokens, SAMPLED_NUMBERS // config.hidden_size)
         use = _drawn(sequences, sample_tokens, seed)
@@ -182,6 +183,7 @@ class Activations:
                 f"its weights are damaged, or the model does not run in fp32"
             )
         found.magnitude.update({name: (total / counts[name]).float() for name, total in totals.items()})
+        self.dead = {name: n for name, total in totals.items() if (n := int((total == 0).sum()))}
         seen = found.grams if grams else {name for sample in found.samples for name in sample.inputs}
         self.unseen = [name for name in linears_of(layer) if name not in seen]
         return found

@@ -70,15 +70,15 @@ class _Reached(Exception):
 
 @torch.inference_mode()
 def transform(
-    config: ModelConfig, layer: PackedLayer, index: int, observed: Observed, grid: Grid
+    config: ModelConfig, layer: PackedLayer, index: int, observed: Observed, grid: Grid, act_scales: bool = True
 ) -> tuple[PackedLayer, list[GroupResult]]:
     """`layer` with the best scales of each group folded in, and limits: the same function, easier to round.
 
-    The inputs in `observed` are gone when their group is done.
+    act_scales: see `scaling_groups`. The inputs in `observed` are gone when their group is done.
     """
     results = []
     folded = layer
-    for group in scaling_groups(config, config.experts_of(index)):
+    for group in scaling_groups(config, config.experts_of(index), act_scales):
         memory.give_back()
         seen, others = (
             [

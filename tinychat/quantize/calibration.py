@@ -75,6 +75,7 @@ def load(
     else:
         origin = str(calibration)
         sequences = from_file(calibration, source.path, n_sequences=n_sequences, length=length)
+    check_ids(sequences, source.config.vocab_size)
     described = describe(sequences, origin)
     if (n_tokens := sum(map(len, sequences))) < min(ENOUGH_TOKENS, n_sequences * length):
         warnings.warn(
@@ -83,6 +84,15 @@ def load(
             stacklevel=3,
         )
     return sequences, described
+
+
+def check_ids(sequences: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """TokenizerError where a token has no row in the embedding."""
+    if (largest := max(map(max, sequences))) >= vocab_size:
+        raise TokenizerError(
+            f"the calibration text has token id {largest} and the model ids 0 to {vocab_size - 1}: the tokenizer, or "
+            f"its chat template, is not this model's; give no text, to have it sampled from the model itself"
+        )
 
 
 def describe(sequences: Sequence[Sequence[int]], origin: str) -> str:
@@ -95,8 +105,9 @@ def describe(sequences: Sequence[Sequence[int]], origin: str) -> str:
 def from_file(path: str | Path, model: Path, *, n_sequences: int, length: int) -> list[list[int]]:
     """Sequences of at most `length` tokens from a text file, or from JSON lines (*.jsonl).
 
-    A line is {"text": ...}, or {"messages": [...]}, rendered with the chat template of the checkpoint in `model`. What
-    is taken lies evenly over the file. Each sequence begins with the tokenizer's beginning token, where it has one.
+    A line is {"text": ...}, or {"messages": [...]}, rendered with the chat template of the checkpoint in `model`; where
+    there are more lines than sequences, short ones are joined. What is taken lies evenly over the file. Each sequence
+    begins with the tokenizer's beginning token, where it has one; shorter ones are taken where full ones are too few.
     Raises UsageError for a file that is not such text, TokenizerError where the checkpoint has no tokenizer.
     """
     loaded = _tokenizer(model)
@@ -231,7 +242,7 @@ def _sequences(
     """Sequences of at most `length` tokens, each of one text, the beginning token first."""
     begin = [] if loaded.bos_id is None else [loaded.bos_id]
     width = max(1, length - len(begin))
-    sequences = []
+    sequences: list[list[int]] = []
     for text in texts:
         ids = loaded.encode(text, add_bos=False)
         if begin and ids[:1] == begin:  # a template writes its own
@@ -239,20 +250,23 @@ def _sequences(
         sequences += [begin + ids[start : start + width] for start in range(0, len(ids), width)]
     if not sequences:
         raise UsageError(f"{where} holds no text to calibrate on")
-    return [list(s) for s in _evenly(sequences, n_sequences)]
+    full = [sequence for sequence in sequences if len(sequence) == len(begin) + width]
+    return _evenly(full if len(full) >= n_sequences else sequences, n_sequences)
 
 
 def _texts(path: Path, loaded: tokenizers.Tokenizer, count: int, characters: int) -> Iterator[str]:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UsageError(f"calibration file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"calibration file {path} cannot be read as UTF-8 text: {error}") from None
     if path.suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
-        for number, line in _evenly(lines, count):
-            yield _record(line, f"{path}, line {number}", loaded)
+        # not splitlines(): JSON may hold other characters that end lines for it
+        lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+        wanted = max(count, -(-count * characters * len(lines) // max(1, len(content))))
+        texts = (_record(line, f"{path}, line {number}", loaded) for number, line in _evenly(lines, wanted))
+        yield from texts if len(lines) <= count else _joined(texts, count, characters)
         return
     if not content.strip():
         return

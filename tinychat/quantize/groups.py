@@ -89,8 +89,11 @@ class Group:
         return changed(layer, **{name: part(layer, name).scaled(columns) for name in self.consumers})
 
 
-def scaling_groups(config: ModelConfig, experts: Experts | None = None) -> tuple[Group, ...]:
-    """The groups of one block, in the order of the forward pass; of one with experts, these are `experts`."""
+def scaling_groups(config: ModelConfig, experts: Experts | None = None, act_scales: bool = True) -> tuple[Group, ...]:
+    """The groups of one block, in the order of the forward pass; of one with experts, these are `experts`.
+
+    act_scales: what is written can hold an act_scale.
+    """
     repeat = config.n_heads // config.n_kv_heads
     # What else reads a norm must be scaled with it: the residual stream of the other blocks, or nothing at all.
     folds = config.norm_weight and config.block not in (Block.NORM_AFTER, Block.POST_NORM)
@@ -106,10 +109,15 @@ def scaling_groups(config: ModelConfig, experts: Experts | None = None) -> tuple
         groups.append(Group("norm2", reading))
     # down(act(gate) * up) is linear in up, and relu(x / s) is relu(x) / s; what passes through another non-linearity
     # could not be scaled exactly.
-    linear = config.gated or config.activation is Activation.RELU
+    linear = not passes_activation(config)
     if experts is None:
-        groups.append(Group("up" if linear else "act_scale", ("down",)))
+        groups += [Group("up" if linear else "act_scale", ("down",))] if linear or act_scales else []
     elif linear:
         groups += [Group("shared_up", ("shared_down",))] if shared else []
         groups += [Group(f"up.{i}", (f"down.{i}",)) for i in each]
     return tuple(groups)
+
+
+def passes_activation(config: ModelConfig) -> bool:
+    """Whether what an MLP's `down` reads has passed a non-linearity that knows no scales: the group act_scale."""
+    return not config.gated and config.activation is not Activation.RELU

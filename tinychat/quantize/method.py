@@ -33,13 +33,15 @@ MUCH_LOST = 2  # bits
 class Method:
     """What is done to each layer. The modules are stages; `transformation` may be none.
 
-    act_order  GPTQ's: columns are rounded by falling importance
+    act_order   GPTQ's: columns are rounded by falling importance
+    act_scales  AWQ's: what is written can hold an act_scale
     """
 
     name: str
     transformation: ModuleType | None
     rounding: ModuleType
     act_order: bool = False
+    act_scales: bool = True
 
     @property
     def needs_calibration(self) -> bool:
@@ -70,7 +72,7 @@ class Method:
         if activations is not None and self.follows(grid) and self.rounding is not rtn:
             entered = activations.drifted()  # what a transformation leaves there is of rounding to nearest
         if self.transformation is not None:
-            layer, results = self.transformation.transform(config, layer, index, observed, grid)
+            layer, results = self.transformation.transform(config, layer, index, observed, grid, self.act_scales)
         if observed is not None:  # rounding has no use for samples, and needs the room
             observed.samples.clear()
             observed.held_out.clear()

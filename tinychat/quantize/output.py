@@ -33,15 +33,25 @@ _PART_BYTES = 1 << 24  # of a table converted at a time
 class Output:
     """The checkpoint that a quantization of `source` writes.
 
-    bits, group_size  asked for; `group_size` then is what the files get, which may be smaller, and `why` says why
+    bits, group_size  asked for; `group_size` then is what the files get, which may be smaller
     layout            how they hold it
+    act_scales        whether they hold an act_scale where AWQ wants one
+    notes             what is otherwise than asked for, and why
+
+    UsageError where nothing in it could be quantized.
     """
 
     def __init__(self, source: Checkpoint, bits: int, group_size: int, symmetric: bool = False):
         self.source = source
         writing = partial(layouts.for_writing, bits, symmetric=symmetric)
-        self.layout, self.why = _fitting(source.config, source.names, group_size, writing)
+        modules = _linears(source.config, source.names)
+        self.layout, self.notes = _fitting(modules, group_size, writing)
         self.group_size = self.layout.group_size
+        self.act_scales = bool(source.names.act_scale) and self.layout.method == "awq"
+        reasons = {self.layout.misfit(shape) for _, shape in modules}
+        if None not in reasons:
+            why = "; ".join(sorted(filter(None, reasons)))
+            raise UsageError(f"no linear of {source.path} can be quantized: {why}. Choose another --group-size")
 
     def plan(self, index: int, linear: str, i: int, shape: tuple[int, int]) -> tuple[str, str | None]:
         """The name of segment `i` of a canonical linear of layer `index`, and why it stays in 16 bits, if it does."""
@@ -102,13 +112,7 @@ class Output:
                 writer.add(f"{names.head}.bias", half(head.bias, names.head))
 
     def finish(self, writer: CheckpointWriter, report: Report) -> Path:
-        """Make the checkpoint visible; its directory. UsageError where nothing in it is quantized."""
-        if not report.quantized_weights:
-            raise UsageError(
-                f"no linear of {self.source.path} can be quantized: "
-                + "; ".join(sorted(set(report.kept.values())))
-                + ". Choose another --group-size"
-            )
+        """Make the checkpoint visible; its directory."""
         config = {**self.source.hf_config, "torch_dtype": "float16"}
         if "dtype" in config:
             config["dtype"] = "float16"
@@ -158,22 +162,25 @@ def _bytes(layout: WritableLayout, shape: tuple[int, int]) -> int:
 
 
 def _fitting(
-    config: ModelConfig, names: TensorNames, group_size: int, writing: Callable[[int], WritableLayout]
-) -> tuple[WritableLayout, str | None]:
-    """The group size that makes the smallest checkpoint, in its layout; and why, if it is not the one asked for.
+    linears: list[tuple[str, tuple[int, int]]], group_size: int, writing: Callable[[int], WritableLayout]
+) -> tuple[WritableLayout, list[str]]:
+    """The group size that makes the smallest checkpoint, in its layout; what is otherwise than asked for, and why.
 
     A layout has one group size for all: where it does not divide the inputs of a linear, that linear stays in 16
-    bits, or all get smaller groups, a power of two that does.
+    bits, or all get smaller groups, a power of two that does; or, where the layout has such, its last group is shorter.
     """
-    linears = _linears(config, names)
     smaller = [1 << i for i in range(30) if LEAST_GROUP <= 1 << i < group_size]
     candidates = [writing(size) for size in (group_size, *reversed(smaller))]  # the largest of equals
     totals = [sum(_bytes(candidate, shape) for _, shape in linears) for candidate in candidates]
     chosen = candidates[totals.index(min(totals))]
     if chosen.group_size == group_size:
-        return chosen, None
+        odd = {m: k for m, (n, k) in linears if group_size > 0 and not chosen.misfit((n, k)) and k % group_size}
+        return chosen, [
+            f"of {module} the last group has {inputs % group_size} inputs: {group_size} does not divide its {inputs}"
+            for module, inputs in odd.items()
+        ]
     module, reason = next((m, why) for m, shape in linears if (why := candidates[0].misfit(shape)))
-    return chosen, (
+    return chosen, [
         f"groups of {chosen.group_size}, not {group_size}: of {module}, {reason}, and in 16 bits it would outweigh "
         f"the smaller groups"
-    )
+    ]

@@ -22,6 +22,7 @@ import torch
 
 from tinychat import checkpoint
 from tinychat.checkpoint import CheckpointWriter
+from tinychat.config import ModelConfig
 from tinychat.errors import UsageError
 from tinychat.quantize import calibration as calibrating
 from tinychat.quantize import device as devices
@@ -29,6 +30,7 @@ from tinychat.quantize import identity
 from tinychat.quantize.activations import STATE, Activations
 from tinychat.quantize.dense import dense_layer, half, linears_of
 from tinychat.quantize.grid import Grid
+from tinychat.quantize.groups import passes_activation
 from tinychat.quantize.method import Method, find
 from tinychat.quantize.output import Output, plain_head
 from tinychat.quantize.progress import Progress
@@ -83,6 +85,8 @@ def quantize(
     which then is as it was before.
     """
     began = time.monotonic()
+    if seed < 0:
+        raise UsageError(f"seed {seed}: give a whole number, 0 or more")
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = find(method, act_order)
@@ -94,6 +98,7 @@ def quantize(
     if opened.quantization is not None:
         raise UsageError(f"{opened.path} is quantized already; quantize the original checkpoint instead")
     made = Output(opened, bits, group_size, symmetric)
+    chosen = replace(chosen, act_scales=made.act_scales)
     length = min(length or (SAMPLED if calibration is None else FROM_FILE), opened.config.max_positions)
     options = {"method": method, "bits": bits, "group size": group_size, "seed": seed}
     options |= {"symmetric": symmetric, "act-order": act_order, "device": devices.describe(where)}
@@ -105,7 +110,7 @@ def quantize(
             kept = n_sequences * length * opened.config.hidden_size * 4 if chosen.needs_calibration else 0
             kept *= 1 + chosen.follows(grid)
             made.require_room(writer.directory.parent, kept)
-            state.report.notes += [made.why] if made.why else []
+            state.report.notes += made.notes + _unscaled(chosen, opened.config)
             state.report.notes += [f"computed on {devices.describe(where)}"] if where != devices.CPU else []
         try:
             if chosen.needs_calibration and not state.sequences and not writer.complete:
@@ -137,6 +142,12 @@ def quantize(
     report.bytes_after = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     report.seconds = state.seconds
     return report
+
+
+def _unscaled(method: Method, config: ModelConfig) -> list[str]:
+    if method.transformation is None or method.act_scales or not passes_activation(config):
+        return []
+    return ["what the MLP's last linear reads is not scaled: no engine would find its scales in such a checkpoint"]
 
 
 class _State:
@@ -235,6 +246,7 @@ def quantize_in_memory(
     if chosen.needs_calibration:
         if not sequences:
             raise UsageError(f"method {method!r} needs calibration: give token sequences")
+        calibrating.check_ids(sequences, source.config.vocab_size)
         report.calibration = calibrating.describe(sequences, "the tokens given")
 
     def plan(index: int, linear: str, i: int, shape: tuple[int, int]) -> tuple[str, str | None]:
@@ -287,6 +299,8 @@ def _layer(
     if activations is not None and (idle := [name for name in activations.unseen if name.startswith("down.")]):
         experts = ", ".join(name.removeprefix("down.") for name in idle)
         report.notes.append(f"layer {index}: rounded to nearest for want of tokens that go there: experts {experts}")
+    if activations is not None:
+        report.count_dead(activations.dead)
     for linear in linears_of(layer).values():
         report.kept |= {module: reason for module, reason in zip(linear.modules, linear.kept, strict=True) if reason}
     report.count(changed, done)

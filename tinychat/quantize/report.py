@@ -39,6 +39,8 @@ class Report:
 
     `rounding` has, for each canonical linear, layer by layer, what rounding did to its weights, scaled ones where the
     method scales: mean error^2 over mean weight^2. The losses of `groups` tell what that does to the outputs.
+    `dead_inputs` of each canonical linear, over all layers, were 0 in all calibration tokens, so nothing was known of
+    their weights; `zero_groups` of weights are all 0.
     """
 
     method: str
@@ -48,6 +50,8 @@ class Report:
     notes: list[str] = field(default_factory=list)  # what was done otherwise than asked for
     groups: list[GroupResult] = field(default_factory=list)
     rounding: dict[str, list[float]] = field(default_factory=dict)
+    dead_inputs: dict[str, int] = field(default_factory=dict)
+    zero_groups: int = 0
     kept: dict[str, str] = field(default_factory=dict)
     quantized_weights: int = 0
     quantized_bits: float = 0
@@ -72,10 +76,17 @@ class Report:
                 if isinstance(segment, QTensor):
                     self.quantized_weights += segment.codes.size
                     self.quantized_bits += segment.bits_per_weight * segment.codes.size
-                    change, total = _squares(part, segment)
+                    change, total, zero_groups = _squares(part, segment)
                     error, power = error + change, power + total
+                    self.zero_groups += zero_groups
             if power:
                 self.rounding.setdefault(name, []).append(error / power)
+
+    def count_dead(self, dead: Mapping[str, int]) -> None:
+        """Add the dead inputs of a layer's linears."""
+        for linear, n in dead.items():
+            name = linear.partition(".")[0]  # of an expert
+            self.dead_inputs[name] = self.dead_inputs.get(name, 0) + n
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -106,6 +117,11 @@ class Report:
         if self.rounding:
             means = ", ".join(f"{name} {np.mean(errors):.2e}" for name, errors in self.rounding.items())
             lines.append(f"relative squared error of the {'scaled ' if names else ''}weights: {means}")
+        if self.dead_inputs:
+            counts = ", ".join(f"{n:,} of {name}" for name, n in self.dead_inputs.items())
+            lines.append(f"inputs that are 0 in all calibration tokens: {counts}")
+        if self.zero_groups:
+            lines.append(f"groups of weights that are all 0, and stay so: {self.zero_groups:,}")
         if self.kept:
             reasons = sorted(set(self.kept.values()))
             n = len(self.kept)
@@ -121,15 +137,19 @@ class Report:
         return "\n".join(lines)
 
 
-def _squares(exact: Dense, q: QTensor) -> tuple[float, float]:
-    """(sum of (weight - q)^2, sum of weight^2)."""
+def _squares(exact: Dense, q: QTensor) -> tuple[float, float, int]:
+    """(sum of (weight - q)^2, sum of weight^2, groups without a weight other than 0)."""
     error = power = 0.0
+    zero_groups = 0
+    starts = np.arange(0, q.shape[1], q.group_size)
     for first in range(0, len(q.codes), _ROWS):
         rows = slice(first, first + _ROWS)
         part = exact.of_rows(rows).cpu().numpy()
         change = QTensor(q.codes[rows], q.scales[rows], q.zeros[rows], q.bits, q.group_size).dequantize() - part
         error, power = error + float(np.vdot(change, change)), power + float(np.vdot(part, part))
-    return error, power
+        if not part[:, starts].all():  # few have to be looked at
+            zero_groups += int((~np.logical_or.reduceat(part != 0, starts, axis=1)).sum())
+    return error, power, zero_groups
 
 
 def _spread(alphas: list[float]) -> str:
