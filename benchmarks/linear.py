@@ -8,10 +8,11 @@ The matrix lies in memory many times over and the copies are used in turn, so th
 and a small --n, one copy that the cache holds). Reading and multiplying alternate in slices of the same buffer, and the
 ratio is the median over slices: the bandwidth of a shared machine changes from minute to minute. GB/s counts packed
 bytes once per pass, whatever the number of rows; GMAC/s counts multiplications of one code and one activation. "of
-peak" is the share of what AVX-512 VNNI, measured beside it, can multiply in bytes (16-bit activations: two products);
-"limit" the time over the larger of one row's time and that of the products at 0.75 of the peak. --turns multiplies one
-row with weights of several widths, bits:group, in turns, and sets the speed of each against the first's. Times are the
-thread's, not the clock's: what other programs take of the core does not count. The last line is one JSON object.
+peak" is the share of what this CPU can multiply in bytes and add (16-bit activations: two products); "limit" the time
+over the larger of one row's time and that of the products at 0.75 of the peak; all are measured in turns. --turns
+multiplies one row with weights of several widths, bits:group, in turns, and sets the speed of each against the first's.
+Times are the thread's, not the clock's: what other programs take of the core does not count. The last line is one JSON
+object.
 """
 
 import argparse
@@ -45,8 +46,8 @@ def seconds(run, *arguments) -> float:
 
 
 def dot_peak(cpu) -> float:
-    """Products of bytes per second in this thread, the best of a few; 0 without AVX-512 VNNI."""
-    return max(cpu.dot_peak(20_000) / seconds(cpu.dot_peak, 20_000) for _ in range(10))
+    """Products of bytes per second in this thread, over about a millisecond; 0 where there is no such probe."""
+    return cpu.dot_peak(200_000) / seconds(cpu.dot_peak, 200_000)
 
 
 def measure(cpu, isa: str, shape, buffer: np.ndarray, size: int, rows: int, budget: float) -> dict[str, float]:
@@ -57,30 +58,35 @@ def measure(cpu, isa: str, shape, buffer: np.ndarray, size: int, rows: int, budg
     prepare = seconds(cpu.prepare, isa, shape, x.ctypes.data, prepared.ctypes.data, rows)
     prepare = min(prepare, seconds(cpu.prepare, isa, shape, x.ctypes.data, prepared.ctypes.data, rows))
     copies, tiles = len(buffer) // size, -(-shape.n // cpu.tile(isa))
-    peak = dot_peak(cpu)
 
-    def multiply(copy: int, end: int) -> None:
+    def multiply(copy: int, rows: int, end: int) -> None:
         address = buffer.ctypes.data + copy % copies * size
         cpu.linear(isa, shape, address, prepared.ctypes.data, rows, 0, end, y.ctypes.data, shape.n)
 
-    one = seconds(multiply, 0, 1)
-    part = max(1, min(tiles, int(budget / 8 / one)))  # of the tiles: all of them but for slow levels or many rows
+    part = max(
+        1, min(tiles, int(budget / 8 / seconds(multiply, 0, rows, 1)))
+    )  # of the tiles, for slow levels or many rows
     multiplied = part / tiles * size
-    times, ratios, copy, begin = [], [], 0, time.perf_counter()
+    products = rows * part * cpu.tile(isa) * shape.k * shape.activation_bits // 8
+    times, ratios, shares, limits = [], [], [], []
+    copy, begin = 0, time.perf_counter()
     while len(times) < 5 or (time.perf_counter() - begin < budget and len(times) < 4 * copies):
         # other copies for reading than for multiplying, and none twice before all the others
         before = seconds(cpu.read_probe, buffer.ctypes.data + copy % copies * size, size)
-        spent = seconds(multiply, copy + 1, part)
-        after = seconds(cpu.read_probe, buffer.ctypes.data + (copy + 2) % copies * size, size)
-        copy += 3
+        peak = dot_peak(cpu)
+        spent = seconds(multiply, copy + 1, rows, part)
+        one_row = seconds(multiply, copy + 2, 1, part)
+        after = seconds(cpu.read_probe, buffer.ctypes.data + (copy + 3) % copies * size, size)
+        copy += 4
         times.append(spent)
         ratios.append(multiplied / spent / (2 * size / (before + after)))
+        if peak:
+            shares.append(products / spent / peak)
+            limits.append(spent / max(one_row, products / peak / 0.75))
     spent = statistics.median(times)
-    products = rows * part * cpu.tile(isa) * shape.k * shape.activation_bits // 8
     return {
-        "seconds": spent * tiles / part,
-        "of_peak": round(products / spent / peak, 3) if peak else None,
-        "seconds_at_peak": products / peak * tiles / part if peak else 0.0,
+        "of_peak": round(statistics.median(shares), 3) if shares else None,
+        "limit": round(statistics.median(limits), 3) if limits else None,
         "gb_per_s": round(multiplied / spent / 1e9, 2),
         "ratio_to_read": round(statistics.median(ratios), 3),
         "gmac_per_s": round(rows * part * cpu.tile(isa) * shape.k / spent / 1e9, 1),
@@ -187,19 +193,14 @@ def main() -> None:
             copies = max(1 if args.megabytes < 16 else 4, (args.megabytes << 20) // len(segment.data))
             buffer = aligned(copies * len(segment.data))
             buffer.reshape(copies, -1)[:] = segment.data
-            one_row = 0.0
             for rows in args.rows:
                 figures = measure(cpu, isa, segment.shape, buffer, len(segment.data), rows, args.seconds)
-                one_row = figures["seconds"] if rows == 1 else one_row
-                floor = max(one_row, figures.pop("seconds_at_peak") / 0.75)
-                if one_row:
-                    figures["limit"] = round(figures["seconds"] / floor, 3)
                 kind = {"isa": isa, "bits": bits, "activations": activation_bits, "rows": rows}
                 results.append({**kind, "bytes": len(segment.data), **figures})
                 print(
                     f"{isa:>11} {bits}x{activation_bits:<2} {rows:4} rows: {figures['gb_per_s']:6.2f} GB/s, "
                     f"{figures['ratio_to_read']:.3f} of reading, {figures['gmac_per_s']:6.1f} GMAC/s, "
-                    f"{figures['of_peak']} of peak, {figures.get('limit', '-')} limit, "
+                    f"{figures['of_peak']} of peak, {figures['limit']} limit, "
                     f"{figures['prepare_us_per_row']:.1f} us to prepare a row",
                     flush=True,
                 )

@@ -2,7 +2,8 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <cstring>
+#include <string>
+#include <utility>
 
 #include "kernels.h"
 #include "levels.h"
@@ -18,10 +19,14 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Products of bytes that vector instructions added in `rounds` rounds of nothing else; 0 where there is no such probe.
+// Products of bytes that this CPU's vector instructions added in `rounds` rounds of nothing else; 0 where there is no such probe.
 int64_t dot_peak(int64_t rounds) {
 #if defined(__x86_64__)
-    if (std::strstr(supported_isas(), "avx512vnni")) return dot_peak_avx512vnni(rounds);
+    const std::string levels = supported_isas();
+    for (const auto& [level, peak] : {std::pair{"avx512vnni", dot_peak_avx512vnni}, {"avxvnni", dot_peak_avxvnni},
+                                      {"avx2", dot_peak_avx2}}) {
+        if (levels.find(level) != std::string::npos) return peak(rounds);
+    }
 #endif
     static_cast<void>(rounds);
     return 0;

@@ -32,6 +32,8 @@ const AttentionKernels& attention_avx512();
 const ClipKernels& clip_avx2();
 const ClipKernels& clip_avx512();
 // Multiplies bytes in registers and does nothing else; returns how many products it added.
+int64_t dot_peak_avx2(int64_t rounds);
+int64_t dot_peak_avxvnni(int64_t rounds);
 int64_t dot_peak_avx512vnni(int64_t rounds);
 // LinearKernels::linear of weights that are not quantized, for the levels that have these instructions and more.
 void linear_float_avx2(const LinearShape& shape, const void* packed, const void* activations, int64_t rows,

@@ -25,18 +25,21 @@ using std::chrono::microseconds;
 // works, so it soon sleeps, and a sleeper is not called at every phase.
 constexpr microseconds kSpinCrowded{20}, kSpin{100}, kBetweenSteps{100}, kStuck{5000}, kBetweenCalls{100};
 
-// A share is cut in half, and what is left of it again, so many times: all threads end with small parts, and so at about the
-// same time, for few claims.
+// A share is cut in half, and what is left of it again, so many times: all threads end with small parts, and so at about
+// the same time, for few claims.
 constexpr int kParts = 8;
 
+// Parts of n items, or of n pieces of several.
 int parts_of(int64_t n) {
     int parts = 0;
     while (parts < kParts && n >> parts) ++parts;
     return parts;
 }
 
-// Where part i of n items begins.
+// Where part i of n begins.
 int64_t cut(int64_t n, int i) { return i < kParts ? n - (n >> i) : n; }
+
+int64_t pieces(Range items, int64_t least) { return (items.end - items.begin + least - 1) / least; }
 
 void pause_briefly() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -130,7 +133,7 @@ void Team::run(Job job) {
     for (int thread = 0; thread < size_; ++thread) {
         Share& share = shares_[static_cast<size_t>(thread)];
         share.items = {job.items * thread / size_, job.items * (thread + 1) / size_};
-        share.parts = parts_of(share.items.end - share.items.begin);
+        share.parts = parts_of(pieces(share.items, job.least));
         parts += share.parts;
     }
     unfinished_.store(parts, std::memory_order_relaxed);
@@ -165,9 +168,11 @@ int Team::do_parts(int thread) {
         for (int left = share.left.load(); left > 0;) {
             if (thread == 0 && sleepers_.load() > 0) call_helpers();
             if (!share.left.compare_exchange_weak(left, left - 1)) continue;
-            const auto [begin, end] = share.items;
             const int part = share.parts - left;
-            job_.call(job_.work, {begin + cut(end - begin, part), begin + cut(end - begin, part + 1)}, thread);
+            const int64_t n = pieces(share.items, job_.least);
+            const int64_t begin = share.items.begin + cut(n, part) * job_.least;
+            const int64_t end = share.items.begin + cut(n, part + 1) * job_.least;
+            job_.call(job_.work, {begin, std::min(end, share.items.end)}, thread);
             ++done;
             left = share.left.load();
         }

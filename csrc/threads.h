@@ -1,7 +1,7 @@
 // One team of threads for a whole step. Each thread has a share of the work of a phase, one stretch of memory, the same at
 // every step. A share is cut into parts, each half of what is left, and who has done his own claims those of others: all end
-// at about the same time, and a thread that the system has set aside owes nothing, so that on a crowded machine the others
-// go on without it.
+// at about the same time, and a thread that the system has set aside owes no more than the part that it has begun, so that
+// on a crowded machine the others go on without it.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -44,11 +44,12 @@ class Team {
 
     // Calls work(Range part, int thread) for consecutive parts that together cover [0, items), and returns when all are
     // done; what they wrote is seen by the caller and by later runs. Which thread of 0 .. n_threads - 1 does a part is
-    // left to chance, and no thread does two at a time. One run at a time; `work` must not throw.
+    // left to chance, and no thread does two at a time. A part has at least `least` items, but for the last of a share.
+    // One run at a time; `work` must not throw.
     template <class Work>
-    void run(int64_t items, const Work& work) {
+    void run(int64_t items, const Work& work, int64_t least = 1) {
         run({&work, [](const void* what, Range part, int thread) { (*static_cast<const Work*>(what))(part, thread); },
-             items});
+             items, least});
     }
 
     // Nanoseconds that all threads together spent on parts, since it was first switched on.
@@ -69,7 +70,7 @@ class Team {
     struct Job {
         const void* work;
         void (*call)(const void* work, Range part, int thread);
-        int64_t items;
+        int64_t items, least;
     };
 
     void run(Job job);

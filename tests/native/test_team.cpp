@@ -15,12 +15,16 @@ void covers(int threads) {
     bool once = true;
     std::atomic<bool> in_range{true};
     for (int run = 0; run < 2000; run++) {
-        const int64_t items = random.below(40);
+        const int64_t items = random.below(run % 10 ? 40 : 3000);
+        const int64_t least = 1 + random.below(9);
         std::vector<int> counts(static_cast<size_t>(items));  // plain: a race on them is for the sanitizer to see
-        team.run(items, [&](Range part, int thread) {
-            if (thread < 0 || thread >= threads) in_range = false;
+        const auto work = [&](Range part, int thread) {
+            const int64_t of_share = items * (thread + 1) / threads - items * thread / threads;
+            if (thread < 0 || thread >= threads || part.begin >= part.end || part.end > items) in_range = false;
+            if (part.end - part.begin > (of_share + least) / 2 + least && threads > 1) in_range = false;
             for (int64_t i = part.begin; i < part.end; i++) counts[static_cast<size_t>(i)]++;
-        });
+        };
+        team.run(items, work, least);
         for (int count : counts) once &= count == 1;
     }
     check(once && in_range, "each item once with " + std::to_string(threads) + " threads");
