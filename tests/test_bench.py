@@ -8,16 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import tinychat
-from tinychat import checkpoint, cli, memory
+from tinychat import checkpoint, cli, engine, memory
 from tinychat.backends import cpu
-from tinychat.bench import contexts, measure, probe, shapes, traffic, write
+from tinychat.bench import command, contexts, measure, probe, shapes, traffic, write
 from tinychat.bench.random_weights import RandomWeights
 from tinychat.bench.subject import Options, Subject
 from tinychat.cache import KVCache, Rows
+from tinychat.doctor import models
 from tinychat.engine import Engine
-from tinychat.errors import BackendError, ConfigError, UsageError
+from tinychat.errors import BackendError, UsageError
 from tinychat.qtensor import canonical
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,7 @@ TINY = shapes.Shape(
     },
     group_size=32,
 )
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 128}
 QKV, OUT, UP, DOWN = 64 * (64 + 2 * 32), 64 * 64, 64 * 256, 128 * 64  # weights of a block
 BLOCK, TABLE, HEAD_DIM = QKV + OUT + UP + DOWN, 80 * 64, 16
 BODY = 3 * (BLOCK * (4 + 20 / 32) / 8 + 2 * 64 * 2) + 64 * 2  # codes, scales and zeros; norms
@@ -84,12 +87,7 @@ def run(*argv: str) -> int:
 )
 def test_shapes_are_those_of_the_published_models(name, parameters):
     shape = shapes.find(name)
-    try:
-        config, names = shape.translate()
-    except ConfigError as error:
-        assert "is not supported" in str(error) and name in ("mpt-7b", "falcon-7b")
-        return
-    assert RandomWeights(config, names, shape.group_size).n_parameters == parameters
+    assert RandomWeights(*shape.translate(), shape.group_size).n_parameters == parameters
 
 
 def test_other_engines_read_the_shapes_too():
@@ -140,6 +138,28 @@ def test_a_written_shape_loads(tmp_path, plain):
     assert transformers.AutoConfig.from_pretrained(path).hidden_size == 64
 
 
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("mpt-7b", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}),
+        ("falcon-7b", {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}),
+        ("qwen3-0.6b", {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}),
+    ],
+)
+def test_written_shapes_of_other_families_load(tmp_path, name, changes, plain):
+    shape = shapes.Shape({**shapes.find(name).hf_config, **changes, "vocab_size": 80}, group_size=32)
+    opened = checkpoint.open(write.write(shape, tmp_path / "model", plain=plain))
+    weights = RandomWeights(*shape.translate(), None if plain else 32)
+    assert (opened.n_parameters, opened.n_quantized) == (weights.n_parameters, weights.n_quantized)
+    assert opened.config.tied_head and (opened.n_quantized == 0) == plain
+    need, there = (traffic.of(source, head_bits=8) for source in (weights, opened))
+    assert there == need
+    with tinychat.load(opened.path) as llm:
+        found = llm.logits([1, 2, 3])
+    assert np.isfinite(found).all() and found.std() > 0.1
+
+
 # ---- what a token reads ----------------------------------------------------------------------------------------------
 
 
@@ -154,6 +174,33 @@ def test_traffic_counts_what_is_needed(tmp_path, head_bits, head):
         assert (need.head, need.table, need.row) == (head, 2 * TABLE, 2 * 64)
         assert need.kv(10) == 3 * 10 * 2 * 2 * HEAD_DIM * 2  # layers, positions, keys and values, heads, fp16
         assert need.token(10) == BODY + head + 2 * 64 + need.kv(10)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize(
+    "changes, biased",
+    [
+        ({"model_type": "phi", "hidden_act": "gelu_new"}, True),
+        ({"tie_word_embeddings": False}, False),
+        ({"tie_word_embeddings": True}, False),
+    ],
+    ids=["a bias", "untied", "tied"],
+)
+def test_a_rounded_head_reads_a_byte_a_weight(tmp_path, changes, biased, dtype):
+    shape = shapes.Shape({**TINY.hf_config, **changes}, group_size=32)
+    path = write.write(shape, tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys():
+        tensors[name] = tensors[name].astype(dtype)
+    if biased:
+        tensors["lm_head.bias"] = np.zeros(80, dtype)
+    save_file(tensors, path / "model.safetensors")
+    source, bias = checkpoint.open(path), 80 * dtype().itemsize if biased else 0
+    assert traffic.of(source, head_bits=16).head == TABLE * dtype().itemsize + bias
+    need = traffic.of(source, head_bits=8)
+    assert need.head == TABLE * (1 + 2 / 128) + bias
+    sized = models.checked(source, cpu.FOOTPRINT, None, None, None, None)
+    assert sized["bytes_per_token"] == round(need.token(models.SPEED_CONTEXT))
 
 
 def test_traffic_of_a_tied_head_and_a_window():
@@ -320,6 +367,26 @@ def test_a_shape_goes_as_far_as_it_is_asked_and_a_model_does_not(tmp_path, tiny)
         contexts.chosen(Subject(Options(model=str(path))), (0, 97))
 
 
+def test_contexts_asked_for_that_do_not_fit_are_refused_before_anything_runs(tiny, monkeypatch, capsys):
+    subject = Subject(Options(model=None, shape="llama-3-8b"))
+    asked, total = (0, 32768), subject.memory(32768 + contexts.MOST)["total"]
+    for free, message in (
+        (total - 1, r"32800\) and .* choose a smaller context \(--contexts\)"),
+        (total, "KV cache"),  # the probe has its buffer beside it
+    ):
+        monkeypatch.setattr(memory, "available", lambda free=free: free)
+        with pytest.raises(BackendError, match=message):
+            contexts.chosen(subject, asked)
+    monkeypatch.setenv("TINYCHAT_NO_MEMORY_CHECK", "1")
+    assert contexts.chosen(subject, asked) == asked
+    monkeypatch.delenv("TINYCHAT_NO_MEMORY_CHECK")
+    monkeypatch.setattr(memory, "available", lambda: total + contexts.BUFFER_BYTES)
+    assert contexts.chosen(subject, asked) == asked
+    monkeypatch.setattr(Subject, "load", lambda *given: pytest.fail("it was loaded"))
+    assert run("bench", "--shape", "tiny", "--contexts", "0", str(10**8)) == 1
+    assert "KV cache at context 100000032" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "fp32", "int8"])
 def test_the_cache_is_filled_with_entries_that_differ(dtype):
     cache = KVCache(n_layers=2, n_slots=1, n_kv_heads=2, capacity=50, head_dim=16, dtype=dtype)
@@ -416,6 +483,45 @@ def test_a_written_shape_is_measured_without_contexts(tiny, capsys, tmp_path):
     assert "contexts" not in found and found["weights"] == "4-bit AWQ g32"
 
 
+@pytest.mark.parametrize("options, bits", [((), "4-bit"), (("--float",), "fp16")])
+def test_what_was_written_is_told_as_json(tiny, capsys, tmp_path, options, bits):
+    path = tmp_path / "model"
+    assert run("bench", "--shape", "tiny", "--write", str(path), *options, "--json") == 0
+    text, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert 0 < found.pop("seconds") < 60
+    size = (path / "model.safetensors").stat().st_size
+    assert found == {"path": str(path), "shape": "tiny", "weights": f"random {bits} weights", "bytes": size}
+    assert text == f"{path}: tiny, random {bits} weights, 0.00 GB"
+
+
+@needs_kernels
+@pytest.mark.parametrize("head, activations", [((), 16), (("--head", "8"), 8)])
+def test_activations_are_those_in_use(tiny, monkeypatch, capsys, tmp_path, head, activations):
+    monkeypatch.setattr(engine, "_warned", set())
+    path = write.write(TINY, tmp_path / "model", plain=True)
+    options = ("--activations", "8", *head, "--repeats", "1", "--tokens", "5", "--contexts", "--json")
+    assert run("bench", str(path), *options) == 0
+    shown = capsys.readouterr()
+    assert ("8-bit activations meet quantized weights only" in shown.err) == (activations == 16)
+    *text, last = shown.out.splitlines()
+    assert json.loads(last)["activations"] == activations and f" {activations}-bit activations" in text[1]
+
+
+@needs_kernels
+def test_a_run_that_fails_loses_nothing_of_those_before(tiny, monkeypatch, capsys):
+    def measured(options, threads, several):
+        if threads == 2:
+            raise BackendError("no room for two")
+        return command._measure(options, threads)
+
+    monkeypatch.setattr(command, "_measured", measured)
+    options = ("--repeats", "1", "--tokens", "5", "--contexts", "--threads", "1", "2")
+    assert run("bench", "--shape", "tiny", *options) == 1
+    shown = capsys.readouterr()
+    assert "1 thread ·" in shown.out and "pp64" in shown.out and "no room for two" in shown.err
+
+
 @pytest.mark.parametrize(
     "argv, code, message",
     [
@@ -425,6 +531,15 @@ def test_a_written_shape_is_measured_without_contexts(tiny, capsys, tmp_path):
         (("--write", "somewhere"), 2, "--write needs --shape"),
         (("pebble", "--bits", "3"), 2, "a model has its own"),
         (("--shape", "tiny", "--write", "somewhere", "--bits", "3"), 2, "--write writes 4 bits"),
+        *(
+            (("--shape", "tiny", "--write", "somewhere", *given), 2, f"{given[0]} is for measuring, and --write")
+            for given in (
+                *(("--threads", "1"), ("--contexts",), ("--contexts", "0"), ("--tokens", "9"), ("--repeats", "1")),
+                *(("--min-probe", "9"), ("--device", "cpu"), ("--ctx-size", "9"), ("--kv-type", "int8")),
+                *(("--activations", "8"), ("--head", "8"), ("--revision", "r"), ("--offline",)),
+                ("--ignore-config", "key"),
+            )
+        ),
         (("--shape", "tiny", "--contexts", "-1"), 2, "expected a whole number, 0 or more"),
         (("--shape", "tiny", "-c", "200"), 2, "the model has 128 positions"),
         (("--shape", "tiny", "--tokens", "125"), 2, "need a context of 129"),

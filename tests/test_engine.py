@@ -432,20 +432,19 @@ def test_a_closed_engine_says_so():
 @pytest.fixture
 def parts(monkeypatch, tmp_path):
     """Fake checkpoint, tokenizer and backend behind `load`; what they were asked is recorded."""
-    asked = SimpleNamespace(why="the fastest available", backend="cpu", builds=[], config=tiny_config())
+    asked = SimpleNamespace(why="the fastest available", backend="cpu", builds=[], config=tiny_config(), n_quantized=0)
     source = SimpleNamespace(
         generation_config={"eos_token_id": 7},
         hf_config={},
         quantization=None,
         n_parameters=260_000,
-        n_quantized=0,
         bits=4,
         file_bytes=1001,
         tokenizer=ByteTokenizer,
     )
 
     def open_(path, ignore_config=()):
-        source.config = asked.config
+        source.config, source.n_quantized = asked.config, asked.n_quantized
         return source
 
     def build(source, *, ctx_size, n_slots, **options):
@@ -511,6 +510,22 @@ def test_a_slow_backend_is_never_silent_and_says_so_once(parts, monkeypatch, rec
         "the slow reference backend runs the model: cpu not used: the extension is not built; install it"
     ]
     assert "not built" not in llm.description
+
+
+def test_activations_that_change_nothing_are_not_claimed(parts, monkeypatch, recwarn):
+    monkeypatch.setattr(engine_module, "_warned", set())
+    for _ in range(2):
+        plain = tinychat.load("pebble", activations=8)
+    assert [str(w.message) for w in recwarn] == [
+        "8-bit activations meet quantized weights only and this model has none: they change nothing here"
+    ]
+    assert "activations" not in plain.description
+    parts.n_quantized = 1000
+    quantized = tinychat.load("pebble", activations=8, head=16)
+    parts.n_quantized = 0
+    rounded = tinychat.load("pebble", activations=8, head=8)
+    assert len(recwarn) == 1
+    assert all(", 8-bit activations ·" in llm.description for llm in (quantized, rounded))
 
 
 def test_a_larger_context_is_suggested_only_where_the_model_has_one(parts):

@@ -132,6 +132,7 @@ def test_logits_equal_transformers(family, stored, backend, tmp_path):
     if stored.startswith("Q"):
         each, of_head = {"Q4_0": (4.5, 8.5), "Q8_0": (8.5, 16)}[stored]
         assert need.quantized == linears * each / 8 and need.head == 97 * 64 * of_head / 8
+    assert traffic.of(found, head_bits=8).head == 97 * 64 * (8.5 / 8 if stored == "Q4_0" else 1 + 2 / 128)
 
 
 @every_backend

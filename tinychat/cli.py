@@ -67,7 +67,7 @@ A MODEL is a directory, an id on the Hugging Face hub, or 'pebble'. TINYCHAT_DEB
     for name, summary, fill, run in (
         ("chat", "talk to a model in the terminal", _chat_options, _chat),
         ("generate", "continue a text, for scripts", _generate_options, _generate),
-        ("quantize", "make a 4-bit checkpoint", _quantize_options, _quantize),
+        ("quantize", "make a checkpoint of 4 bits, or 2, 3, 8", _quantize_options, _quantize),
         ("eval", "how well a model predicts a text, and what its quantization cost", evaluation.fill, evaluation.run),
         ("bench", "how fast a model runs here, and how near the machine's limit", bench.fill, bench.run),
         ("info", "what a model is, the memory it needs, its backend", _info_options, _info),

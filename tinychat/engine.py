@@ -66,7 +66,8 @@ def load(
 
     Raises a TinychatError: UsageError, CheckpointError, ConfigError, TokenizerError or BackendError, the last also
     where the memory would not do (TINYCHAT_NO_MEMORY_CHECK=1 skips that check). On a backend slower than the best,
-    taken because that one cannot run, a RuntimeWarning says why, once in a process.
+    taken because that one cannot run, a RuntimeWarning says why, once in a process; another, where nothing is quantized
+    that activations of 8 bits could meet.
     """
     from tinychat import backends, checkpoint
 
@@ -102,6 +103,9 @@ def load(
     if device == "auto" and why != FASTEST:
         backend = module.__name__.rpartition(".")[2]
         _warn_once(f"the {'slow ' if backend == 'reference' else ''}{backend} backend runs the model: {why}")
+    used = activation_bits(activations, source.n_quantized, head)
+    if used != activations:
+        _warn_once("8-bit activations meet quantized weights only and this model has none: they change nothing here")
     name = path.resolve().name if Path(model).exists() else Path(model).name
     n = source.n_parameters
     weights = f"{n / 1e9:.2f}B parameters" if n >= 1e9 else f"{n / 1e6:.1f}M parameters"
@@ -109,7 +113,7 @@ def load(
         runner,
         words,
         description=f"{name}: {config.model_type}, {weights}, {precision(source)}"
-        f"{_unusual(source, head, activations, module.FOOTPRINT)} · {module.describe()} · context {size}",
+        f"{_unusual(source, head, used, module.FOOTPRINT)} · {module.describe()} · context {size}",
         generation_config=source.generation_config,
         eos_ids=_eos_ids(source.generation_config, source.hf_config, words),
     )
@@ -444,6 +448,11 @@ def precision(checkpoint: Any) -> str:
     if q is None:
         return str(checkpoint.config.dtype)
     return f"{q.bits}-bit {q.method.upper()} " + ("per row" if q.group_size == -1 else f"g{q.group_size}")
+
+
+def activation_bits(asked: int, n_quantized: int, head: int) -> int:
+    """Bits that activations keep: as asked for where a weight is quantized, be it the head alone; else 16."""
+    return asked if n_quantized or head == 8 else 16
 
 
 def _unusual(checkpoint: Any, head: int, activations: int, footprint: memory.Footprint) -> str:

@@ -108,17 +108,17 @@ def system(root: Path = _ROOT) -> dict[str, int]:
     return {name: kilobytes * 1024 for name, kilobytes in _fields(root / "proc/meminfo").items()}
 
 
-def check(needed: dict[str, int], ctx_size: int, free: int | None) -> None:
+def check(needed: dict[str, int], ctx_size: int, free: int | None, option: str = "--ctx-size") -> None:
     """BackendError where `needed` (see `estimate`) is more than the bytes `free`, of which None says nothing.
 
-    `TINYCHAT_NO_MEMORY_CHECK=1` skips it.
+    `option` is what asks for a context. `TINYCHAT_NO_MEMORY_CHECK=1` skips it.
     """
     if free is None or needed["total"] <= free or os.environ.get(UNCHECKED, "0") not in ("", "0"):
         return
     raise BackendError(
         f"the model needs about {megabytes(needed['total'])} of memory ({megabytes(needed['weights'])} weights, "
         f"{megabytes(needed['kv_cache'])} KV cache at context {ctx_size}) and {megabytes(free)} are available; "
-        f"choose a smaller context (--ctx-size) or model, or set {UNCHECKED}=1 to try all the same"
+        f"choose a smaller context ({option}) or model, or set {UNCHECKED}=1 to try all the same"
     )
 
 

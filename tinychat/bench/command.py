@@ -9,6 +9,7 @@ import argparse
 import json
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from tinychat.arguments import add_device, add_model, add_source, device_options, one_model, source_options, whole
@@ -17,6 +18,8 @@ from tinychat.progress import Loading, Status
 
 if TYPE_CHECKING:
     from tinychat.bench.subject import Options
+
+WRITING = ("model", "model_flag", "shape", "write", "float", "json", "bits", "group_size")  # have words of their own
 
 
 def fill(parser: argparse.ArgumentParser) -> None:
@@ -84,12 +87,15 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--float says what --write writes; give --write DIR, or leave --float out")
     if args.write is not None:
         return _write(args)
-    options = _options(args)
-    counts = args.threads or [None]
-    results = [_measured(options, count, several=len(counts) > 1) for count in counts]
     from tinychat.bench.report import report
 
-    print("\n\n".join(map(report, results)))
+    options = _options(args)
+    counts = args.threads or [None]
+    results: list[dict[str, Any]] = []
+    for count in counts:
+        result = _measured(options, count, several=len(counts) > 1)
+        print(("\n" if results else "") + report(result), flush=True)  # at once: the next run may fail
+        results.append(result)
     if args.json:
         print(json.dumps(results[0] if len(results) == 1 else {**results[-1], "runs": results}))
     return 0
@@ -142,18 +148,28 @@ def _measure(options: Options, threads: int | None) -> dict[str, Any]:
 def _write(args: argparse.Namespace) -> int:
     if args.shape is None:
         raise UsageError("--write needs --shape NAME: it writes a shape with random weights, not a model there is")
+    for action in args.parser._actions:
+        if action.dest not in WRITING and getattr(args, action.dest, action.default) != action.default:
+            option = next(name for name in action.option_strings if name.startswith("--"))
+            raise UsageError(f"{option} is for measuring, and --write measures nothing; leave {option} out")
     from tinychat.bench import shapes
     from tinychat.bench.write import write
 
     shape = shapes.find(args.shape)
+    began = time.monotonic()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinding removes what is half written
     try:
         with Loading(args.write, "writing") as progress:
             path = write(shape, args.write, plain=args.float, progress=progress)
     finally:
         signal.signal(signal.SIGTERM, before)
+    seconds = time.monotonic() - began
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    print(f"{path}: {args.shape}, random {'fp16' if args.float else '4-bit'} weights, {size / 1e9:.2f} GB")
+    weights = f"random {'fp16' if args.float else '4-bit'} weights"
+    print(f"{path}: {args.shape}, {weights}, {size / 1e9:.2f} GB")
+    if args.json:
+        facts = {"path": str(path), "shape": args.shape, "weights": weights, "bytes": size, "seconds": seconds}
+        print(json.dumps(facts))
     return 0
 
 

@@ -36,9 +36,9 @@ def chosen(subject: Subject, asked: tuple[int, ...] | None) -> tuple[int, ...]:
     (of a model too short for them, none and as long as it goes).
 
     UsageError where one that was asked for is beyond the model's limit. A shape has random weights, whose speed does
-    not end there: of it, any may be asked for.
+    not end there: of it, any may be asked for. BackendError where the memory would not hold the longest.
     """
-    config, limit = subject.config, subject.limit
+    config, limit, free = subject.config, subject.limit, subject.free
     if asked is not None:
         beyond = [context for context in asked if context + MOST > limit]
         if beyond and subject.options.shape is None:
@@ -46,8 +46,13 @@ def chosen(subject: Subject, asked: tuple[int, ...] | None) -> tuple[int, ...]:
                 f"a context of {beyond[0]} cannot be measured: the model has {limit} positions, and {MOST} are kept to "
                 f"decode in; ask for at most {max(0, limit - MOST)} (--contexts)"
             )
+        if asked:
+            size = max(asked) + MOST
+            needed = subject.memory(size)
+            if free is not None:  # the probe has its buffer by then, made beside the model at a short context
+                needed["total"] += min(BUFFER_BYTES, max(0, free - subject.memory(0)["total"]) // 4)
+            memory.check(needed, size, free, "--contexts")
         return tuple(sorted(set(asked)))
-    free = getattr(subject.backend, "free_bytes", memory.available)()
     grouped = config.n_kv_heads < config.n_heads
     candidates = CONTEXTS if CONTEXTS[1] + MOST <= limit else (0, limit - MOST)
     return tuple(

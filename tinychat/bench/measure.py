@@ -283,7 +283,7 @@ def _what(subject: Subject, threads: int | None) -> dict[str, Any]:
         "backend": name,
         "isa": extension().isa() if name == "cpu" else None,
         "threads": None if subject.on_gpu else cpu.thread_count(threads),
-        "activations": subject.options.activations,
+        "activations": subject.activations,
         "head": subject.head,
         "kv_dtype": subject.options.kv_dtype,
     }

@@ -85,9 +85,20 @@ class Subject:
         return self.options.head or (8 if self.source.n_quantized else 16)
 
     @property
+    def activations(self) -> int:
+        """Bits that activations keep."""
+        return engine.activation_bits(self.options.activations, self.source.n_quantized, self.head)
+
+    @property
     def limit(self) -> int:
         """Positions that the model can use."""
         return engine.max_context_size(self.config)
+
+    @property
+    def free(self) -> int | None:
+        """Bytes left of the memory that will hold it; None where nobody knows."""
+        found: int | None = getattr(self.backend, "free_bytes", memory.available)()
+        return found
 
     def memory(self, ctx_size: int) -> dict[str, int]:
         """See `memory.estimate`."""
@@ -102,8 +113,7 @@ class Subject:
         """
         o = self.options
         if isinstance(self.source, RandomWeights):
-            free = getattr(self.backend, "free_bytes", memory.available)()
-            memory.check(self.memory(ctx_size), ctx_size, free)
+            memory.check(self.memory(ctx_size), ctx_size, self.free)
             runner = self.backend.build(
                 self.source,
                 ctx_size=ctx_size,

@@ -58,25 +58,23 @@ class Traffic:
 def of(source: RandomWeights | checkpoint.Checkpoint, *, head_bits: int = 16, kv_dtype: str = "fp16") -> Traffic:
     """The traffic of `source`. `head_bits` 8: a head that is not quantized is rounded to 8 bits at load."""
     c = source.config
-    sizes = _of_random(source) if isinstance(source, RandomWeights) else _of_files(source)
-    body, quantized, head, table, experts = sizes
+    found = _of_random(source, head_bits) if isinstance(source, RandomWeights) else _of_files(source, head_bits)
+    body, quantized, head, table, experts = found
     idle = experts * (1 - c.experts.n_used / c.experts.n_experts) if c.experts else 0
-    if head_bits == 8 and head == c.vocab_size * c.table_width * 2:  # not one that the file holds in 4 bits
-        head = c.vocab_size * c.table_width * (1 + 2 / HEAD_GROUP)
     return Traffic(
         c, body, quantized, head, table / c.vocab_size, 0 if c.tied_head else table, KV_ITEMSIZE[kv_dtype], idle
     )
 
 
-def _of_random(source: RandomWeights) -> tuple[float, float, float, float, float]:
+def _of_random(source: RandomWeights, head_bits: int) -> tuple[float, float, float, float, float]:
     """See `_of_files`."""
     c = source.config
     table = c.vocab_size * c.table_width * 2
     body = source.file_bytes - table * (1 if c.tied_head else 2)
-    return body, source.quantized_bytes, table, table, source.expert_bytes
+    return body, source.quantized_bytes, _plain_head(c, head_bits, table), table, source.expert_bytes
 
 
-def _of_files(source: checkpoint.Checkpoint) -> tuple[float, float, float, float, float]:
+def _of_files(source: checkpoint.Checkpoint, head_bits: int) -> tuple[float, float, float, float, float]:
     """Bytes of the body, of what is quantized in it, of the head, of the embedding table and of the experts."""
     shards, names = source.shards, source.names
     infos = {name: shards.info(name) for name in shards.names}
@@ -85,7 +83,11 @@ def _of_files(source: checkpoint.Checkpoint) -> tuple[float, float, float, float
     embed = infos[f"{names.embed}.weight"]
     table = math.prod(embed.shape) * DTYPES[embed.dtype].itemsize  # as it is held: in GGUF it may be stored otherwise
     sizes.pop(f"{names.positions}.weight", None)  # one row is read
-    head = sum(sizes.pop(name) for name in list(sizes) if name.startswith(f"{names.head}."))
+    head_bias = sizes.pop(f"{names.head}.bias", 0)
+    stored = sum(sizes.pop(name) for name in list(sizes) if name.startswith(f"{names.head}."))
+    head: float = table if source.config.tied_head else stored
+    if names.head not in source.quantized:
+        head = _plain_head(source.config, head_bits, head)
     body = {name: size for name, size in sizes.items() if not name.endswith(names.ignored)}
     parts = (name for name in body if not name.endswith(".bias"))
     quantized = sum(body[name] for name in parts if name.rpartition(".")[0] in source.quantized)
@@ -93,4 +95,9 @@ def _of_files(source: checkpoint.Checkpoint) -> tuple[float, float, float, float
     places = [(linear, layer) for layer in sparse for linear in ("up", "down")]
     modules = {part.module for place in places for part in segments(source.config, names, *place)}
     experts = sum(size for name, size in body.items() if name.rpartition(".")[0] in modules)
-    return sum(body.values()), quantized, table if source.config.tied_head else head, table, experts
+    return sum(body.values()), quantized, head + head_bias, table, experts
+
+
+def _plain_head(config: ModelConfig, bits: int, stored: float) -> float:
+    """Bytes of a head's weights that take `stored` of them where they are not rounded to 8 bits at load."""
+    return config.vocab_size * config.table_width * (1 + 2 / HEAD_GROUP) if bits == 8 else stored

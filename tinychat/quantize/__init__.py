@@ -1,4 +1,4 @@
-"""The offline half of tinychat: an unquantized checkpoint in, a 4-bit AWQ checkpoint out.
+"""The offline half of tinychat: an unquantized checkpoint in, one of 4 bits (AWQ), or 2, 3 or 8 (GPTQ), out.
 
 A `method` is made of stages, each one file (`awq`, `rtn`); all end on a `grid`. `groups` says where scales fold;
 `activations` carries `calibration` tokens through the model layer by layer; `pipeline` joins them to a checkpoint;
