@@ -8,8 +8,8 @@ The matrix lies in memory many times over and the copies are used in turn, so th
 and a small --n, one copy that the cache holds). Reading and multiplying alternate in slices of the same buffer, and the
 ratio is the median over slices: the bandwidth of a shared machine changes from minute to minute. GB/s counts packed
 bytes once per pass, whatever the number of rows; GMAC/s counts multiplications of one code and one activation. "of
-peak" is the share of what this CPU can multiply in bytes and add (16-bit activations: two products); "limit" the time
-over the larger of one row's time and that of the products at 0.75 of the peak; all are measured in turns. --turns
+peak" is the share of what its vector instructions can multiply in bytes and add (16-bit activations: two products);
+"limit" the time over the larger of one row's time and that of the products at 0.75 of the peak; all in turns. --turns
 multiplies one row with weights of several widths, bits:group, in turns, and sets the speed of each against the first's.
 Times are the thread's, not the clock's: what other programs take of the core does not count. The last line is one JSON
 object.

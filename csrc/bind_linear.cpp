@@ -23,6 +23,7 @@ T* pointer(uintptr_t address) {
 int64_t dot_peak(int64_t rounds) {
 #if defined(__x86_64__)
     const std::string levels = supported_isas();
+    if (levels.find("avx512") != std::string::npos && levels.find("avx512vnni") == std::string::npos) return 0;
     for (const auto& [level, peak] : {std::pair{"avx512vnni", dot_peak_avx512vnni}, {"avxvnni", dot_peak_avxvnni},
                                       {"avx2", dot_peak_avx2}}) {
         if (levels.find(level) != std::string::npos) return peak(rounds);
@@ -111,5 +112,5 @@ void bind_linear(py::module_& m) {
         py::arg("address"), py::arg("bytes"), py::arg("threads") = 1,
         "Seconds in which `threads` threads read a 64-byte aligned buffer, each its part; see csrc/read_probe.h.");
     m.def("dot_peak", &dot_peak, release(), py::arg("rounds"),
-          "Multiplies bytes in registers (AVX-512 VNNI) and returns how many products it added; 0 without it.");
+          "Multiplies bytes in registers and returns how many products it added; 0 where there is no such probe.");
 }

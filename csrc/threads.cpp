@@ -25,8 +25,8 @@ using std::chrono::microseconds;
 // works, so it soon sleeps, and a sleeper is not called at every phase.
 constexpr microseconds kSpinCrowded{20}, kSpin{100}, kBetweenSteps{100}, kStuck{5000}, kBetweenCalls{100};
 
-// A share is cut in half, and what is left of it again, so many times: all threads end with small parts, and so at about
-// the same time, for few claims.
+// A share is cut in half, and what is left of it again, into so many parts: all threads end with small ones, and so at
+// about the same time, for few claims.
 constexpr int kParts = 8;
 
 // Parts of n items, or of n pieces of several.

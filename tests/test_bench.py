@@ -371,7 +371,7 @@ def test_contexts_asked_for_that_do_not_fit_are_refused_before_anything_runs(tin
     subject = Subject(Options(model=None, shape="llama-3-8b"))
     asked, total = (0, 32768), subject.memory(32768 + contexts.MOST)["total"]
     for free, message in (
-        (total - 1, r"32800\) and .* choose a smaller context \(--contexts\)"),
+        (total - 1, r"32800, .* read probe\) and .* choose a smaller context \(--contexts\)"),
         (total, "KV cache"),  # the probe has its buffer beside it
     ):
         monkeypatch.setattr(memory, "available", lambda free=free: free)

@@ -115,9 +115,10 @@ def check(needed: dict[str, int], ctx_size: int, free: int | None, option: str =
     """
     if free is None or needed["total"] <= free or os.environ.get(UNCHECKED, "0") not in ("", "0"):
         return
+    probe = f", {megabytes(needed['probe'])} read probe" if "probe" in needed else ""
     raise BackendError(
         f"the model needs about {megabytes(needed['total'])} of memory ({megabytes(needed['weights'])} weights, "
-        f"{megabytes(needed['kv_cache'])} KV cache at context {ctx_size}) and {megabytes(free)} are available; "
+        f"{megabytes(needed['kv_cache'])} KV cache at context {ctx_size}{probe}) and {megabytes(free)} are available; "
         f"choose a smaller context ({option}) or model, or set {UNCHECKED}=1 to try all the same"
     )
 

@@ -19,7 +19,8 @@ int64_t dot_peak_avx2(int64_t rounds) {
 #pragma GCC unroll 12
         for (auto& sum : sums) {
 #ifdef __AVXVNNI__
-            __asm__ volatile("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(x));
+            sum = _mm256_dpbusd_avx_epi32(sum, codes, x);
+            __asm__ volatile("" : "+x"(sum));
 #else
             __m256i product;
             __asm__ volatile(

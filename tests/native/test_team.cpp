@@ -21,6 +21,9 @@ void covers(int threads) {
         const auto work = [&](Range part, int thread) {
             const int64_t of_share = items * (thread + 1) / threads - items * thread / threads;
             if (thread < 0 || thread >= threads || part.begin >= part.end || part.end > items) in_range = false;
+            bool last = false;  // of a share: only there a part may be short
+            for (int t = 0; t < threads; t++) last |= part.end == items * (t + 1) / threads;
+            if (part.end - part.begin < least && !last) in_range = false;
             if (part.end - part.begin > (of_share + least) / 2 + least && threads > 1) in_range = false;
             for (int64_t i = part.begin; i < part.end; i++) counts[static_cast<size_t>(i)]++;
         };

@@ -221,7 +221,7 @@ class CudaLinear:
             if bias is None:
                 torch.mm(x, values.T, out=out)
             else:
-                torch.addmm(bias.to(x.dtype), x, values.T, out=out)  # rounded once
+                torch.addmm(bias.to(x.dtype), x, values.T, out=out)  # the sum is rounded once
             return
         out.copy_(x @ values.T)
         if bias is not None:

@@ -50,7 +50,8 @@ def chosen(subject: Subject, asked: tuple[int, ...] | None) -> tuple[int, ...]:
             size = max(asked) + MOST
             needed = subject.memory(size)
             if free is not None:  # the probe has its buffer by then, made beside the model at a short context
-                needed["total"] += min(BUFFER_BYTES, max(0, free - subject.memory(0)["total"]) // 4)
+                needed["probe"] = min(BUFFER_BYTES, max(0, free - subject.memory(0)["total"]) // 4)
+                needed["total"] += needed["probe"]
             memory.check(needed, size, free, "--contexts")
         return tuple(sorted(set(asked)))
     grouped = config.n_kv_heads < config.n_heads

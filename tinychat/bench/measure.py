@@ -198,11 +198,12 @@ def measure(subject: Subject, threads: int | None, say: Say = lambda text: None)
     o = subject.options
     lengths = Lengths.of(subject.limit, o.tokens, o.ctx_size)
     asked = contexts.chosen(subject, o.contexts)
-    need = traffic.of(subject.source, head_bits=subject.head, kv_dtype=o.kv_dtype)
 
     began = time.perf_counter()
     llm = subject.load(lengths.ctx_size, threads, lambda done, total: say(f"loading: {100 * done // total} %"))
     load_s = time.perf_counter() - began
+    kv_dtype = llm.runner.cache.kv_dtype  # a backend may keep less than was asked for
+    need = traffic.of(subject.source, head_bits=subject.head, kv_dtype=kv_dtype)
     session = Session(llm)
     resident = session.watch.weight_bytes
     say("warming up")
@@ -251,6 +252,7 @@ def measure(subject: Subject, threads: int | None, say: Say = lambda text: None)
         "cache_bytes": cache,
         "overhead_fraction": statistics.median(a - b for a, b in zip(latencies, steps, strict=True)) / token_s,
         "outside_kernels_fraction": None if kernels is None else 1 - kernels,
+        "kv_dtype": kv_dtype,
         "load_s": load_s,
         "peak_rss_bytes": peak,
         "peak_device_bytes": peak_device,
@@ -285,7 +287,6 @@ def _what(subject: Subject, threads: int | None) -> dict[str, Any]:
         "threads": None if subject.on_gpu else cpu.thread_count(threads),
         "activations": subject.activations,
         "head": subject.head,
-        "kv_dtype": subject.options.kv_dtype,
     }
 
 

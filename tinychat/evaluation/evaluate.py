@@ -182,7 +182,9 @@ def evaluate(
     with ExitStack() as stack:
         engines = [stack.enter_context(s.loaded(options, progress)) for s in both]
         runners = [stack.enter_context(e.exclusive()) for e in engines]
-        settings["kv_dtype"] = runners[0].cache.kv_dtype  # which may be less than was asked for
+        for of, runner in zip(both, runners, strict=True):
+            if of.engine is None:  # a backend may keep less than was asked for
+                settings["kv_dtype"] = runner.cache.kv_dtype
         bar = stack.enter_context(
             tqdm(total=n_tokens, desc="evaluating", unit="token", leave=False, disable=None if progress else True)
         )

@@ -31,6 +31,7 @@ HUB = "hf:"  # begins the name of a dataset
 PIECE_CHARACTERS = 8  # per token: more than any common tokenizer's average, so that a piece fills a sequence
 ENOUGH_TOKENS = 2048  # below which a set is warned of
 CACHE_BYTES = 1 << 29  # of the KV cache that sampling takes
+SAMPLED_LINES = 64  # that tell how long the lines of a file are
 RECORDS = 100_000  # of a hub's dataset looked at, at most
 
 
@@ -88,7 +89,7 @@ def load(
 
 def check_ids(sequences: Sequence[Sequence[int]], vocab_size: int) -> None:
     """TokenizerError where a token has no row in the embedding."""
-    if (largest := max(map(max, sequences))) >= vocab_size:
+    if (largest := max((max(sequence) for sequence in sequences if len(sequence)), default=0)) >= vocab_size:
         raise TokenizerError(
             f"the calibration text has token id {largest} and the model ids 0 to {vocab_size - 1}: the tokenizer, or "
             f"its chat template, is not this model's; give no text, to have it sampled from the model itself"
@@ -264,9 +265,16 @@ def _texts(path: Path, loaded: tokenizers.Tokenizer, count: int, characters: int
     if path.suffix == ".jsonl":
         # not splitlines(): JSON may hold other characters that end lines for it
         lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-        wanted = max(count, -(-count * characters * len(lines) // max(1, len(content))))
-        texts = (_record(line, f"{path}, line {number}", loaded) for number, line in _evenly(lines, wanted))
-        yield from texts if len(lines) <= count else _joined(texts, count, characters)
+
+        def rendered(n: int) -> Iterator[str]:
+            return (_record(line, f"{path}, line {number}", loaded) for number, line in _evenly(lines, n))
+
+        if len(lines) <= count:
+            yield from rendered(count)
+        else:
+            sizes = list(map(len, rendered(min(count, SAMPLED_LINES))))
+            wanted = -(-count * characters * len(sizes) // max(1, sum(sizes)))
+            yield from _joined(rendered(wanted), count, characters)
         return
     if not content.strip():
         return

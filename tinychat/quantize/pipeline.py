@@ -147,7 +147,7 @@ def quantize(
 def _unscaled(method: Method, config: ModelConfig) -> list[str]:
     if method.transformation is None or method.act_scales or not passes_activation(config):
         return []
-    return ["what the MLP's last linear reads is not scaled: no engine would find its scales in such a checkpoint"]
+    return ["what the MLP's last linear reads is not scaled: other engines would not find the scales in such files"]
 
 
 class _State:
