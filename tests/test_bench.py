@@ -603,3 +603,15 @@ def test_no_kernels_no_probe(tiny, monkeypatch):
     from tinychat.bench.report import report
 
     assert "no valid probe: there is none" in report(found)
+
+
+def test_widths_in_turns(tiny, monkeypatch, capsys):
+    """benchmarks/widths.py: each width against the first, and what its bytes would give."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import widths
+
+    widths.main(["--shape", "tiny", "--widths", "4:32", "2:32", "--rounds", "3"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [result["width"] for result in found] == ["4:32", "2:32"] and found[0]["speed"] == 1
+    assert 1 < found[1]["of_the_bytes"] < 2 and found[1]["speed"] > 0
+    assert all(result["tokens_per_second"] > 0 for result in found)
