@@ -24,8 +24,8 @@ using namespace tinychat;
 namespace {
 
 using Address = uintptr_t;
-using SegmentArgs =  // shape, source, values, scales, zeros, permutation or 0
-    std::tuple<LinearShape, Source, Address, Address, Address, Address>;
+using SegmentArgs =  // shape, source, values, scales, zeros, permutation or 0, strides of a row and of a word
+    std::tuple<LinearShape, Source, Address, Address, Address, Address, int64_t, int64_t>;
 using LinearArgs = std::pair<std::vector<SegmentArgs>, Address>;                 // segments, bias or 0
 
 using NormArgs = std::pair<Address, Address>;  // weight, bias or 0
@@ -39,9 +39,9 @@ NormData norm_data(const NormArgs& args) { return {pointer<const float>(args.fir
 
 LinearData linear_data(const LinearArgs& args) {
     LinearData data{{}, pointer<const float>(args.second)};
-    for (const auto& [shape, source, values, scales, zeros, permutation] : args.first) {
-        const WeightData weight{pointer(values), pointer(scales), pointer(zeros), source};
-        data.segments.push_back({shape, weight, pointer<const int32_t>(permutation)});
+    for (const auto& [shape, source, values, scales, zeros, permutation, row, word] : args.first) {
+        data.segments.push_back({shape, {pointer(values), pointer(scales), pointer(zeros), source, row, word,
+                                         pointer<const int32_t>(permutation)}});
     }
     return data;
 }

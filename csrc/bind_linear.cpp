@@ -61,7 +61,11 @@ void bind_linear(py::module_& m) {
         .value("awq", Source::awq)
         .value("f32", Source::f32)
         .value("f16", Source::f16)
-        .value("bf16", Source::bf16);
+        .value("bf16", Source::bf16)
+        .value("stream", Source::stream)
+        .value("q4_0", Source::q4_0)
+        .value("q8_0", Source::q8_0)
+        .value("q6_k", Source::q6_k);
 
     m.def("isa", [] { return kernels().isa; }, "The level in use: the best here, or what TINYCHAT_ISA names.");
     m.def("supported_isas", &supported_isas, "The levels that run here, best first, separated by spaces.");
@@ -72,12 +76,15 @@ void bind_linear(py::module_& m) {
     m.def(
         "pack",
         [](const char* isa, const LinearShape& shape, uintptr_t values, uintptr_t scales, uintptr_t zeros, uintptr_t packed,
-           int64_t tile_begin, int64_t tile_end, Source source) {
-            const WeightData data{pointer(values), pointer(scales), pointer(zeros), source};
+           int64_t tile_begin, int64_t tile_end, Source source, int64_t row_stride, int64_t word_stride,
+           uintptr_t permutation) {
+            const WeightData data{pointer(values), pointer(scales), pointer(zeros), source, row_stride, word_stride,
+                                  pointer<const int32_t>(permutation)};
             kernels(isa).linear.pack(shape, data, pointer(packed), tile_begin, tile_end);
         },
         py::arg("isa"), py::arg("shape"), py::arg("values"), py::arg("scales"), py::arg("zeros"), py::arg("packed"),
-        py::arg("tile_begin"), py::arg("tile_end"), py::arg("source") = Source::codes, release());
+        py::arg("tile_begin"), py::arg("tile_end"), py::arg("source") = Source::codes, py::arg("row_stride") = 0,
+        py::arg("word_stride") = 0, py::arg("permutation") = 0, release());
     m.def(
         "unpack",
         [](const char* isa, const LinearShape& shape, uintptr_t packed, uintptr_t values, uintptr_t scales, uintptr_t zeros) {

@@ -1,4 +1,4 @@
-// Packing of the canonical form, and unpacking, the same at every level: see linear_layout.h for the layout.
+// Unpacking, the same at every level, and the choice of who packs: see linear_layout.h for the layout.
 #include "linear_layout.h"
 
 #include "half.h"
@@ -19,28 +19,6 @@ void split(const char* lane, int64_t count, uint8_t* codes) {
     uint32_t h[unit_length(bits) / 4];
     for (int i = 0; i < unit_length(bits) / 4; i++) h[i] = unpacked<bits, uint32_t>(lane, i);
     std::memcpy(codes, h, static_cast<size_t>(count));
-}
-
-template <int bits>
-void pack_codes(const LinearShape& shape, const WeightData& data, char* tile, int64_t row, int64_t rows) {
-    const QuantizedLayout layout(shape);
-    const int64_t scale_bytes = layout.scale_bytes / kTile;
-    const auto* codes = static_cast<const uint8_t*>(data.values);
-    if (rows < kTile) std::memset(tile, 0, static_cast<size_t>(layout.tile_bytes));
-    clear_header_padding(layout, tile);
-    each_group(shape, layout, [&](int64_t g, int64_t k, int64_t length, const GroupPlace& place) {
-        for (int64_t r = 0; r < rows; r++) {
-            const int64_t index = (row + r) * layout.groups + g;
-            std::memcpy(tile + place.scales + r * scale_bytes, static_cast<const char*>(data.scales) + index * scale_bytes,
-                        static_cast<size_t>(scale_bytes));
-            tile[place.zeros + r] = static_cast<const char*>(data.zeros)[index];
-            const uint8_t* source = codes + (row + r) * shape.k + k;
-            char* lane = tile + place.codes + r * 4;
-            for (int64_t i = 0; i < length; i += unit_length(bits), lane += unit_bytes(bits)) {
-                join<bits>(source + i, length - i, lane);
-            }
-        }
-    });
 }
 
 template <int bits>
@@ -99,14 +77,13 @@ int64_t packed_bytes(const LinearShape& shape) { return divide_up(shape.n, kTile
 
 void pack(const LinearShape& shape, const WeightData& data, void* packed, int64_t tile_begin, int64_t tile_end) {
     if (shape.type != WeightType::quantized) return pack_values(shape, data, packed, tile_begin, tile_end);
-    if (data.source == Source::awq) return pack_awq(shape, data, packed, tile_begin, tile_end);
-    if (data.source != Source::codes) return pack_rounded(shape, data, packed, tile_begin, tile_end);
-    const int64_t bytes = tile_bytes(shape);
-    for (int64_t tile = tile_begin; tile < tile_end; tile++) {
-        const int64_t row = tile * kTile;
-        with_bits(shape.bits, [&](auto bits) {
-            pack_codes<bits.value>(shape, data, static_cast<char*>(packed) + tile * bytes, row, smaller(kTile, shape.n - row));
-        });
+    switch (data.source) {
+        case Source::awq: return pack_awq(shape, data, packed, tile_begin, tile_end);
+        case Source::stream: return pack_stream(shape, data, packed, tile_begin, tile_end);
+        case Source::f32:
+        case Source::f16:
+        case Source::bf16: return pack_rounded(shape, data, packed, tile_begin, tile_end);
+        default: return pack_codes(shape, data, packed, tile_begin, tile_end);
     }
 }
 

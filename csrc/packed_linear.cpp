@@ -56,7 +56,7 @@ int64_t PackedLinear::nbytes() const {
 
 void PackedLinear::add_segment(const SegmentData& data, const LinearKernels& kernels) {
     const LinearShape& shape = data.shape;
-    const std::vector<int32_t> permutation(data.permutation, data.permutation ? data.permutation + shape.k : nullptr);
+    const std::vector<int32_t> permutation(data.data.permutation, data.data.permutation ? data.data.permutation + shape.k : nullptr);
     const auto inside = [&](int32_t input) { return input >= 0 && input < shape.k; };
     if (!std::all_of(permutation.begin(), permutation.end(), inside)) refuse("a permutation beyond the inputs");
     const auto same = [&](const Preparation& p) {

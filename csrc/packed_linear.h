@@ -14,7 +14,6 @@ namespace tinychat {
 struct SegmentData {
     LinearShape shape;
     WeightData data;
-    const int32_t* permutation;  // [k]: column j of the weight multiplies input permutation[j]; null: input j
 };
 struct LinearData {
     std::vector<SegmentData> segments;  // stacked along the outputs

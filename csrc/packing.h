@@ -8,7 +8,9 @@
 
 namespace tinychat {
 
+void pack_codes(const LinearShape& shape, const WeightData& data, void* packed, int64_t tile_begin, int64_t tile_end);
 void pack_awq(const LinearShape& shape, const WeightData& data, void* packed, int64_t tile_begin, int64_t tile_end);
+void pack_stream(const LinearShape& shape, const WeightData& data, void* packed, int64_t tile_begin, int64_t tile_end);
 void pack_rounded(const LinearShape& shape, const WeightData& data, void* packed, int64_t tile_begin, int64_t tile_end);
 void pack_values(const LinearShape& shape, const WeightData& data, void* packed, int64_t tile_begin, int64_t tile_end);
 
@@ -58,6 +60,15 @@ void join(const uint8_t* codes, int64_t count, char* lane) {
         std::memcpy(lane, &joined, 4);
         lane += kRegisterBytes;
     }
+}
+
+// Scale and zero of group g of row `row`, which is row r of its tile, from the canonical form.
+[[maybe_unused]] void copy_header(const QuantizedLayout& layout, const WeightData& data, int64_t row, int64_t r, int64_t g,
+                                  const GroupPlace& place, char* tile) {
+    const int64_t scale_bytes = layout.scale_bytes / kTile, index = row * layout.groups + g;
+    std::memcpy(tile + place.scales + r * scale_bytes, static_cast<const char*>(data.scales) + index * scale_bytes,
+                static_cast<size_t>(scale_bytes));
+    tile[place.zeros + r] = static_cast<const char*>(data.zeros)[index];
 }
 
 // Clears the bytes of a tile's headers that hold neither scales nor zeros.

@@ -166,7 +166,7 @@ def test_codes_of_six_bits(backend, tmp_path):
     write(tmp_path / "a.gguf", "llama", config, rest, raw=raw)
     model.load_state_dict(meant, strict=False)
     found, text = checkpoint.open(tmp_path / "a.gguf"), tokens(12, config["vocab_size"])
-    q = found.layer(1).up.segments[0]
+    q = found.layer(1).up.segments[0].tensor()
     assert (q.bits, q.group_size) == (6, 16)
     np.testing.assert_array_equal(q.dequantize(), meant["model.layers.1.mlp.gate_proj.weight"].numpy())
     assert nmse(ours(found, text, [7, 5], backend), theirs(model, text)) < 1e-7

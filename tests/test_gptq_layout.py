@@ -88,12 +88,12 @@ def test_pack_and_read(bits, group_size, permuted):
             np.float16 if ending == "scales" else np.int32
         )
     np.testing.assert_allclose(dequantized(parts, bits), q.dequantize(np.float64), rtol=1e-12)
-    again = layout.read(q.shape, parts)
+    again = layout.read(q.shape, parts).tensor()
     assert np.array_equal(again.dequantize(), q.dequantize())
     assert all(np.array_equal(array, parts[ending]) for ending, array in layout.pack(again).items())
     if not permuted:
         assert same(again, q)
-        assert same(layout.read(q.shape, {k: v for k, v in parts.items() if k != "g_idx"}), q)
+        assert same(layout.read(q.shape, {k: v for k, v in parts.items() if k != "g_idx"}).tensor(), q)
 
 
 @pytest.mark.parametrize("bits", gptq.BITS)
@@ -104,7 +104,7 @@ def test_zeros_less_one(bits):
     stored = {**parts, "qzeros": pack_bits(q.zeros.T - np.uint8(1), bits)}
     np.testing.assert_allclose(dequantized(stored, bits, True), q.dequantize(np.float64), rtol=1e-12)
     for borrows in (False, True):
-        assert same(GptqFormat(bits, 16, zeros_less_one=True, borrows=borrows).read(q.shape, stored), q)
+        assert same(GptqFormat(bits, 16, zeros_less_one=True, borrows=borrows).read(q.shape, stored).tensor(), q)
 
 
 @pytest.mark.parametrize("bits", gptq.BITS)
@@ -119,7 +119,7 @@ def test_a_zero_of_zero_less_one(bits):
     stored = {**GptqFormat(bits, 16).pack(q), "qzeros": less.view(np.int32)}
     with pytest.raises(ValueError, match=f"a zero stored as {2**bits - 1}, of which one engine makes 0"):
         GptqFormat(bits, 16, zeros_less_one=True).read(q.shape, stored)
-    assert same(GptqFormat(bits, 16, zeros_less_one=True, borrows=True).read(q.shape, stored), q)
+    assert same(GptqFormat(bits, 16, zeros_less_one=True, borrows=True).read(q.shape, stored).tensor(), q)
 
 
 def test_g_idx_that_makes_no_groups():

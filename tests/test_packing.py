@@ -5,21 +5,21 @@ import pytest
 
 from tinychat import _cpu
 from tinychat.backends.cpu_linear import aligned
-from tinychat.checkpoint import awq
+from tinychat.checkpoint import awq, bitstream, gguf_file
 from tinychat.qtensor import AwqWords, QTensor, bfloat16, round_symmetric
 
 ISAS = _cpu.supported_isas().split()
 TYPES = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", bfloat16: "bf16"}
 
 
-def packed(isa, shape, arrays, source, tiles=None):
+def packed(isa, shape, arrays, source, tiles=None, **how):
     """The packed bytes; every one was written, or it stays 0xAA."""
     n_tiles = -(-shape.n // _cpu.tile(isa))
     data = aligned(_cpu.packed_bytes(isa, shape))
     data[:] = 0xAA
     addresses = [a.ctypes.data for a in arrays] + [0] * (3 - len(arrays))
     for begin, end in tiles or [(0, n_tiles)]:
-        _cpu.pack(isa, shape, *addresses, data.ctypes.data, begin, min(end, n_tiles), source)
+        _cpu.pack(isa, shape, *addresses, data.ctypes.data, begin, min(end, n_tiles), source, **how)
     return data
 
 
@@ -67,6 +67,49 @@ def test_words_need_their_own_types():
     weight = words(8, 16, 8)
     with pytest.raises(TypeError, match="AwqWords of int64"):
         AwqWords(weight.qweight.astype(np.int64), weight.qzeros, weight.scales)
+
+
+SIZES = [(16, 64, 32), (33, 96, 32), (7, 160, 160), (48, 130, 64), (100, 256, 20), (16, 8, 8), (5, 3, 3)]
+
+
+@pytest.mark.parametrize("by_columns", [True, False], ids=["words of a column", "words of a row"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("n, k, group", SIZES)
+def test_a_stream_packs_as_its_codes_do(n, k, group, bits, by_columns):
+    rng = np.random.default_rng(n + k)
+    n_words = -(-k * bits // 32)
+    words = rng.integers(-(2**31), 2**31, (n, n_words), np.int32)
+    words = np.asfortranarray(words) if by_columns else words
+    grid = n, -(-k // group)
+    scales, zeros = rng.uniform(0.01, 2, grid).astype(np.float16), rng.integers(0, 2**bits, grid, np.uint8)
+    shape = quantized(n, k, group, bits=bits)
+    for order in (None, rng.permutation(k).astype(np.int32)):
+        weight = bitstream.stream(words, k, scales, zeros, bits, group, order)
+        q = weight.tensor()
+        how = {"row_stride": words.strides[0] // 4, "word_stride": words.strides[1] // 4}
+        how["permutation"] = 0 if order is None else order.ctypes.data
+        assert weight.shape == q.shape and weight.bits_per_weight == q.bits_per_weight
+        for isa in ISAS:
+            expected = packed(isa, shape, (q.codes, q.scales, q.zeros), _cpu.Source.codes)
+            found = packed(isa, shape, (words, scales, zeros), _cpu.Source.stream, [(0, 1), (1, 1000)], **how)
+            assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", [2, 8, 14], ids=["Q4_0", "Q8_0", "Q6_K"])
+@pytest.mark.parametrize("n", [16, 37])
+def test_blocks_pack_as_their_codes_do(kind, n):
+    kind = gguf_file._KINDS[kind]
+    stored = np.random.default_rng(n).integers(0, 256, (n, 3 * kind.nbytes), np.uint8)
+    with np.errstate(invalid="ignore"):  # scales of any bits
+        weight = kind.read(stored)
+    q, k = weight.tensor(), 3 * kind.block
+    wide = q.scales.dtype == np.float32
+    shape = quantized(n, k, kind.group_size, wide, 4 if kind.bits == 4 else 8)
+    assert q.shape == (n, k) and q.codes.max() < 2**kind.bits
+    for isa in ISAS:
+        expected = packed(isa, shape, (q.codes, q.scales, q.zeros), _cpu.Source.codes)
+        source = getattr(_cpu.Source, weight.source)
+        assert np.array_equal(packed(isa, shape, (stored, q.scales, q.zeros), source, [(0, 1), (1, 1000)]), expected)
 
 
 def table(n, k, dtype, seed=0):

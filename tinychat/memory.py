@@ -77,8 +77,8 @@ def estimate(
         weights += int((1 + 3 / HEAD_GROUP) * table) - itemsize * table  # code, and a group's scale and zero
     if footprint.maps and not c.tied_head:
         weights -= itemsize * table
-    in_words = footprint.maps and n_quantized > 0 and bits == 4
-    source = max((0.55 if in_words else itemsize) * block, itemsize * table)  # 4 bits, scales and zeros
+    in_words = footprint.maps and n_quantized > 0
+    source = max(((bits + 0.4) / 8 if in_words else itemsize) * block, itemsize * table)  # codes, scales and zeros
     parts = {
         "weights": weights,
         "kv_cache": kv_cache,

@@ -1,8 +1,8 @@
 """QTensor: the canonical group-quantized tensor, w = (q - z) * s, in device-neutral numpy arrays.
 
 It is what the quantizer makes and what one computes with. File layouts and device layouts (`csrc/`) are permutations of
-the same numbers, and `unpack(pack(q)) == q` for each. One of them has a class here: `AwqWords`, the same tensor as a
-checkpoint holds it, so that a device may be given the mapped file and need not have the codes spread out first.
+the same numbers, and `unpack(pack(q)) == q` for each. Those of checkpoints have classes here, `AwqWords` and
+`StoredCodes`, so that a device may be given the mapped file and need not have the codes spread out first.
 
 The words of the AWQ "gemm" layout: word c of a row holds the outputs 8c .. 8c+7, nibble i (bits 4i .. 4i+3) the output
 8c + AWQ_ORDER[i]:
@@ -13,7 +13,8 @@ The words of the AWQ "gemm" layout: word c of a row holds the outputs 8c .. 8c+7
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -55,19 +56,10 @@ class QTensor:
     permutation: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        n, k = self.codes.shape
-        if self.permutation is not None:
-            p = self.permutation
-            if p.dtype != np.int32 or p.shape != (k,) or not np.array_equal(np.sort(p), np.arange(k)):
-                raise ValueError(f"a permutation of {k} inputs is int32 and names each once; found {p.dtype} {p.shape}")
-        groups = (n, -(-k // self.group_size))
-        if self.codes.dtype != np.uint8 or self.zeros.dtype != np.uint8 or self.scales.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"QTensor of {self.codes.dtype}, {self.scales.dtype}, {self.zeros.dtype}")
-        if self.scales.shape != groups or self.zeros.shape != groups:
-            raise ValueError(
-                f"codes {self.codes.shape} in groups of {self.group_size} need scales and zeros {groups}; "
-                f"found {self.scales.shape} and {self.zeros.shape}"
-            )
+        if self.codes.dtype != np.uint8:
+            raise TypeError(f"codes are uint8, not {self.codes.dtype}")
+        _check_groups(self.shape, self.scales, self.zeros, self.group_size)
+        _check_permutation(self.permutation, self.shape[1])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,17 +69,20 @@ class QTensor:
     @property
     def bits_per_weight(self) -> float:
         """Code, scale and zero, in bits, for one weight."""
-        k = self.shape[1]
-        return self.bits + self.scales.shape[1] * (self.scales.dtype.itemsize * 8 + self.bits) / k
+        return _bits_per_weight(self)
 
     def dequantize(self, dtype: type | np.dtype = np.float32) -> np.ndarray:
         """The weight [N, K], inputs in their own order: w = (q - z) * s, computed in fp32 (fp64 where `dtype` is)."""
         work = np.float64 if np.dtype(dtype) == np.float64 else np.float32
-        k = self.shape[1]
-        each = np.minimum(self.group_size, k - np.arange(self.scales.shape[1]) * self.group_size)
-        zeros = np.repeat(self.zeros.astype(work), each, axis=1)
-        scales = np.repeat(self.scales.astype(work), each, axis=1)
-        weight = ((self.codes.astype(work) - zeros) * scales).astype(dtype)
+        n, k = self.shape
+        groups = self.scales.shape[1]
+        codes = self.codes
+        if missing := groups * self.group_size - k:
+            codes = np.pad(codes, ((0, 0), (0, missing)))
+        weight = codes.reshape(n, groups, self.group_size).astype(work)
+        weight -= self.zeros[..., None].astype(work)
+        weight *= self.scales[..., None].astype(work)
+        weight = np.ascontiguousarray(weight.reshape(n, -1)[:, :k], dtype)
         return weight if self.permutation is None else np.take(weight, np.argsort(self.permutation), axis=1)
 
 
@@ -143,12 +138,78 @@ class AwqWords:
         )
 
 
-Weight = QTensor | AwqWords | np.ndarray  # [N, K]; an array is fp32, fp16 or bf16
+@dataclass(frozen=True, eq=False)
+class StoredCodes:
+    """A linear's weight of N outputs and K inputs whose codes lie as a file has them; the rest is as in a `QTensor`.
+
+    stored   [N, ...], any strides: what holds the codes of each output
+    source   how it does, as csrc/kernels.h names it
+    spread   what makes codes uint8 [N, K] of `stored`; with a permutation, those of inputs in their own order
+    """
+
+    stored: np.ndarray
+    source: str
+    spread: Callable[[np.ndarray], np.ndarray]
+    k: int
+    scales: np.ndarray
+    zeros: np.ndarray
+    bits: int
+    group_size: int
+    permutation: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        _check_groups(self.shape, self.scales, self.zeros, self.group_size)
+        _check_permutation(self.permutation, self.k)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K), as the float weight's."""
+        return len(self.stored), self.k
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Code, scale and zero, in bits, for one weight."""
+        return _bits_per_weight(self)
+
+    def rows(self, which: np.ndarray) -> StoredCodes:
+        """The outputs `which`, in that order; a copy."""
+        return replace(self, stored=self.stored[which], scales=self.scales[which], zeros=self.zeros[which])
+
+    def tensor(self) -> QTensor:
+        """The same numbers in the canonical form; a copy."""
+        codes, order = self.spread(self.stored), self.permutation
+        codes = codes if order is None else np.take(codes, order, axis=1)
+        return QTensor(codes, self.scales, self.zeros, self.bits, self.group_size, order)
+
+
+Weight = QTensor | AwqWords | StoredCodes | np.ndarray  # [N, K]; an array is fp32, fp16 or bf16
 
 
 def canonical(weight: Weight) -> QTensor | np.ndarray:
     """`weight` with its codes spread out, if it is quantized."""
-    return weight.tensor() if isinstance(weight, AwqWords) else weight
+    return weight.tensor() if isinstance(weight, AwqWords | StoredCodes) else weight
+
+
+def _check_groups(shape: tuple[int, int], scales: np.ndarray, zeros: np.ndarray, group_size: int) -> None:
+    (n, k), groups = shape, (shape[0], -(-shape[1] // group_size))
+    if zeros.dtype != np.uint8 or scales.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"scales are floats of 16 or 32 bits and zeros uint8, not {scales.dtype} and {zeros.dtype}")
+    if scales.shape != groups or zeros.shape != groups:
+        raise ValueError(
+            f"codes {(n, k)} in groups of {group_size} need scales and zeros {groups}; "
+            f"found {scales.shape} and {zeros.shape}"
+        )
+
+
+def _check_permutation(order: np.ndarray | None, k: int) -> None:
+    if order is not None and (
+        order.dtype != np.int32 or order.shape != (k,) or not np.array_equal(np.sort(order), np.arange(k))
+    ):
+        raise ValueError(f"a permutation of {k} inputs is int32 and names each once; found {order.dtype} {order.shape}")
+
+
+def _bits_per_weight(q: QTensor | StoredCodes) -> float:
+    return q.bits + q.scales.shape[1] * (q.scales.dtype.itemsize * 8 + q.bits) / q.shape[1]
 
 
 def round_symmetric(array: np.ndarray, bits: int = 8, group_size: int = HEAD_GROUP) -> QTensor:

@@ -56,6 +56,34 @@ void packing(const char* isa, Quantized& weight, const Memory& packed) {
     check(same, "a row is unpacked: " + name(isa, weight.shape, 0));
 }
 
+// The codes as streams of bits, in words by rows and by columns, in their own order and in the reverse one: the same bytes.
+void streams(const char* isa, Quantized& weight, const Memory& packed) {
+    const LinearKernels& kernels = tinychat::kernels(isa).linear;
+    const int64_t n = weight.shape.n, k = weight.shape.k, bits = weight.shape.bits, words = (k * bits + 31) / 32;
+    const int64_t tiles = (n + kernels.tile - 1) / kernels.tile, bytes = kernels.packed_bytes(weight.shape);
+    std::vector<int32_t> reverse;
+    for (int64_t i = 0; i < k; i++) reverse.push_back(static_cast<int32_t>(k - 1 - i));
+    for (bool reversed : {false, true}) {
+        for (bool by_rows : {false, true}) {
+            const int64_t row_stride = by_rows ? words : 1, word_stride = by_rows ? 1 : n;
+            std::vector<uint32_t> stream(static_cast<size_t>(n * words));
+            for (int64_t row = 0; row < n; row++) {
+                for (int64_t i = 0; i < k * bits; i++) {
+                    const int64_t at = i / bits, column = reversed ? k - 1 - at : at;
+                    const uint32_t bit = weight.codes[static_cast<size_t>(row * k + column)] >> i % bits & 1u;
+                    stream[static_cast<size_t>(row * row_stride + i / 32 * word_stride)] |= bit << i % 32;
+                }
+            }
+            const WeightData data{stream.data(), weight.scales.data(), weight.zeros.data(), Source::stream, row_stride,
+                                  word_stride, reversed ? reverse.data() : nullptr};
+            const Memory found(bytes);
+            for (int64_t tile = 0; tile < tiles; tile++) kernels.pack(weight.shape, data, found.data(), tile, tile + 1);
+            check(std::memcmp(found.data(), packed.data(), static_cast<size_t>(bytes)) == 0,
+                  "a stream packs as its codes do: " + name(isa, weight.shape, 0));
+        }
+    }
+}
+
 // `weight(row, k)` is what the packed weight stands for.
 template <class Weight>
 void product(const char* isa, const LinearShape& shape, const Weight& weight, const Memory& packed, int64_t rows,
@@ -146,6 +174,7 @@ void test_linear() {
                     Quantized weight(n, k, group, bits, activation_bits, random);
                     const Memory packed(kernels(isa.c_str()).linear.packed_bytes(weight.shape));
                     packing(isa.c_str(), weight, packed);
+                    if (activation_bits == 16) streams(isa.c_str(), weight, packed);
                     const auto exact = [&](int64_t row, int64_t at) { return weight.weight(row, at); };
                     for (int64_t rows : {1, 2, 3, 8, 13, 33}) {
                         const double limit = activation_bits == 8 ? 5e-4 : 1e-7;

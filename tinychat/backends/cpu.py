@@ -241,7 +241,7 @@ class CpuRunner:
         if any(linear.bias is not None for linear in found):
             raise BackendError("experts with biases; the cpu backend has none")
         stacked = (segment for linear in (*found, layer.down) for segment in linear.segments)
-        if any(isinstance(segment, QTensor) and segment.permutation is not None for segment in stacked):
+        if any(getattr(segment, "permutation", None) is not None for segment in stacked):
             raise BackendError("experts whose inputs are permuted (GPTQ's act-order); the cpu backend has none")
         rows = experts.router_size + factor * (experts.shared_size + experts.n_experts * experts.intermediate_size)
         together = Linear(tuple(segment for linear in found for segment in linear.segments))  # all read the same rows
@@ -387,25 +387,31 @@ def _vector(values: np.ndarray | None, n: int, name: str, keep: list[np.ndarray]
 
 
 def _segment(weight: Weight, activations: int, keep: list[np.ndarray], bits: int) -> tuple:
-    """(shape, source, addresses of values, scales, zeros, permutation); a plain weight is rounded where `bits` is 8."""
+    """SegmentArgs of csrc/bind_decoder.cpp; a plain weight is rounded where `bits` is 8."""
     (n, k), source, types = weight.shape, _cpu.Source.codes, _cpu.WeightType
     if isinstance(weight, np.ndarray):
         kind, address = _float_type(weight), _kept(weight, keep)
         if bits == 16:
-            return _cpu.LinearShape(kind, n, k, k, False), source, address, 0, 0, 0
+            return _cpu.LinearShape(kind, n, k, k, False), source, address, 0, 0, 0, 0, 0
         shape = _cpu.LinearShape(types.quantized, n, k, min(HEAD_GROUP, k), False, bits, activations)
-        return shape, getattr(_cpu.Source, kind.name), address, 0, 0, 0
+        return shape, getattr(_cpu.Source, kind.name), address, 0, 0, 0, 0, 0
     wide = weight.scales.dtype != np.float16
     scales = weight.scales.astype(np.float32, copy=False) if wide else weight.scales
-    order = 0
-    if isinstance(weight, AwqWords):
-        source, values, zeros = _cpu.Source.awq, weight.qweight, weight.qzeros
-    else:
-        values, zeros = weight.codes, weight.zeros
-        order = 0 if weight.permutation is None else _kept(weight.permutation, keep)
     kept, group = FOOTPRINT.kept(weight.bits), min(weight.group_size, k)
     shape = _cpu.LinearShape(types.quantized, n, k, group, wide, kept, activations)
-    return shape, source, _kept(values, keep), _kept(scales, keep), _kept(zeros, keep), order
+    if isinstance(weight, AwqWords):
+        grids = _kept(scales, keep), _kept(weight.qzeros, keep)
+        return shape, _cpu.Source.awq, _kept(weight.qweight, keep), *grids, 0, 0, 0
+    grids = _kept(scales, keep), _kept(weight.zeros, keep)
+    order = 0 if weight.permutation is None else _kept(weight.permutation, keep)
+    if isinstance(weight, QTensor):
+        return shape, source, _kept(weight.codes, keep), *grids, order, 0, 0
+    stored = weight.stored
+    if weight.source != "stream":
+        return shape, getattr(_cpu.Source, weight.source), _kept(stored, keep), *grids, order, 0, 0
+    keep.append(stored)
+    row, word = (stride // stored.itemsize for stride in stored.strides)
+    return shape, _cpu.Source.stream, stored.ctypes.data, *grids, order, row, word
 
 
 def _float_type(values: np.ndarray) -> Any:

@@ -17,7 +17,7 @@ import torch
 
 from tinychat.backends.cuda_packing import Packed, array, device_group, pack, same_kind, tensor, unpack
 from tinychat.errors import BackendError
-from tinychat.qtensor import AwqWords, QTensor, Weight, canonical
+from tinychat.qtensor import AwqWords, QTensor, StoredCodes, Weight, canonical
 from tinychat.weights import Linear
 
 # Rows from which a weight is dequantized once and multiplied by cuBLAS.
@@ -132,9 +132,10 @@ class CudaLinear:
         n, k = linear.shape
         if any(s.shape[1] != k for s in linear.segments) or not n or not k:
             raise ValueError(f"segments of one linear share K; found {[s.shape for s in linear.segments]}")
+        segments = tuple(s.tensor() if isinstance(s, StoredCodes) else s for s in linear.segments)
         parts: list[Quantized | Dense] = []
         alike: list[QTensor | AwqWords] = []
-        for segment in linear.segments:
+        for segment in segments:
             plain = isinstance(segment, np.ndarray) or not _has_kernel(segment)
             if alike and (plain or not same_kind(alike[-1], segment)):  # type: ignore[arg-type]
                 parts.append(Quantized.of(pack(alike, device)))

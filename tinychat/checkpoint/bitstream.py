@@ -11,8 +11,11 @@ bits end at words; three do not, and 32 codes fill three words:
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
+
+from tinychat.qtensor import StoredCodes
 
 _PER_STEP = 8  # codes, which fill `bits` bytes whatever their width
 _ROWS = 64  # at a time, so that the passes over a step find it in cache
@@ -23,22 +26,41 @@ def codes_per_unit(bits: int) -> int:
     return 32 // math.gcd(32, bits)
 
 
-def unpack_bits(words: np.ndarray, bits: int) -> np.ndarray:
-    """int32 [R, C * bits / 32] -> uint8 codes [R, C]. `words` may be strided."""
+def stream(
+    words: np.ndarray,
+    k: int,
+    scales: np.ndarray,
+    zeros: np.ndarray,
+    bits: int,
+    group_size: int,
+    permutation: np.ndarray | None = None,
+) -> StoredCodes:
+    """A weight of K inputs whose codes are in `words`, int32 [N, C], perhaps strided; the rest as in a `QTensor`."""
+    spread = partial(unpack_bits, bits=bits, n_codes=k)
+    return StoredCodes(words, "stream", spread, k, scales, zeros, bits, group_size, permutation)
+
+
+def unpack_bits(words: np.ndarray, bits: int, n_codes: int | None = None) -> np.ndarray:
+    """int32 [R, C] -> the first `n_codes` (all that there are) of each row, uint8. `words` may be strided."""
     rows, n_words = words.shape
-    codes = np.empty((rows, n_words * 32 // bits), np.uint8)
+    n_codes = n_words * 32 // bits if n_codes is None else n_codes
+    codes = np.empty((rows, n_codes), np.uint8)
+    unit = codes_per_unit(bits) * bits // 32  # words
     for first in range(0, rows, _ROWS):
-        source = np.ascontiguousarray(words[first : first + _ROWS], "<i4").view(np.uint8)
-        out = codes[first : first + _ROWS]
+        source, out = np.ascontiguousarray(words[first : first + _ROWS], "<i4"), codes[first : first + _ROWS]
+        if missing := -n_words % unit:
+            source = np.pad(source, ((0, 0), (0, missing)))
         if bits == 8:
-            out[...] = source
+            out[...] = source.view(np.uint8)[:, :n_codes]
             continue
-        steps, out = source.reshape(len(out), -1, bits), out.reshape(len(out), -1, _PER_STEP)
+        steps = source.view(np.uint8).reshape(len(out), -1, bits)
         value = steps[..., 0].astype(np.uint32)
         for i in range(1, bits):
             value |= steps[..., i].astype(np.uint32) << 8 * i
+        spread = np.empty((*value.shape, _PER_STEP), np.uint8)
         for j in range(_PER_STEP):
-            out[..., j] = (value >> bits * j) & ((1 << bits) - 1)
+            spread[..., j] = (value >> bits * j) & ((1 << bits) - 1)
+        out[...] = spread.reshape(len(out), -1)[:, :n_codes]
     return codes
 
 

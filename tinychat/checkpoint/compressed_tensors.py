@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.checkpoint.bitstream import codes_per_unit, unpack_bits
+from tinychat.checkpoint.bitstream import stream, unpack_bits
 from tinychat.checkpoint.layouts import Part
 from tinychat.checkpoint.quoting import quote
 from tinychat.errors import ConfigError
-from tinychat.qtensor import QTensor
+from tinychat.qtensor import StoredCodes
 
 BITS = (2, 3, 4, 8)
 ENDINGS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
@@ -135,8 +135,8 @@ class PackQuantized:
             parts["weight_zero_point"] = Part((self._words(n), groups), ("I32",))
         return parts
 
-    def read(self, shape: tuple[int, int], tensors: Mapping[str, np.ndarray]) -> QTensor:
-        """See `Layout`."""
+    def read(self, shape: tuple[int, int], tensors: Mapping[str, np.ndarray]) -> StoredCodes:
+        """See `Layout`. The words as they are mapped; of them nothing is copied."""
         n, k = shape
         if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [n, k]:
             raise ValueError(f"its weight_shape says {tensors['weight_shape'].tolist()}; expected is {[n, k]}")
@@ -144,16 +144,9 @@ class PackQuantized:
         if self.symmetric:
             zeros = np.full(scales.shape, 1 << self.bits - 1, np.uint8)
         else:
-            zeros = np.ascontiguousarray(self._codes(tensors["weight_zero_point"].T, n).T)
-        codes = self._codes(tensors["weight_packed"], k)
-        return QTensor(codes, scales, zeros, self.bits, k if self.group_size == -1 else self.group_size)
+            zeros = np.ascontiguousarray(unpack_bits(tensors["weight_zero_point"].T, self.bits, n).T)
+        group_size = k if self.group_size == -1 else self.group_size
+        return stream(tensors["weight_packed"], k, scales, zeros, self.bits, group_size)
 
     def _words(self, n_codes: int) -> int:
         return -(-n_codes * self.bits // 32)
-
-    def _codes(self, words: np.ndarray, n_codes: int) -> np.ndarray:
-        """int32 [R, words] -> uint8 [R, n_codes]."""
-        unit = codes_per_unit(self.bits) * self.bits // 32  # words
-        if missing := -words.shape[1] % unit:
-            words = np.pad(words, ((0, 0), (0, missing)))
-        return np.ascontiguousarray(unpack_bits(words, self.bits)[:, :n_codes])

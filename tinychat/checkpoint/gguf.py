@@ -25,7 +25,7 @@ from tinychat.checkpoint.reader import Checkpoint
 from tinychat.checkpoint.safetensors_file import TensorInfo
 from tinychat.config import Rope, RopeScaling
 from tinychat.errors import ConfigError, TokenizerError
-from tinychat.qtensor import QTensor, Weight
+from tinychat.qtensor import StoredCodes, Weight
 from tinychat.tokenizer import Tokenizer
 from tinychat.tokenizer.gguf_vocabulary import Vocabulary
 
@@ -105,14 +105,11 @@ class GgufTensors:
         heads = self._turned(name)
         return table if heads is None else table[_halves(len(table), heads)]
 
-    def quantized(self, name: str) -> QTensor:
+    def quantized(self, name: str) -> StoredCodes:
         """Tensor `name`, which is."""
-        q = self.file.quantized(self._stored[name])
+        weight = self.file.quantized(self._stored[name])
         heads = self._turned(name)
-        if heads is None:
-            return q
-        rows = _halves(q.shape[0], heads)
-        return QTensor(q.codes[rows], q.scales[rows], q.zeros[rows], q.bits, q.group_size)
+        return weight if heads is None else weight.rows(_halves(weight.shape[0], heads))
 
     def _turned(self, name: str) -> int | None:
         return self.turned.get(name.rpartition(".")[0])

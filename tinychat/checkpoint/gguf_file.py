@@ -20,7 +20,7 @@ import math
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ import numpy as np
 from tinychat.checkpoint.quoting import quote
 from tinychat.checkpoint.safetensors_file import MAX_DIMENSIONS, MAX_TENSORS
 from tinychat.errors import CheckpointError
-from tinychat.qtensor import QTensor, bfloat16
+from tinychat.qtensor import StoredCodes, bfloat16
 
 MAX_KEYS = 1 << 16
 _VERSIONS = (2, 3)
@@ -40,18 +40,17 @@ _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=
 _STRING, _ARRAY = 8, 9
 
 
-def _q4_0(blocks: np.ndarray) -> QTensor:
+def _q4_0(blocks: np.ndarray) -> np.ndarray:
     """A scale, then byte i holds codes i (low) and i + 16."""
-    codes = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1)
-    return _symmetric(codes, _half(blocks[..., :2]), 4)
+    return np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1)
 
 
-def _q8_0(blocks: np.ndarray) -> QTensor:
+def _q8_0(blocks: np.ndarray) -> np.ndarray:
     """A scale, then signed codes."""
-    return _symmetric(blocks[..., 2:] ^ 128, _half(blocks[..., :2]), 8)
+    return blocks[..., 2:] ^ 128
 
 
-def _q6_k(blocks: np.ndarray) -> QTensor:
+def _q6_k(blocks: np.ndarray) -> np.ndarray:
     """Low nibbles, upper pairs of bits, 16 signed scales, and the scale of these.
 
     Of each half of the 256 codes, 64 bytes hold the nibbles of codes i (low) and i + 64, and 32 bytes the upper bits of
@@ -60,20 +59,18 @@ def _q6_k(blocks: np.ndarray) -> QTensor:
     n, count = blocks.shape[:2]
     nibbles = blocks[..., :128].reshape(n, count, 2, 1, 64) >> np.array([[0], [4]], np.uint8) & 15
     pairs = blocks[..., 128:192].reshape(n, count, 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8) & 3
-    codes = nibbles.reshape(pairs.shape) | pairs << 4  # [N, blocks, halves, 4, 32]
-    scales = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8) * _half(blocks[..., 208:])[..., None].astype("f4")
-    return _symmetric(codes.reshape(n, -1, 16), scales.reshape(n, -1), 6)
+    return nibbles.reshape(pairs.shape) | pairs << 4  # [N, blocks, halves, 4, 32]
 
 
-def _half(pairs: np.ndarray) -> np.ndarray:
-    """fp16 of two bytes each: [..., 2] -> [...]."""
-    return np.ascontiguousarray(pairs).view("<f2")[..., 0]
+def _first_half(blocks: np.ndarray) -> np.ndarray:
+    """One fp16 scale at the beginning of a block."""
+    return np.ascontiguousarray(blocks[..., :2]).view("<f2")
 
 
-def _symmetric(codes: np.ndarray, scales: np.ndarray, bits: int) -> QTensor:
-    """codes [N, ..., group], scales [N, groups]; the zero is in the middle."""
-    zeros = np.full(scales.shape, 1 << bits - 1, np.uint8)
-    return QTensor(codes.reshape(len(codes), -1), scales, zeros, bits, codes.shape[-1])
+def _products(blocks: np.ndarray) -> np.ndarray:
+    """Scales of 8 bits and the fp16 scale of these, the last 18 bytes: fp32 products."""
+    outer = np.ascontiguousarray(blocks[..., -2:]).view("<f2").astype(np.float32)
+    return np.ascontiguousarray(blocks[..., -18:-2]).view(np.int8) * outer
 
 
 @dataclass(frozen=True)
@@ -94,21 +91,40 @@ class Plain(Kind):
 
 @dataclass(frozen=True)
 class Quantized(Kind):
-    """What uint8 [N, blocks, nbytes] are `unpack`ed to has `bits` in groups of `group_size`."""
+    """Of blocks uint8 [N, blocks, nbytes], `codes` are [N, ...] and `scales` [N, blocks, groups of a block]."""
 
-    unpack: Callable[[np.ndarray], QTensor]
+    codes: Callable[[np.ndarray], np.ndarray]
+    scales: Callable[[np.ndarray], np.ndarray]
     bits: int
     group_size: int
-    scales: type = np.float16
+
+    def spread(self, stored: np.ndarray) -> np.ndarray:
+        """uint8 [N, bytes of a row] -> codes uint8 [N, K]."""
+        n = len(stored)
+        made = np.empty((n, stored.shape[1] // self.nbytes * self.block), np.uint8)
+        step = max(1, _TOGETHER // made.shape[1])
+        for rows in (slice(first, first + step) for first in range(0, n, step)):
+            made[rows] = self.codes(self._blocks(stored[rows])).reshape(-1, made.shape[1])
+        return made
+
+    def read(self, stored: np.ndarray) -> StoredCodes:
+        """The weight that uint8 [N, bytes of a row] stand for; the zero is in the middle."""
+        n, k = len(stored), stored.shape[1] // self.nbytes * self.block
+        scales = self.scales(self._blocks(stored)).reshape(n, -1)
+        zeros = np.full(scales.shape, 1 << self.bits - 1, np.uint8)
+        return StoredCodes(stored, self.name.lower(), self.spread, k, scales, zeros, self.bits, self.group_size)
+
+    def _blocks(self, stored: np.ndarray) -> np.ndarray:
+        return stored.reshape(len(stored), -1, self.nbytes)
 
 
 _KINDS: dict[int, Kind] = {
     0: Plain("F32", 1, 4, np.dtype("<f4")),
     1: Plain("F16", 1, 2, np.dtype("<f2")),
     30: Plain("BF16", 1, 2, bfloat16),
-    2: Quantized("Q4_0", 32, 18, _q4_0, 4, 32),
-    8: Quantized("Q8_0", 32, 34, _q8_0, 8, 32),
-    14: Quantized("Q6_K", 256, 210, _q6_k, 6, 16, np.float32),
+    2: Quantized("Q4_0", 32, 18, _q4_0, _first_half, 4, 32),
+    8: Quantized("Q8_0", 32, 34, _q8_0, _first_half, 8, 32),
+    14: Quantized("Q6_K", 256, 210, _q6_k, _products, 6, 16),
 }
 _REFUSED = {3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 15: "Q8_K"}
 _REFUSED |= {16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S"}
@@ -149,42 +165,34 @@ class GgufFile:
         except (struct.error, ValueError, RecursionError) as fault:
             raise self.error(f"is not a GGUF file, or is damaged: {fault}") from None
 
-    def quantized(self, name: str) -> QTensor:
-        """Tensor `name`, which is quantized."""
-        kind, (n, k) = self._blocks(name)
-        groups = n, k // kind.group_size
-        codes, zeros = np.empty((n, k), np.uint8), np.empty(groups, np.uint8)
-        scales: np.ndarray = np.empty(groups, kind.scales)
-        for rows, q in self._parts(name):
-            codes[rows], scales[rows], zeros[rows] = q.codes, q.scales, q.zeros
-        return QTensor(codes, scales, zeros, kind.bits, kind.group_size)
+    def quantized(self, name: str) -> StoredCodes:
+        """Tensor `name`, which is quantized; its codes as they are mapped."""
+        kind, blocks = self._rows(name)
+        return self._checked(name, kind.read(blocks))
 
     def table(self, name: str) -> np.ndarray:
         """Tensor `name` as floats: mapped, or where it is quantized rounded to fp16; read-only."""
         tensor = self.tensors[name]
         if isinstance(tensor.kind, Plain):
             return self._stored(tensor).view(tensor.kind.dtype).reshape(tensor.shape)
+        kind, blocks = self._rows(name)
         made = np.empty(tensor.shape, np.float16)
-        for rows, q in self._parts(name):
-            made[rows] = q.dequantize(np.float16)
+        step = max(1, _TOGETHER // tensor.shape[1])  # a row unpacked takes several times its room
+        for rows in (slice(first, first + step) for first in range(0, len(made), step)):
+            made[rows] = self._checked(name, kind.read(blocks[rows])).tensor().dequantize(np.float16)
         made.flags.writeable = False
         return made
 
-    def _blocks(self, name: str) -> tuple[Quantized, tuple[int, int]]:
-        kind, (n, k) = self.tensors[name].kind, self.tensors[name].shape
-        assert isinstance(kind, Quantized)
-        return kind, (n, k)
+    def _rows(self, name: str) -> tuple[Quantized, np.ndarray]:
+        """(kind, uint8 [N, bytes of a row]) of a tensor that is quantized."""
+        tensor = self.tensors[name]
+        assert isinstance(tensor.kind, Quantized)
+        return tensor.kind, self._stored(tensor).reshape(tensor.shape[0], -1)
 
-    def _parts(self, name: str) -> Iterator[tuple[slice, QTensor]]:
-        """Some rows after the others: unpacking takes several times the room of what comes of it."""
-        kind, (n, k) = self._blocks(name)
-        blocks = self._stored(self.tensors[name]).reshape(n, k // kind.block, kind.nbytes)
-        step = max(1, _TOGETHER // k)
-        for rows in (slice(first, first + step) for first in range(0, n, step)):
-            q = kind.unpack(blocks[rows])
-            if not np.isfinite(q.scales).all():
-                raise self.error(f"has scales in {quote(name)} that are not finite; the file is damaged")
-            yield rows, q
+    def _checked(self, name: str, weight: StoredCodes) -> StoredCodes:
+        if not np.isfinite(weight.scales).all():
+            raise self.error(f"has scales in {quote(name)} that are not finite; the file is damaged")
+        return weight
 
     def _stored(self, tensor: Tensor) -> np.ndarray:
         """Its bytes."""

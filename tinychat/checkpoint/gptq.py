@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from tinychat.checkpoint.bitstream import codes_per_unit, pack_bits, unpack_bits
+from tinychat.checkpoint.bitstream import codes_per_unit, pack_bits, stream, unpack_bits
 from tinychat.checkpoint.layouts import Part
 from tinychat.checkpoint.quoting import quote
 from tinychat.errors import ConfigError
-from tinychat.qtensor import QTensor
+from tinychat.qtensor import QTensor, StoredCodes
 
 BITS = (2, 3, 4, 8)
 ENDINGS = ("qweight", "qzeros", "scales", "g_idx")
@@ -144,18 +144,17 @@ class GptqFormat:
             "g_idx": Part((k,), ("I32",), optional=True),
         }
 
-    def read(self, shape: tuple[int, int], tensors: Mapping[str, np.ndarray]) -> QTensor:
-        """See `Layout`."""
+    def read(self, shape: tuple[int, int], tensors: Mapping[str, np.ndarray]) -> StoredCodes:
+        """See `Layout`. The words as they are mapped; of them nothing is copied."""
         k = shape[1]
-        codes = unpack_bits(tensors["qweight"].T, self.bits)
-        permutation = self._permutation(tensors["g_idx"], k) if "g_idx" in tensors else None
-        return QTensor(
-            codes if permutation is None else np.take(codes, permutation, axis=1),
+        return stream(
+            tensors["qweight"].T,
+            k,
             np.ascontiguousarray(tensors["scales"].T),
             np.ascontiguousarray(self._zeros(tensors["qzeros"]).T),
             self.bits,
             self._width(k),
-            permutation,
+            self._permutation(tensors["g_idx"], k) if "g_idx" in tensors else None,
         )
 
     def pack(self, q: QTensor) -> dict[str, np.ndarray]:

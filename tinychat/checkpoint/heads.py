@@ -11,7 +11,7 @@ import numpy as np
 
 from tinychat.checkpoint.awq import PER_WORD
 from tinychat.config import ModelConfig
-from tinychat.qtensor import AwqWords, QTensor, Weight
+from tinychat.qtensor import AwqWords, QTensor, StoredCodes, Weight
 from tinychat.weights import Linear
 
 
@@ -48,6 +48,8 @@ def _weight(weight: Weight, order: np.ndarray, head_dim: int) -> Weight:
             _columns(weight.qzeros, order, words),
             _columns(weight.scales, order, head_dim),
         )
+    if isinstance(weight, StoredCodes):
+        return weight.rows(_moved(np.arange(weight.shape[0]), order, head_dim))
     if isinstance(weight, QTensor):
         codes, scales, zeros = (_moved(array, order, head_dim) for array in (weight.codes, weight.scales, weight.zeros))
         return replace(weight, codes=codes, scales=scales, zeros=zeros)
