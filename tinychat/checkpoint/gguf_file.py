@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from tinychat.checkpoint.finite import all_finite
 from tinychat.checkpoint.quoting import quote
 from tinychat.checkpoint.safetensors_file import MAX_DIMENSIONS, MAX_TENSORS
 from tinychat.errors import CheckpointError
@@ -64,13 +65,12 @@ def _q6_k(blocks: np.ndarray) -> np.ndarray:
 
 def _first_half(blocks: np.ndarray) -> np.ndarray:
     """One fp16 scale at the beginning of a block."""
-    return np.ascontiguousarray(blocks[..., :2]).view("<f2")
+    return np.ascontiguousarray(blocks.view("<f2")[..., 0])
 
 
 def _products(blocks: np.ndarray) -> np.ndarray:
     """Scales of 8 bits and the fp16 scale of these, the last 18 bytes: fp32 products."""
-    outer = np.ascontiguousarray(blocks[..., -2:]).view("<f2").astype(np.float32)
-    return np.ascontiguousarray(blocks[..., -18:-2]).view(np.int8) * outer
+    return blocks.view(np.int8)[..., -18:-2] * blocks.view("<f2")[..., -1:].astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class GgufFile:
         return tensor.kind, self._stored(tensor).reshape(tensor.shape[0], -1)
 
     def _checked(self, name: str, weight: StoredCodes) -> StoredCodes:
-        if not np.isfinite(weight.scales).all():
+        if not all_finite(weight.scales):
             raise self.error(f"has scales in {quote(name)} that are not finite; the file is damaged")
         return weight
 

@@ -20,6 +20,7 @@ from tinychat import tokenizer
 from tinychat.architectures import translate
 from tinychat.architectures.names import TensorNames
 from tinychat.checkpoint import heads, layouts
+from tinychat.checkpoint.finite import CHUNK, all_finite
 from tinychat.checkpoint.inventory import Inventory, Segment, segments
 from tinychat.checkpoint.json_file import read_object
 from tinychat.checkpoint.layouts import Layout
@@ -35,14 +36,6 @@ from tinychat.weights import Ends, Layer, Linear, linears, norm_sizes
 
 MAX_CONFIG_BYTES = 4 << 20
 _OLD_QUANT_CONFIGS = ("quant_config.json", "quantize_config.json")  # engines before they wrote into config.json
-# An IEEE float is NaN or infinite where its exponent is all ones, so that its bits are at least these: of positive ones
-# as an integer with sign, of negative ones, beside which all others are small, as one without.
-_NOT_FINITE: dict[str, tuple[np.dtype, int]] = {
-    "float16": (np.dtype("<u2"), 0x7C00),
-    "bfloat16": (np.dtype("<u2"), 0x7F80),
-    "float32": (np.dtype("<u4"), 0x7F80_0000),
-}
-_CHUNK = 1 << 18  # elements checked at a time: what stays in cache
 
 
 class Checkpoint:
@@ -186,7 +179,7 @@ class Checkpoint:
 
     def _read(self, name: str) -> np.ndarray:
         array = self.shards.read(name)
-        if array.dtype.name in _NOT_FINITE and not _all_finite(array):
+        if not all_finite(array):
             raise CheckpointError(
                 f"{quote(str(self.path))}: {self.shards.where(name)} holds NaN or infinity; the file is damaged"
             )
@@ -212,16 +205,8 @@ def open(path: Path | str, *, ignore_config: Collection[str] = ()) -> Checkpoint
     return Checkpoint(path, hf_config, config, names)
 
 
-def _all_finite(array: np.ndarray) -> bool:
-    unsigned, exponent = _NOT_FINITE[array.dtype.name]
-    bits = array.reshape(-1).view(unsigned)
-    signed, sign = bits.view(unsigned.str.replace("u", "i")), 1 << 8 * unsigned.itemsize - 1
-    chunks = [slice(start, start + _CHUNK) for start in range(0, len(bits), _CHUNK)]
-    return all(signed[c].max() < exponent and bits[c].max() < sign | exponent for c in chunks)
-
-
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    rows = max(1, _CHUNK // a.shape[1])
+    rows = max(1, CHUNK // a.shape[1])
     return all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, len(a), rows))
 
 
