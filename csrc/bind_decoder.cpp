@@ -270,10 +270,11 @@ void bind_decoder(py::module_& m) {
         .def_readwrite("experts", &DecoderShape::experts);
 
     py::class_<Decoder>(m, "Decoder", "A packed model and its step; see csrc/decoder.h. Not checked: the addresses.")
-        .def(py::init([](const std::string& isa, int n_threads, const DecoderShape& shape) {
-                 return std::make_unique<Decoder>(shape, kernels(isa.c_str()), n_threads);
+        .def(py::init([](const std::string& isa, int n_threads, int granted, const DecoderShape& shape) {
+                 return std::make_unique<Decoder>(shape, kernels(isa.c_str()), n_threads, granted);
              }),
-             py::kw_only(), py::arg("isa"), py::arg("n_threads"), py::arg("shape"))
+             py::kw_only(), py::arg("isa"), py::arg("n_threads"), py::arg("granted"), py::arg("shape"),
+             "Of n_threads, `granted` run at the same moment at the most, whatever the cores.")
         .def(
             "set_embed", [](Decoder& decoder, WeightType type, Address table) { decoder.set_embed(type, pointer(table)); },
             release())

@@ -66,8 +66,8 @@ void add_values(WeightType type, const void* table, int64_t from, int64_t n, flo
 
 // ---- loading ---------------------------------------------------------------------------------------------------------
 
-Decoder::Decoder(const DecoderShape& shape, const Kernels& kernels, int n_threads)
-    : shape_(shape), kernels_(kernels), n_threads_(n_threads) {
+Decoder::Decoder(const DecoderShape& shape, const Kernels& kernels, int n_threads, int granted)
+    : shape_(shape), kernels_(kernels), n_threads_(n_threads), granted_(granted) {
     const DecoderShape& s = shape_;
     for (int64_t size : {s.vocab_size, s.hidden_size, s.n_heads, s.n_kv_heads, s.head_dim, s.intermediate_size}) {
         if (size < 1) refuse("a size of the decoder is not positive");
@@ -91,7 +91,7 @@ Team& Decoder::team() {
     if (team_ && !team_->alive()) team_.release();
     if (team_) return *team_;
     try {
-        team_ = std::make_unique<Team>(n_threads_);
+        team_ = std::make_unique<Team>(n_threads_, granted_);
     } catch (const std::system_error& error) {
         throw std::runtime_error(std::to_string(n_threads_) + " threads cannot be started: " + error.what());
     }
@@ -181,11 +181,12 @@ void Decoder::set_embed(WeightType type, const void* table) {
 void Decoder::step(const Step& step) {
     if (!finished_) throw std::runtime_error("a step of a decoder whose weights are not complete");
     check(step);
-    if (busy_.exchange(true)) throw std::runtime_error("two steps of one decoder at the same time");
+    const int64_t process = this_process();
+    if (stepping_.exchange(process) == process) throw std::runtime_error("two steps of one decoder at the same time");
     struct Leave {
-        std::atomic<bool>& busy;
-        ~Leave() { busy = false; }
-    } leave{busy_};
+        std::atomic<int64_t>& stepping;
+        ~Leave() { stepping = 0; }
+    } leave{stepping_};
     if (step.rows == 0) return;
     const Team::Awake awake(team());
     reserve(std::max(step.rows, step.n_wanted));

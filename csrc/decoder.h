@@ -101,7 +101,7 @@ struct Step {
 
 class Decoder {
   public:
-    Decoder(const DecoderShape& shape, const Kernels& kernels, int n_threads);
+    Decoder(const DecoderShape& shape, const Kernels& kernels, int n_threads, int granted);
     ~Decoder();
 
     // Weights come in once, layers in order; these calls pack what they are given. Throw std::invalid_argument where
@@ -196,9 +196,9 @@ class Decoder {
 
     const DecoderShape shape_;
     const Kernels kernels_;
-    const int n_threads_;
+    const int n_threads_, granted_;
     std::unique_ptr<Team> team_;
-    std::atomic<bool> busy_{false};
+    std::atomic<int64_t> stepping_{0};  // the process that is in a step, perhaps one that this was forked from in its step
     int64_t weight_bytes_ = 0;
 
     WeightType table_type_ = WeightType::f32;

@@ -49,15 +49,7 @@ void pause_briefly() {
 #endif
 }
 
-int64_t this_process() {
-#if defined(_WIN32)
-    return _getpid();
-#else
-    return getpid();
-#endif
-}
-
-// How many threads may run at the same moment.
+// On how many cores threads may run.
 int usable_cpus() {
 #if defined(__linux__)
     cpu_set_t set;
@@ -68,7 +60,16 @@ int usable_cpus() {
 
 }  // namespace
 
-Team::Team(int n_threads) : size_(n_threads), process_(this_process()), shares_(static_cast<size_t>(n_threads)) {
+int64_t this_process() {
+#if defined(_WIN32)
+    return _getpid();
+#else
+    return getpid();
+#endif
+}
+
+Team::Team(int n_threads, int granted)
+    : size_(n_threads), granted_(granted), process_(this_process()), shares_(static_cast<size_t>(n_threads)) {
     try {
         for (int thread = 1; thread < size_; ++thread) helpers_.emplace_back([this, thread] { help(thread); });
     } catch (...) {
@@ -91,7 +92,7 @@ void Team::close() {
 bool Team::alive() const { return process_ == this_process(); }
 
 void Team::wake() {
-    crowded_.store(size_ > usable_cpus(), std::memory_order_relaxed);
+    crowded_.store(size_ > std::min(usable_cpus(), granted_), std::memory_order_relaxed);
     awake_.store(true, std::memory_order_relaxed);
     if (sleepers_.load() > 0) call_helpers();
 }

@@ -5,6 +5,7 @@
 #pragma once
 #include <atomic>
 #include <chrono>
+#include <climits>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -17,17 +18,21 @@ struct Range {
     int64_t begin, end;
 };
 
+// The process's number, another one in a child that it forked.
+int64_t this_process();
+
 class Team {
   public:
     // The caller of run() is one of the threads: n_threads - 1 helpers are started. Throws std::system_error where the
-    // system has no more of them.
-    explicit Team(int n_threads);
+    // system has no more of them. `granted`: so many of them may run at the same moment, whatever the cores (a control
+    // group's quota).
+    explicit Team(int n_threads, int granted = INT_MAX);
     ~Team();
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
     // While one exists the helpers wait for the next phase awake: spinning, and soon yielding the core to whoever wants
-    // it. Without one, or where threads are more than cores, they sleep after a short while.
+    // it. Without one, or where threads are more than may run at the same moment, they sleep after a short while.
     class Awake {
       public:
         explicit Awake(Team& team) : team_(team) { team_.wake(); }
@@ -85,7 +90,7 @@ class Team {
     void call_helpers();
     void close();
 
-    const int size_;
+    const int size_, granted_;
     const int64_t process_;
     std::vector<std::thread> helpers_;
 
@@ -96,7 +101,7 @@ class Team {
 
     alignas(64) std::atomic<int> sleepers_{0};  // helpers
     std::atomic<bool> awake_{false};
-    std::atomic<bool> crowded_{false};  // more threads than cores for them
+    std::atomic<bool> crowded_{false};  // more threads than may run at the same moment
     std::atomic<bool> profiling_{false};
     std::atomic<bool> caller_sleeps_{false};
     Clock::time_point last_call_{};  // of the helpers, by the caller

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -499,6 +500,72 @@ def test_a_forked_child_steps_with_threads_of_its_own():
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
     np.testing.assert_array_equal(runner.step(Rows.of(tokens, 0)), expected)
+
+
+def test_a_child_forked_within_a_step_steps_too():
+    weights = model()
+    runner, tokens = build(weights, ctx_size=512), ids(8, 97)
+    expected = build(weights).step(Rows.of(tokens, 0))
+    over = threading.Event()
+
+    def steps():
+        while not over.is_set():
+            runner.cache.truncate(0, 0)
+            runner.step(Rows.of(ids(500, 97), 0))
+
+    others = threading.Thread(target=steps)
+    others.start()
+    try:
+        for _ in range(5):
+            time.sleep(0.01)
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)
+                try:
+                    runner.cache.truncate(0, 0)
+                    os._exit(0 if np.array_equal(runner.step(Rows.of(tokens, 0)), expected) else 1)
+                finally:
+                    os._exit(2)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        over.set()
+        others.join()
+
+
+@pytest.mark.parametrize("granted", [None, 0.5, 1.0, 64.0])
+def test_results_are_those_of_any_quota(granted, monkeypatch):
+    weights, tokens = model(weight="q4"), ids(20, 97)
+    expected = build(weights, threads=1).step(Rows.of(tokens, 0, wanted="all"))
+    monkeypatch.setattr(cpu, "quota", lambda: granted)
+    np.testing.assert_array_equal(build(weights, threads=3).step(Rows.of(tokens, 0, wanted="all")), expected)
+
+
+def test_torch_at_work_in_the_same_process():
+    torch = pytest.importorskip("torch")
+    weights, tokens = model(weight="q4"), ids(40, 97)
+    expected = build(weights, threads=1).step(Rows.of(tokens, 0, wanted="all"))
+    runner, over, products = build(weights, threads=2), threading.Event(), []
+    torch_threads, a = torch.get_num_threads(), torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+
+    def multiply():
+        while not over.is_set():
+            products.append(a @ a)
+
+    other = threading.Thread(target=multiply)
+    other.start()
+    try:
+        for _ in range(30):
+            runner.cache.truncate(0, 0)
+            np.testing.assert_array_equal(runner.step(Rows.of(tokens, 0, wanted="all")), expected)
+    finally:
+        over.set()
+        other.join()
+    assert torch.get_num_threads() == torch_threads and products
+    assert all(torch.equal(product, products[0]) for product in products)
+    time.sleep(0.05)
+    used = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - used < 0.1  # neither pool waits awake
 
 
 def test_threads_that_cannot_be_started_are_an_error():

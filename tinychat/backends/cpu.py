@@ -17,7 +17,7 @@ import numpy as np
 from tinychat import rope
 from tinychat.cache import KV_DTYPES, KVCache, Rows
 from tinychat.config import Block, ModelConfig, QKNorm
-from tinychat.cpuinfo import physical_cores
+from tinychat.cpuinfo import physical_cores, quota
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
 from tinychat.qtensor import HEAD_GROUP, AwqWords, QTensor, Weight, bfloat16
@@ -149,7 +149,8 @@ class CpuRunner:
         self._activations = activations
         self.description = _describe(isa, n_threads)
         config.check_capacity(cache.capacity)
-        self._decoder = _cpu.Decoder(isa=isa, n_threads=n_threads, shape=_shape(config))
+        granted = max(1, min(int(quota() or MAX_THREADS), MAX_THREADS))
+        self._decoder = _cpu.Decoder(isa=isa, n_threads=n_threads, granted=granted, shape=_shape(config))
         self._rotary = rope.Tables(config.ropes, cache.capacity)
         for index in range(config.n_layers):
             self._add_layer(index, source.layer(index))
