@@ -425,7 +425,7 @@ def test_quantize_is_thin(monkeypatch, capsys):
         "bits": 4,
         "group_size": 128,
         "symmetric": False,
-        "act_order": False,
+        "act_order": None,
         "calibration": None,
         "overwrite": False,
     }
@@ -436,7 +436,7 @@ def test_quantize_is_thin(monkeypatch, capsys):
         "bits": 3,
         "group_size": 64,
         "symmetric": False,
-        "act_order": False,
+        "act_order": None,
         "calibration": "t",
         "overwrite": True,
     }

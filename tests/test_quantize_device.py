@@ -132,7 +132,8 @@ def test_the_pretended_gpu_is_apart_from_the_cpu():
         ("llama", "awq", {}, ROOMY),
         ("plain", "awq", {"symmetric": True}, FULL),
         ("mixture", "awq", {"symmetric": True}, ROOMY),
-        ("llama", "gptq", {"act_order": True}, FULL),
+        ("llama", "gptq", {"act_order": "static"}, FULL),
+        ("llama", "gptq", {"act_order": "free", "group_size": 16}, FULL),
         ("plain", "gptq", {}, ROOMY),
         ("mixture", "gptq", {"bits": 3}, FULL),
         ("llama", "awq+gptq", {"bits": 2}, ROOMY),
@@ -251,7 +252,7 @@ def compared(made: MemoryWeights, expected: MemoryWeights) -> float:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("more", [{}, {"act_order": True}, {"bits": 3, "symmetric": True}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"act_order": "static"}, {"bits": 3, "symmetric": True}], ids=str)
 @pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "awq+gptq"])
 @pytest.mark.parametrize("name", ["llama", "plain", "mixture"])
 def test_a_gpu_chooses_as_the_cpu_does(name, method, more):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 import tinychat
 from tinychat import checkpoint
 from tinychat import quantize as package
-from tinychat.backends import reference
+from tinychat.backends import cpu, reference
 from tinychat.cache import Rows
 from tinychat.cli import main
 from tinychat.errors import CheckpointError, ConfigError, TinychatError, TokenizerError, UsageError
@@ -50,6 +50,29 @@ def assert_same(found, expected):
             assert np.array_equal(getattr(found, field), getattr(expected, field))
     else:
         assert not isinstance(found, QTensor) and np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("method", "bits"), [("gptq", 4), ("gptq", 3), ("awq+gptq", 4)])
+def test_free_act_order_is_written_as_gptq(source, tmp_path, method, bits):
+    how = {"method": method, "bits": bits, "group_size": 16, "act_order": "free"}
+    quantize(source, tmp_path / "out", **how, **SMALL)
+    opened, original = checkpoint.open(tmp_path / "out"), checkpoint.open(source)
+    assert (opened.quantization.method, opened.bits, opened.quantization.act_order) == ("gptq", bits, True)
+    sequences = calibration.self_generated(original, starts=[1], n_sequences=4, length=24)
+    made, _ = quantize_in_memory(original, **how, sequences=sequences)
+    moved = 0
+    for index in range(2):
+        for name in LINEARS:
+            pairs = zip(
+                getattr(opened.layer(index), name).segments, getattr(made.layer(index), name).segments, strict=True
+            )
+            for found, expected in pairs:
+                assert np.array_equal(canonical(found).dequantize(), expected.dequantize())
+                moved += found.permutation is not None
+    assert moved == 2 * 7
+    rows = Rows.of([1, 5, 9, 30], 0, wanted="all")
+    exact, again = (backend.build(opened, ctx_size=8).step(rows) for backend in (reference, cpu))
+    assert ((exact - again) ** 2).sum() < 1e-6 * (exact**2).sum()
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq"])

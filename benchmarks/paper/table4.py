@@ -14,7 +14,7 @@ from experiment import Experiment, parser, show
 METHODS = {
     "rtn": ("rtn", {}),
     "gptq": ("gptq", {}),
-    "gptq-r": ("gptq", {"act_order": True}),
+    "gptq-r": ("gptq", {"act_order": "static"}),
     "awq": ("awq", {}),
 }
 

@@ -5,8 +5,10 @@ H^-1 = U^T U, U upper triangular, rounding column j of W to q costs ((w_j - q) /
 after it are moved by -(w_j - q) / U_jj * U_j: the paper's equations 2 and 3, by its Cholesky reformulation.
 
 A group's scale is found when its first column is reached, from weights that have moved already, unless clipping has
-set its limits. Act-order takes the columns by falling H_jj. Groups then are those of the file, with the scales of the
-weights as they were ("static"), so that nothing but the order of updates changes and every layout can hold the result.
+set its limits. Act-order takes the columns by falling H_jj. "static" leaves the groups those of the file, with the
+scales of the weights as they were, so that nothing but the order of updates changes and every layout can hold the
+result. "free" makes groups of columns that follow each other in that order, so that inputs of like activity share a
+scale: what is written then has a `permutation`, and limits, which are of other groups, have no say.
 
 Each row keeps what plain rounding makes of it where that has the lower loss.
 """
@@ -14,7 +16,9 @@ Each row keeps what plain rounding makes of it where that has the lower loss.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from tinychat.config import ModelConfig
@@ -36,7 +40,7 @@ NUMBERS = 2**23  # of a weight, in whole rows, that are solved for at once: boun
 
 @torch.inference_mode()
 def round_layer(
-    config: ModelConfig, layer: PackedLayer, index: int, observed: Observed, grid: Grid, act_order: bool = False
+    config: ModelConfig, layer: PackedLayer, index: int, observed: Observed, grid: Grid, act_order: str | None = None
 ) -> tuple[Layer, list[GroupResult]]:
     """`layer` as it is written, and what that costs each linear."""
     losses: dict[str, list[float]] = {}  # of each linear: rounded to nearest, by this method, and nothing at all
@@ -67,9 +71,10 @@ def round_layer(
 class Solver:
     """GPTQ for all rows that read the same inputs."""
 
-    def __init__(self, gram: torch.Tensor, act_order: bool = False, name: str = "weight"):
+    def __init__(self, gram: torch.Tensor, act_order: str | None = None, name: str = "weight"):
         """`gram` fp32 [K, K] is H. CheckpointError, with `name`, where it is not finite."""
         self.gram = gram
+        self.free = act_order == "free"
         diagonal = gram.diagonal()
         if not torch.isfinite(torch.stack(gram.aminmax())).all():
             raise CheckpointError(f"{name}: its inputs, multiplied with each other, go beyond fp32's range")
@@ -88,38 +93,50 @@ class Solver:
 
     def _quantize(self, part: Dense, grid: Grid) -> tuple[QTensor, torch.Tensor]:
         """The same of a few rows; their losses, fp64 [3, N]."""
-        weight = part.weight
+        weight, limits = part.weight, part.limits
+        power = _quadratic(weight, self.gram)
+        if self.free:
+            weight, limits = weight[:, self.order], None
         n, k = weight.shape
-        grouped, scales, zeros = grid.fitted(weight, part.modules[0], part.limits)
+        grouped, scales, zeros = grid.fitted(weight, part.modules[0], limits)
         nearest = grid.codes(grouped, scales, zeros).reshape(n, -1)[:, :k]
         codes, new_scales, new_zeros = self._solve(part, grid, scales, zeros)
         before = self._loss(weight, nearest, scales, zeros, grid)
         after = self._loss(weight, codes, new_scales, new_zeros, grid)
         better = after < before  # false for NaN
-        losses = torch.stack((before, torch.where(better, after, before), _quadratic(weight, self.gram)))
+        losses = torch.stack((before, torch.where(better, after, before), power))
         codes = torch.where(better[:, None], codes, nearest)
         scales, zeros = (torch.where(better[:, None], *of) for of in ((new_scales, scales), (new_zeros, zeros)))
-        return grid.tensor(codes, scales, zeros, k), losses.double()
+        made = grid.tensor(codes, scales, zeros, k)
+        return replace(made, permutation=self.permutation), losses.double()
+
+    @property
+    def permutation(self) -> np.ndarray | None:
+        """Of what is made: see `QTensor`."""
+        return self.order.to(torch.int32).cpu().numpy() if self.free and self.order is not None else None
 
     def _loss(
         self, weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, grid: Grid
     ) -> torch.Tensor:
         """tr(E H E^T), row by row: [N]."""
         groups = torch.arange(weight.shape[1]) // grid.width(weight.shape[1])
-        return _quadratic((codes - zeros[:, groups]).mul_(scales[:, groups]).sub_(weight), self.gram)
+        error = (codes - zeros[:, groups]).mul_(scales[:, groups]).sub_(weight)
+        if self.free and self.order is not None:
+            error = error[:, self.order.argsort()]
+        return _quadratic(error, self.gram)
 
     def _solve(
         self, part: Dense, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(codes [N, K], scales, zeros), in the columns' own order."""
+        """(codes [N, K], scales, zeros), in the columns' own order, or in the free one."""
         n, k = part.shape
         width = grid.width(k)
-        static = self.order is not None or part.limits is not None
+        static = not self.free and (self.order is not None or part.limits is not None)
         order = torch.arange(k) if self.order is None else self.order
         weight = part.weight.T[order]  # [K, N], a copy: a column's numbers lie together
         codes = torch.empty_like(weight)
         scales, zeros = scales.T.contiguous(), zeros.T.contiguous()  # [groups, N]
-        group_of = (order // width).tolist()
+        group_of = ((torch.arange(k) if self.free else order) // width).tolist()
         for first, last in _blocks(k, BLOCK if static else width):
             errors = torch.empty(last - first, n)
             factor = self.factor.rows(first, last)
@@ -135,9 +152,9 @@ class Solver:
                 weight[j + 1 : last].addr_(factor[i, i + 1 : last - first], error, alpha=-1)
                 errors[i] = error
             weight[last:].addmm_(factor[:, last - first :].T, errors, alpha=-1)
-        restored = torch.empty_like(codes)
-        restored[order] = codes
-        return restored.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous()
+        if not self.free:
+            codes[order] = codes.clone()
+        return codes.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous()
 
 
 def _blocks(n_columns: int, width: int) -> Iterator[tuple[int, int]]:

@@ -162,7 +162,7 @@ class Grid:
 def stacked(parts: Sequence[QTensor]) -> QTensor:
     """Rows of one linear, quantized a few at a time, as the whole."""
     codes, scales, zeros = (np.concatenate([getattr(part, f) for part in parts]) for f in ("codes", "scales", "zeros"))
-    return QTensor(codes, scales, zeros, parts[0].bits, parts[0].group_size)
+    return QTensor(codes, scales, zeros, parts[0].bits, parts[0].group_size, parts[0].permutation)
 
 
 def as_stored(array: np.ndarray) -> torch.Tensor:

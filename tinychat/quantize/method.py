@@ -27,20 +27,22 @@ from tinychat.quantize.report import GroupResult
 from tinychat.weights import Layer
 
 MUCH_LOST = 2  # bits
+ACT_ORDERS = "static", "free"
 
 
 @dataclass(frozen=True)
 class Method:
     """What is done to each layer. The modules are stages; `transformation` may be none.
 
-    act_order   GPTQ's: columns are rounded by falling importance
+    act_order   GPTQ's: columns are rounded by falling importance, in groups of the file ("static") or in groups of
+                that order ("free")
     act_scales  AWQ's: what is written can hold an act_scale
     """
 
     name: str
     transformation: ModuleType | None
     rounding: ModuleType
-    act_order: bool = False
+    act_order: str | None = None
     act_scales: bool = True
 
     @property
@@ -48,6 +50,16 @@ class Method:
         """Whether `apply` wants activations."""
         stages = (self.transformation, self.rounding)
         return any(stage is not None and stage.NEEDS_CALIBRATION for stage in stages)
+
+    def check(self, config: ModelConfig) -> None:
+        """UsageError where what it writes of such a model could not be run."""
+        if self.permutes and config.experts is not None:
+            raise UsageError("free act-order permutes the inputs of experts, which no backend does; choose static")
+
+    @property
+    def permutes(self) -> bool:
+        """Whether weights get a `permutation`."""
+        return self.act_order == "free"
 
     def follows(self, grid: Grid) -> bool:
         """Whether `apply` wants to know what the layers before, as they are written, make of the sampled tokens.
@@ -91,7 +103,7 @@ def names() -> list[str]:
     return sorted([*transformations, *roundings, *combined])
 
 
-def find(name: str, act_order: bool = False) -> Method:
+def find(name: str, act_order: str | None = None) -> Method:
     """The method called `name`; UsageError, listing those there are, where there is none."""
     if name not in names():
         raise UsageError(f"no method {name!r}; there are: {', '.join(names())}")
@@ -100,6 +112,8 @@ def find(name: str, act_order: bool = False) -> Method:
     rounding = stage if hasattr(stage, "round_layer") else _stages()[then] if then else rtn
     if act_order and not rounding.NEEDS_GRAMS:
         raise UsageError(f"act-order is the order in which gptq rounds columns; {name!r} rounds them all alike")
+    if act_order not in (None, *ACT_ORDERS):
+        raise UsageError(f"act-order {act_order!r}; there are: {', '.join(ACT_ORDERS)}")
     return Method(name, None if rounding is stage else stage, rounding, act_order)
 
 

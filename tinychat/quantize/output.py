@@ -34,6 +34,7 @@ class Output:
     """The checkpoint that a quantization of `source` writes.
 
     bits, group_size  asked for; `group_size` then is what the files get, which may be smaller
+    permuted          whether weights may have a `permutation`
     layout            how they hold it
     act_scales        whether they hold an act_scale where AWQ wants one
     notes             what is otherwise than asked for, and why
@@ -41,9 +42,9 @@ class Output:
     UsageError where nothing in it could be quantized.
     """
 
-    def __init__(self, source: Checkpoint, bits: int, group_size: int, symmetric: bool = False):
+    def __init__(self, source: Checkpoint, bits: int, group_size: int, symmetric: bool = False, permuted: bool = False):
         self.source = source
-        writing = partial(layouts.for_writing, bits, symmetric=symmetric)
+        writing = partial(layouts.for_writing, bits, symmetric=symmetric, act_order=permuted)
         modules = _linears(source.config, source.names)
         self.layout, self.notes = _fitting(modules, group_size, writing)
         self.group_size = self.layout.group_size

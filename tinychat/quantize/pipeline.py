@@ -53,7 +53,7 @@ def quantize(
     bits: int = 4,
     group_size: int = 128,
     symmetric: bool = False,
-    act_order: bool = False,
+    act_order: str | None = None,
     calibration: str | Path | None = None,
     n_sequences: int = 128,
     length: int | None = None,
@@ -69,7 +69,7 @@ def quantize(
 ) -> Report:
     """Quantize the checkpoint `source` and write it to the directory `output`: 4 bits as AWQ; 2, 3 and 8 as GPTQ.
 
-    symmetric, act_order  see `Grid` and `Method`
+    symmetric, act_order  see `Grid` and `Method`; "free" goes out as GPTQ whatever the bits
     calibration  see `calibration.load`; None: text sampled from the model itself
     n_sequences, length  of the calibration set, at most; None: 512 tokens, 128 of sampled text
     restart      throw away what an interrupted run left. Otherwise a run with the same arguments goes on after its last
@@ -97,7 +97,8 @@ def quantize(
         raise UsageError(f"{opened.path} is a GGUF file; quantize the original checkpoint, a directory, instead")
     if opened.quantization is not None:
         raise UsageError(f"{opened.path} is quantized already; quantize the original checkpoint instead")
-    made = Output(opened, bits, group_size, symmetric)
+    chosen.check(opened.config)
+    made = Output(opened, bits, group_size, symmetric, chosen.permutes)
     chosen = replace(chosen, act_scales=made.act_scales)
     length = min(length or (SAMPLED if calibration is None else FROM_FILE), opened.config.max_positions)
     options = {"method": method, "bits": bits, "group size": group_size, "seed": seed}
@@ -227,7 +228,7 @@ def quantize_in_memory(
     bits: int = 4,
     group_size: int = 128,
     symmetric: bool = False,
-    act_order: bool = False,
+    act_order: str | None = None,
     sequences: Sequences | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -242,6 +243,7 @@ def quantize_in_memory(
     """
     began = time.monotonic()
     grid, chosen, where = Grid(bits, group_size, symmetric), find(method, act_order), devices.find(device)
+    chosen.check(source.config)
     report = Report(method, bits, group_size)
     if chosen.needs_calibration:
         if not sequences:

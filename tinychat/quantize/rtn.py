@@ -15,7 +15,12 @@ NEEDS_GRAMS = False
 
 
 def round_layer(
-    config: ModelConfig, layer: PackedLayer, index: int, observed: Observed | None, grid: Grid, act_order: bool = False
+    config: ModelConfig,
+    layer: PackedLayer,
+    index: int,
+    observed: Observed | None,
+    grid: Grid,
+    act_order: str | None = None,
 ) -> tuple[Layer, list[GroupResult]]:
     """`layer` as it is written, within the limits that clipping may have found. There is nothing to say of it."""
     return quantized_layer(layer, lambda part: part.quantize(grid)), []
