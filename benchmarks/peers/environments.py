@@ -34,7 +34,9 @@ RECIPES = {
         {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DGGML_BLAS=OFF", "CXXFLAGS": f"-include {HERE / 'gcc_amx.h'}"},
     ),
     "transformers": Recipe((("install", TORCH), ("install", TORCH, "transformers", "accelerate"))),
-    "gptqmodel": Recipe((("install", TORCH), ("install", TORCH, "gptqmodel", "transformers>=5", "sentencepiece"))),
+    "gptqmodel": Recipe(
+        (("install", TORCH), ("install", TORCH, "gptqmodel", "transformers>=5", "optimum", "sentencepiece"))
+    ),
     "openvino": Recipe(
         (
             ("install", TORCH),
