@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "levels.h"
+#include "linear_layout.h"
 #include "read_probe.h"
 
 namespace py = pybind11;
@@ -71,6 +72,7 @@ void bind_linear(py::module_& m) {
     m.def("supported_isas", &supported_isas, "The levels that run here, best first, separated by spaces.");
     m.def("tile", [](const char* isa) { return kernels(isa).linear.tile; });
     m.def("packed_bytes", [](const char* isa, const LinearShape& shape) { return kernels(isa).linear.packed_bytes(shape); });
+    m.def("stored_bytes", &stored_bytes, "What `pack` reads of a row of k codes, of sources that have rows.");
     m.def("activation_bytes",
           [](const char* isa, const LinearShape& shape) { return kernels(isa).linear.activation_bytes(shape); });
     m.def(

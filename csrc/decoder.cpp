@@ -83,12 +83,12 @@ Decoder::Decoder(const DecoderShape& shape, const Kernels& kernels, int n_thread
 }
 
 Decoder::~Decoder() {
-    if (team_ && !team_->alive()) team_.release();  // its threads are another process's: there is nothing to join
+    if (team_ && !team_->alive(this_process())) team_.release();  // its threads are another process's: there is nothing to join
 }
 
-// A system call tells whether the threads are this process's: a step asks once.
-Team& Decoder::team() {
-    if (team_ && !team_->alive()) team_.release();
+// Whether the threads are this process's a system call tells: a step asks once.
+Team& Decoder::team(int64_t process) {
+    if (team_ && !team_->alive(process)) team_.release();
     if (team_) return *team_;
     try {
         team_ = std::make_unique<Team>(n_threads_, granted_);
@@ -188,7 +188,7 @@ void Decoder::step(const Step& step) {
         ~Leave() { stepping = 0; }
     } leave{stepping_};
     if (step.rows == 0) return;
-    const Team::Awake awake(team());
+    const Team::Awake awake(team(process));
     reserve(std::max(step.rows, step.n_wanted));
     plan(step);
     if (!profiling_) return forward(step);

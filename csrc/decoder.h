@@ -192,13 +192,15 @@ class Decoder {
     void add_experts(const LayerData& data, Layer& layer);
     void reserve_experts(int64_t rows);
     void mix(const Layer& layer, int64_t rows);
-    Team& team();
+    Team& team(int64_t process = this_process());
 
     const DecoderShape shape_;
     const Kernels kernels_;
     const int n_threads_, granted_;
     std::unique_ptr<Team> team_;
-    std::atomic<int64_t> stepping_{0};  // the process that is in a step, perhaps one that this was forked from in its step
+    // The process that is in a step, perhaps one that this was forked from in its step: all of a step but the growth of
+    // buffers, of its plan too, may be begun anew.
+    std::atomic<int64_t> stepping_{0};
     int64_t weight_bytes_ = 0;
 
     WeightType table_type_ = WeightType::f32;

@@ -34,7 +34,7 @@ enum class Source : int32_t {
     f32 = 2,    // values [n, k] to be rounded to nearest, symmetric: scale = largest |w| of the group / (2^(bits-1) - 1),
     f16 = 3,    // rounded up to the scales' type, zero = 2^(bits-1), codes w / scale + zero (pack_rounded.cpp)
     bf16 = 4,
-    stream = 5, // codes as a stream of bits in words, as GPTQ files hold them (pack_stream.cpp); the rest canonical
+    stream = 5, // codes as a stream of bits in words (pack_stream.cpp), as wide as they are kept; the rest canonical
     q4_0 = 6,   // codes in the blocks of GGUF files (pack_codes.cpp), kept in 4, 8 and 8 bits; the rest canonical
     q8_0 = 7,
     q6_k = 8,
@@ -47,7 +47,8 @@ struct WeightData {
     void* zeros;
     Source source = Source::codes;
     int64_t row_stride = 0, word_stride = 0;  // of a stream, in words: from a row's to the next row's, from word to word
-    const int32_t* permutation = nullptr;     // [k]: column j multiplies input permutation[j], the stream's code of that number
+    const int32_t* permutation = nullptr;     // [k]: column j multiplies input permutation[j]; a stream has its code at that
+                                              // number, codes have it at j
 };
 
 // Packed weights are split in tiles of output rows; work is divided between threads in whole tiles.

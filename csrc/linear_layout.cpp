@@ -75,6 +75,16 @@ int64_t tile_bytes(const LinearShape& shape) {
 
 int64_t packed_bytes(const LinearShape& shape) { return divide_up(shape.n, kTile) * tile_bytes(shape); }
 
+int64_t stored_bytes(Source source, int64_t k, int32_t bits) {
+    switch (source) {
+        case Source::stream: return divide_up(k * bits, 32) * 4;
+        case Source::q4_0: return divide_up(k, 32) * 18;
+        case Source::q8_0: return divide_up(k, 32) * 34;
+        case Source::q6_k: return divide_up(k, 256) * 210;
+        default: return 0;
+    }
+}
+
 void pack(const LinearShape& shape, const WeightData& data, void* packed, int64_t tile_begin, int64_t tile_end) {
     if (shape.type != WeightType::quantized) return pack_values(shape, data, packed, tile_begin, tile_end);
     switch (data.source) {

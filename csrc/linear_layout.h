@@ -54,6 +54,8 @@ namespace tinychat {
 
 // In linear_layout.cpp, compiled once for every level.
 int64_t packed_bytes(const LinearShape& shape);
+// What pack() reads of a row of k codes of `bits`, of sources that have rows; 0 of others.
+int64_t stored_bytes(Source source, int64_t k, int32_t bits);
 void pack(const LinearShape& shape, const WeightData& data, void* packed, int64_t tile_begin, int64_t tile_end);
 void unpack(const LinearShape& shape, const void* packed, const WeightData& data);
 void unpack_row(const LinearShape& shape, const void* packed, int64_t row, float* values);

@@ -48,8 +48,8 @@ class Words {
 };
 
 // Code `i` of the stream of each row, moved up by `up` bits, into `to`; `words` gives the words of a number.
-template <int bits, class Source>
-__attribute__((always_inline)) inline void cut(Source&& words, int64_t i, int up, Rows& to) {
+template <int bits, class WordsOf>
+__attribute__((always_inline)) inline void cut(WordsOf&& words, int64_t i, int up, Rows& to) {
     const int64_t word = i * bits / 32;
     const auto shift = static_cast<int>(i * bits % 32);
     const Rows& low = words(word);

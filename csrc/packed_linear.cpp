@@ -56,7 +56,8 @@ int64_t PackedLinear::nbytes() const {
 
 void PackedLinear::add_segment(const SegmentData& data, const LinearKernels& kernels) {
     const LinearShape& shape = data.shape;
-    const std::vector<int32_t> permutation(data.data.permutation, data.data.permutation ? data.data.permutation + shape.k : nullptr);
+    const int32_t* order = data.data.permutation;
+    const std::vector<int32_t> permutation(order, order ? order + shape.k : nullptr);
     const auto inside = [&](int32_t input) { return input >= 0 && input < shape.k; };
     if (!std::all_of(permutation.begin(), permutation.end(), inside)) refuse("a permutation beyond the inputs");
     const auto same = [&](const Preparation& p) {

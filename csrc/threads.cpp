@@ -21,8 +21,8 @@ using std::chrono::microseconds;
 
 // A phase of a step lasts microseconds, and to wake a sleeper takes tens of them: so within a step a thread that waits
 // stays awake, at first spinning, then yielding at each turn, and sleeps only where the step seems to be stuck. After a step
-// it waits for the next one a little. Where threads are more than cores, one that spins takes the core from one that
-// works, so it soon sleeps, and a sleeper is not called at every phase.
+// it waits for the next one a little. Where threads are more than may run at once, one that spins takes the core from one
+// that works, so it soon sleeps, and a sleeper is not called at every phase.
 constexpr microseconds kSpinCrowded{20}, kSpin{100}, kBetweenSteps{100}, kStuck{5000}, kBetweenCalls{100};
 
 // A share is cut in half, and what is left of it again, into so many parts: all threads end with small ones, and so at
@@ -88,8 +88,6 @@ void Team::close() {
     called_.notify_all();
     for (std::thread& helper : helpers_) helper.join();
 }
-
-bool Team::alive() const { return process_ == this_process(); }
 
 void Team::wake() {
     crowded_.store(size_ > std::min(usable_cpus(), granted_), std::memory_order_relaxed);

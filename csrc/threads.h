@@ -44,8 +44,8 @@ class Team {
         Team& team_;
     };
 
-    // False in a process forked after the team was made: the helpers did not come along.
-    bool alive() const;
+    // Whether it was made in this process, whose number is given: helpers do not come along to a forked one.
+    bool alive(int64_t process) const { return process_ == process; }
 
     // Calls work(Range part, int thread) for consecutive parts that together cover [0, items), and returns when all are
     // done; what they wrote is seen by the caller and by later runs. Which thread of 0 .. n_threads - 1 does a part is

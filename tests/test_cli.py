@@ -416,7 +416,7 @@ def test_quantize_is_thin(monkeypatch, capsys):
     made.quantize, made.methods = quantize, lambda: ["awq", "rtn"]
     monkeypatch.setitem(sys.modules, "tinychat.quantize", made)
     assert run("quantize", "src", "-o", "dst") == 0
-    options = "--method rtn --bits 3 --group-size 64 --calibration t --overwrite"
+    options = "--method rtn --bits 3 --group-size 64 --act-order free --calibration t --overwrite"
     options += " --revision v1 --offline --ignore-config a --ignore-config b"
     options += " --n-sequences 3 --length 9 --seed 7 --restart --device cpu --threads 2"
     assert run("quantize", "src", "-o", "dst", *options.split()) == 0
@@ -436,7 +436,7 @@ def test_quantize_is_thin(monkeypatch, capsys):
         "bits": 3,
         "group_size": 64,
         "symmetric": False,
-        "act_order": None,
+        "act_order": "free",
         "calibration": "t",
         "overwrite": True,
     }

@@ -5,7 +5,7 @@ import pytest
 import tiny_checkpoints as tiny
 
 from tinychat import checkpoint
-from tinychat.backends import reference
+from tinychat.backends import cpu, reference
 from tinychat.cache import Rows
 from tinychat.checkpoint import layouts
 from tinychat.checkpoint.bitstream import unpack_bits
@@ -111,10 +111,12 @@ def config(**changes):
 
 
 @pytest.mark.parametrize(
-    "bits, symmetric, group_size", [(4, False, 32), (4, True, 16), (8, False, -1), (3, False, 32), (2, True, 32)]
+    "bits, symmetric, group_size, scales",
+    [(4, False, 32, "f2"), (4, True, 16, "f4"), (8, False, -1, "f2"), (3, False, 32, "f4"), (2, True, 32, "f2")],
 )
-def test_a_checkpoint(tmp_path, bits, symmetric, group_size):
+def test_a_checkpoint(tmp_path, bits, symmetric, group_size, scales):
     tensors, plain = quantized(bits, symmetric, group_size)
+    tensors = {name: t.astype(scales) if name.endswith("weight_scale") else t for name, t in tensors.items()}
     strategy = {"strategy": "channel", "group_size": None} if group_size == -1 else {"group_size": group_size}
     raw = config(num_bits=bits, symmetric=symmetric, **strategy)
     found = checkpoint.open(tiny.write(tmp_path / "packed", tensors, quantization_config=raw))
@@ -127,6 +129,9 @@ def test_a_checkpoint(tmp_path, bits, symmetric, group_size):
     rows = Rows.of([1, 5, 9, 30], 0, wanted="all")
     logits = [reference.build(c, ctx_size=8).step(rows) for c in (found, meant)]
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4 * np.abs(logits[1]).max())
+    if cpu.available() is None:
+        packed = cpu.build(found, ctx_size=8).step(rows)
+        assert ((packed - logits[1]) ** 2).sum() < 1e-6 * (logits[1] ** 2).sum()
 
 
 def test_what_is_wrong_is_named(tmp_path):

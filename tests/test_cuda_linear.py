@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 
 from tinychat.backends import cuda_linear  # noqa: E402
 from tinychat.backends.cuda_linear import CudaLinear, Dense, Quantized, extension  # noqa: E402
+from tinychat.checkpoint import bitstream  # noqa: E402
 from tinychat.qtensor import AwqWords, QTensor, bfloat16, pack_words  # noqa: E402
 from tinychat.weights import Linear  # noqa: E402
 
@@ -123,6 +124,14 @@ def test_awq_words_are_packed_as_the_codes_they_hold(device, monkeypatch):
     q = weight(104, 256, 64)
     words = AwqWords(pack_words(q.codes), pack_words(q.zeros), np.ascontiguousarray(q.scales.T))
     a, b = (CudaLinear.pack(w, device).parts[0].packed for w in (q, words))
+    assert torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) and torch.equal(a.zeros, b.zeros)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_a_stream_is_packed_as_the_codes_it_holds(device, bits):
+    q = weight(104, 256, 64, bits=bits)
+    stream = bitstream.stream(bitstream.pack_bits(q.codes, bits), 256, q.scales, q.zeros, bits, 64)
+    a, b = (CudaLinear.pack(w, device).parts[0].packed for w in (q, stream))
     assert torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) and torch.equal(a.zeros, b.zeros)
 
 

@@ -37,8 +37,9 @@ def saved(directory, name):
     return directory, model
 
 
+@pytest.mark.parametrize("bits", [4, 8])  # AWQ, GPTQ
 @pytest.mark.parametrize("name", MODELS)
-def test_a_checkpoint_and_what_is_quantized_from_it(name, tmp_path):
+def test_a_checkpoint_and_what_is_quantized_from_it(name, bits, tmp_path):
     path, model = saved(tmp_path / "float", name)
     ids = tokens(23)
     want = theirs(model, ids)
@@ -46,19 +47,19 @@ def test_a_checkpoint_and_what_is_quantized_from_it(name, tmp_path):
     backends = [module for module in (reference, cpu) if module.available() is None]
     for backend in backends:
         assert np.abs(ours(source, ids, [20, 3], backend) - want).max() < TOLERANCE
-    quantize.quantize(path, tmp_path / "awq", method="rtn", group_size=32)
-    made = checkpoint.open(tmp_path / "awq")
+    quantize.quantize(path, tmp_path / "made", method="rtn", bits=bits, group_size=32)
+    made = checkpoint.open(tmp_path / "made")
     for index in range(2):
         for linear in ("qkv", "out", "up", "down"):
             before, after = (getattr(s.layer(index), linear) for s in (source, made))
             (segment,) = after.segments
-            step = np.abs(before.segments[0]).reshape(len(before.segments[0]), -1, 32).max(-1) * 2 / 15
+            step = np.abs(before.segments[0]).reshape(len(before.segments[0]), -1, 32).max(-1) * 2 / (2**bits - 1)
             error = np.abs(canonical(segment).dequantize() - before.segments[0]).reshape(*step.shape, 32).max(-1)
             assert (error <= 0.52 * step + 1e-3).all(), linear
             if before.bias is not None:
                 np.testing.assert_allclose(after.bias, before.bias, rtol=1e-3, atol=1e-6)
     first = ours(made, ids, [20, 3], reference)
-    assert 1e-4 < ((first - want) ** 2).sum() / (want**2).sum() < 0.1
+    assert 1e-7 < ((first - want) ** 2).sum() / (want**2).sum() < (0.1 if bits == 4 else 1e-3)
     for backend in backends[1:]:
         found = ours(made, ids, [20, 3], backend)
         assert ((found - first) ** 2).sum() / (first**2).sum() < 1e-6

@@ -13,6 +13,7 @@ import pytest
 
 from tinychat.backends import cpu_linear
 from tinychat.backends.cpu_linear import PackedLinear, linear
+from tinychat.checkpoint import bitstream, gguf_file
 from tinychat.errors import BackendError
 from tinychat.qtensor import QTensor, bfloat16
 from tinychat.weights import Linear
@@ -440,6 +441,40 @@ def test_nothing_outside_the_buffers_is_touched(isa, at_end):
         found = np.frombuffer(ctypes.string_at(target.address, rows * n * 4), np.float32).reshape(rows, n)
         assert same(found, linear(packed, x))
         for fence in (*fences, to_pack, to_prepare, source, target):
+            fence.free()
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="mprotect as Linux has it")
+@pytest.mark.parametrize("at_end", (True, False))
+@pytest.mark.parametrize("n, blocks", [(1, 1), (16, 2), (21, 1)])
+def test_nothing_outside_of_what_files_hold_is_read(isa, n, blocks, at_end):
+    rng = np.random.default_rng(n)
+    weights = [
+        kind.read((rng.integers(0, 256, (n, blocks * kind.nbytes)) & 0x3F).astype(np.uint8))
+        for kind in (gguf_file._KINDS[number] for number in (2, 8, 14))
+    ]
+    for bits, k in itertools.product(BITS, (8 * blocks, 40 * blocks + 3)):
+        words = rng.integers(0, 2**31, (n, -(-k * bits // 32)), np.int32)
+        grid = np.ones((n, -(-k // 32)), np.float16), np.ones((n, -(-k // 32)), np.uint8)
+        weights += [bitstream.stream(stored, k, *grid, bits, 32) for stored in (words, np.asfortranarray(words))]
+    for weight in weights:
+        q = weight.tensor()
+        kept = 8 if weight.bits == 6 else weight.bits
+        wide = q.scales.dtype == np.float32
+        shape = cpu.LinearShape(cpu.WeightType.quantized, *q.shape, weight.group_size, wide, kept)
+        stored = weight.stored
+        assert cpu.stored_bytes(getattr(cpu.Source, weight.source), q.shape[1], kept) == stored.nbytes // n
+        flat = stored.T if stored.flags.f_contiguous else stored  # as it lies in memory
+        arrays = np.ascontiguousarray(flat), q.scales, q.zeros
+        fences = [Fenced(a.nbytes, at_end) for a in arrays]
+        addresses = [f.put(a) for f, a in zip(fences, arrays, strict=True)]
+        to_pack = Fenced(cpu.packed_bytes(isa, shape), at_end)
+        strides = [stride // stored.itemsize for stride in stored.strides]
+        cpu.pack(isa, shape, *addresses, to_pack.address, 0, -(-n // 16), getattr(cpu.Source, weight.source), *strides)
+        codes, scales, zeros = (np.empty_like(a) for a in (q.codes, q.scales, q.zeros))
+        cpu.unpack(isa, shape, to_pack.address, codes.ctypes.data, scales.ctypes.data, zeros.ctypes.data)
+        assert np.array_equal(codes, q.codes)
+        for fence in (*fences, to_pack):
             fence.free()
 
 

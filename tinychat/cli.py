@@ -183,11 +183,9 @@ writes the same bytes; what it needs for that lies in .DST.partial beside DST un
     form.add_argument("--symmetric", action="store_true", help="one zero for all groups, in the middle of the codes")
     form.add_argument(
         "--act-order",
-        nargs="?",
-        const="static",
         choices=("static", "free"),
-        help="gptq rounds the most active inputs first; static (the default where it is given): in the groups of the "
-        "file; free: inputs of like activity share a group, written as GPTQ with g_idx",
+        help="gptq rounds the most active inputs first; static: in the groups of the file; free: inputs of like "
+        "activity share a group, written as GPTQ with g_idx",
     )
     text = parser.add_argument_group("what it is calibrated on", "Nothing of it matters to a method that only rounds.")
     text.add_argument(

@@ -78,7 +78,8 @@ def estimate(
     if footprint.maps and not c.tied_head:
         weights -= itemsize * table
     in_words = footprint.maps and n_quantized > 0
-    source = max(((bits + 0.4) / 8 if in_words else itemsize) * block, itemsize * table)  # codes, scales and zeros
+    of_words = (bits + (0.4 if bits == 4 else 1.5)) / 8  # scales and zeros of other layouts than AWQ's are copied
+    source = max((of_words if in_words else itemsize) * block, itemsize * table)
     parts = {
         "weights": weights,
         "kv_cache": kv_cache,

@@ -56,8 +56,8 @@ class QTensor:
     permutation: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        if self.codes.dtype != np.uint8:
-            raise TypeError(f"codes are uint8, not {self.codes.dtype}")
+        if self.codes.dtype != np.uint8 or self.codes.ndim != 2:
+            raise TypeError(f"codes are uint8 [N, K], not {self.codes.dtype} {list(self.codes.shape)}")
         _check_groups(self.shape, self.scales, self.zeros, self.group_size)
         _check_permutation(self.permutation, self.shape[1])
 
@@ -75,14 +75,14 @@ class QTensor:
         """The weight [N, K], inputs in their own order: w = (q - z) * s, computed in fp32 (fp64 where `dtype` is)."""
         work = np.float64 if np.dtype(dtype) == np.float64 else np.float32
         n, k = self.shape
-        groups = self.scales.shape[1]
+        groups, size = self.scales.shape[1], min(self.group_size, k)
         codes = self.codes
-        if missing := groups * self.group_size - k:
+        if missing := groups * size - k:
             codes = np.pad(codes, ((0, 0), (0, missing)))
-        weight = codes.reshape(n, groups, self.group_size).astype(work)
+        weight = codes.reshape(n, groups, size).astype(work)
         weight -= self.zeros[..., None].astype(work)
         weight *= self.scales[..., None].astype(work)
-        weight = np.ascontiguousarray(weight.reshape(n, -1)[:, :k], dtype)
+        weight = np.ascontiguousarray(weight.reshape(n, groups * size)[:, :k], dtype)
         return weight if self.permutation is None else np.take(weight, np.argsort(self.permutation), axis=1)
 
 
@@ -142,9 +142,11 @@ class AwqWords:
 class StoredCodes:
     """A linear's weight of N outputs and K inputs whose codes lie as a file has them; the rest is as in a `QTensor`.
 
-    stored   [N, ...], any strides: what holds the codes of each output
+    stored   what holds the codes of each output: a "stream" of bits in int32 [N, words], any strides, or blocks in
+             uint8 [N, bytes]
     source   how it does, as csrc/kernels.h names it
-    spread   what makes codes uint8 [N, K] of `stored`; with a permutation, those of inputs in their own order
+    spread   what makes codes uint8 [N, K] of `stored`; with a permutation, which a stream may have, those of inputs in
+             their own order
     """
 
     stored: np.ndarray
@@ -158,6 +160,11 @@ class StoredCodes:
     permutation: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        stream = self.source == "stream"
+        if self.stored.dtype != np.dtype("i4" if stream else "u1") or self.stored.ndim != 2:
+            raise TypeError(f"codes in {self.stored.dtype} {list(self.stored.shape)}, of source {self.source!r}")
+        if not stream and self.permutation is not None:
+            raise ValueError(f"codes of source {self.source!r} in an order of their own")
         _check_groups(self.shape, self.scales, self.zeros, self.group_size)
         _check_permutation(self.permutation, self.k)
 

@@ -1,5 +1,6 @@
 // The team of threads: every item once, results seen by the caller and by later runs, teams that come and go.
 #include <atomic>
+#include <ctime>
 #include <numeric>
 #include <thread>
 
@@ -83,6 +84,16 @@ void pauses() {
     check(total == 20 * 63 * 32, "helpers that slept come back");
 }
 
+// The processor's time that a step takes of which the caller sleeps 4 ms.
+double awake_seconds(int granted) {
+    Team team(2, granted);
+    const Team::Awake awake(team);
+    team.run(2, [](Range, int) {});
+    const std::clock_t begin = std::clock();
+    std::this_thread::sleep_for(std::chrono::milliseconds(4));
+    return static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC;
+}
+
 }  // namespace
 
 void test_team() {
@@ -94,6 +105,7 @@ void test_team() {
     pauses();
     for (int i = 0; i < 50; i++) Team team(4);
     check(true, "teams come and go");
+    check(awake_seconds(1) < 1.5e-3, "a helper beyond the quota does not wait awake");  // of two cores 4 ms without one
 }
 
 }  // namespace tinychat::test

@@ -407,12 +407,15 @@ def _segment(weight: Weight, activations: int, keep: list[np.ndarray], bits: int
     order = 0 if weight.permutation is None else _kept(weight.permutation, keep)
     if isinstance(weight, QTensor):
         return shape, source, _kept(weight.codes, keep), *grids, order, 0, 0
-    stored = weight.stored
-    if weight.source != "stream":
-        return shape, getattr(_cpu.Source, weight.source), _kept(stored, keep), *grids, order, 0, 0
+    stored, source = weight.stored, getattr(_cpu.Source, weight.source)
+    needed = _cpu.stored_bytes(source, k, kept)
+    if (kept != weight.bits and source == _cpu.Source.stream) or stored.shape[1] * stored.itemsize < needed:
+        raise ValueError(f"{weight.bits} bits of {k} inputs in {stored.dtype} {stored.shape}, as {weight.source!r}")
+    if source != _cpu.Source.stream or any(stride % stored.itemsize for stride in stored.strides):
+        stored = np.ascontiguousarray(stored)
     keep.append(stored)
     row, word = (stride // stored.itemsize for stride in stored.strides)
-    return shape, _cpu.Source.stream, stored.ctypes.data, *grids, order, row, word
+    return shape, source, stored.ctypes.data, *grids, order, row, word
 
 
 def _float_type(values: np.ndarray) -> Any:

@@ -156,7 +156,7 @@ class CudaLinear:
         return cls(n, k, tuple(parts), bias, dtype, device, workspace)
 
     def unpack(self) -> Linear:
-        """What was packed, exactly; segments of AWQ words in the canonical form."""
+        """What was packed, exactly; segments as files have them in the canonical form."""
         segments: list[Weight] = []
         for part in self.parts:
             segments += unpack(part.packed) if isinstance(part, Quantized) else [part.source]

@@ -109,7 +109,7 @@ class PackQuantized:
 
     @property
     def rows_together(self) -> int:
-        """See `Layout`: codes are spread out."""
+        """See `Layout`: a word is of one output."""
         return 1
 
     def excludes(self, module: str) -> bool:

@@ -114,7 +114,7 @@ class GptqFormat:
 
     @property
     def rows_together(self) -> int:
-        """See `Layout`: codes are spread out."""
+        """See `Layout`: a word is of one output."""
         return 1
 
     def excludes(self, module: str) -> bool:

@@ -70,11 +70,18 @@ class _Reached(Exception):
 
 @torch.inference_mode()
 def transform(
-    config: ModelConfig, layer: PackedLayer, index: int, observed: Observed, grid: Grid, act_scales: bool = True
+    config: ModelConfig,
+    layer: PackedLayer,
+    index: int,
+    observed: Observed,
+    grid: Grid,
+    act_scales: bool = True,
+    clips: bool = True,
 ) -> tuple[PackedLayer, list[GroupResult]]:
     """`layer` with the best scales of each group folded in, and limits: the same function, easier to round.
 
-    act_scales: see `scaling_groups`. The inputs in `observed` are gone when their group is done.
+    act_scales: see `scaling_groups`; clips: whether limits are searched. The inputs in `observed` are gone when their
+    group is done.
     """
     results = []
     folded = layer
@@ -92,7 +99,7 @@ def transform(
             for name in group.consumers:  # of this group alone
                 sample.inputs.pop(name, None)
         if seen and any(part(layer, name).quantized for name in group.consumers):
-            folded, result = _search(config, layer, folded, index, group, observed, grid, seen, others)
+            folded, result = _search(config, layer, folded, index, group, observed, grid, seen, others, clips)
             results.append(result)
 
     def through(layer: PackedLayer, sample: Sample) -> torch.Tensor:
@@ -156,6 +163,7 @@ def _search(
     grid: Grid,
     seen: list[Reading],
     others: list[Reading],
+    clips: bool,
 ) -> tuple[PackedLayer, GroupResult]:
     """`folded` with what is best for one group of `layer`, by what its consumers read: `seen` and `others`, emptied."""
     consumers: Consumers = {name: part(layer, name) for name in group.consumers}
@@ -169,7 +177,7 @@ def _search(
     some: dict[str, Inputs] = {}
     inputs: dict[str, Inputs] = {}
     for name in consumers:
-        if any(name in one.exact for one in seen):
+        if clips and any(name in one.exact for one in seen):
             some[name], inputs[name] = (_few(consumers[name], seen, n) for n in (clip.GLANCED, clip.SEARCHED))
     seen.clear()  # what is wanted of them is in the losses
     others.clear()
@@ -189,7 +197,8 @@ def _search(
     best, alpha, scales, limits = rtn, 0.0, None, None
     for step in dict.fromkeys((_least(at), 0)):  # clipping alone where scales do not hold what they promised
         tried, columns = scaled(step)
-        for limits_tried in (_limits(clip.search, grid, consumers, columns, inputs), None):
+        limited = [_limits(clip.search, grid, consumers, columns, inputs)] if clips else []
+        for limits_tried in (*limited, None):
             found, there = _each(_rounded(grid, consumers, columns, limits_tried), loss, judged, best)
             if found < best and there < allowed:  # false for NaN
                 best, allowed, alpha, scales, limits = found, there, step / STEPS, tried, limits_tried

@@ -10,7 +10,7 @@ scales of the weights as they were, so that nothing but the order of updates cha
 result. "free" makes groups of columns that follow each other in that order, so that inputs of like activity share a
 scale: what is written then has a `permutation`, and limits, which are of other groups, have no say.
 
-Each row keeps what plain rounding makes of it where that has the lower loss.
+Each row keeps what rounding to nearest, in the groups that are written, makes of it where that has the lower loss.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from tinychat.config import ModelConfig
@@ -79,6 +78,10 @@ class Solver:
         if not torch.isfinite(torch.stack(gram.aminmax())).all():
             raise CheckpointError(f"{name}: its inputs, multiplied with each other, go beyond fp32's range")
         self.order = diagonal.argsort(descending=True, stable=True) if act_order else None
+        self.back = self.permutation = None
+        if self.order is not None and self.free:
+            self.back = self.order.argsort()
+            self.permutation = self.order.to(torch.int32).cpu().numpy()
         self.factor = Factor(gram, self.order, name)
 
     def quantize(self, part: Dense, grid: Grid) -> tuple[QTensor, tuple[float, float, float]]:
@@ -93,37 +96,38 @@ class Solver:
 
     def _quantize(self, part: Dense, grid: Grid) -> tuple[QTensor, torch.Tensor]:
         """The same of a few rows; their losses, fp64 [3, N]."""
-        weight, limits = part.weight, part.limits
+        weight, name = part.weight, part.modules[0]
         power = _quadratic(weight, self.gram)
-        if self.free:
-            weight, limits = weight[:, self.order], None
+        grouped, scales, zeros = grid.fitted(weight, name, None if self.free else part.limits)
         n, k = weight.shape
-        grouped, scales, zeros = grid.fitted(weight, part.modules[0], limits)
         nearest = grid.codes(grouped, scales, zeros).reshape(n, -1)[:, :k]
+        before = plain = _quadratic(self._error(weight, nearest, scales, zeros, grid), self.gram)
+        if self.back is not None:  # what is written has other groups than plain rounding
+            weight = weight[:, self.order]
+            grouped, scales, zeros = grid.fitted(weight, name)
+            nearest = grid.codes(grouped, scales, zeros).reshape(n, -1)[:, :k]
+            before = self._loss(weight, nearest, scales, zeros, grid)
         codes, new_scales, new_zeros = self._solve(part, grid, scales, zeros)
-        before = self._loss(weight, nearest, scales, zeros, grid)
         after = self._loss(weight, codes, new_scales, new_zeros, grid)
         better = after < before  # false for NaN
-        losses = torch.stack((before, torch.where(better, after, before), power))
+        losses = torch.stack((plain, torch.where(better, after, before), power))
         codes = torch.where(better[:, None], codes, nearest)
         scales, zeros = (torch.where(better[:, None], *of) for of in ((new_scales, scales), (new_zeros, zeros)))
-        made = grid.tensor(codes, scales, zeros, k)
-        return replace(made, permutation=self.permutation), losses.double()
-
-    @property
-    def permutation(self) -> np.ndarray | None:
-        """Of what is made: see `QTensor`."""
-        return self.order.to(torch.int32).cpu().numpy() if self.free and self.order is not None else None
+        return replace(grid.tensor(codes, scales, zeros, k), permutation=self.permutation), losses.double()
 
     def _loss(
         self, weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, grid: Grid
     ) -> torch.Tensor:
-        """tr(E H E^T), row by row: [N]."""
+        """tr(E H E^T), row by row: [N]. Columns in the order in which they are written."""
+        error = self._error(weight, codes, scales, zeros, grid)
+        return _quadratic(error if self.back is None else error[:, self.back], self.gram)
+
+    @staticmethod
+    def _error(
+        weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, grid: Grid
+    ) -> torch.Tensor:
         groups = torch.arange(weight.shape[1]) // grid.width(weight.shape[1])
-        error = (codes - zeros[:, groups]).mul_(scales[:, groups]).sub_(weight)
-        if self.free and self.order is not None:
-            error = error[:, self.order.argsort()]
-        return _quadratic(error, self.gram)
+        return (codes - zeros[:, groups]).mul_(scales[:, groups]).sub_(weight)
 
     def _solve(
         self, part: Dense, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor

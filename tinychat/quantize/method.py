@@ -2,8 +2,8 @@
 
 Each stage is a file of this package with `NEEDS_CALIBRATION` and one function:
 
-    transform(config, layer, index, observed, grid)                an equal layer that is easier to round, findings
-    round_layer(config, layer, index, observed, grid, act_order)   the layer as it is written, findings
+    transform(config, layer, index, observed, grid, act_scales, clips)  an equal layer that is easier to round, findings
+    round_layer(config, layer, index, observed, grid, act_order)        the layer as it is written, findings
 
 A way of rounding says by `NEEDS_GRAMS` whether it wants `Observed.grams`. `observed` is of the layer as it came; what
 a transformation does to the inputs of a linear is in `Dense.columns`. A transformation alone is rounded to nearest. The
@@ -54,7 +54,9 @@ class Method:
     def check(self, config: ModelConfig) -> None:
         """UsageError where what it writes of such a model could not be run."""
         if self.permutes and config.experts is not None:
-            raise UsageError("free act-order permutes the inputs of experts, which no backend does; choose static")
+            raise UsageError(
+                "free act-order permutes the inputs of experts, which the cpu backend does not run; choose static"
+            )
 
     @property
     def permutes(self) -> bool:
@@ -84,7 +86,8 @@ class Method:
         if activations is not None and self.follows(grid) and self.rounding is not rtn:
             entered = activations.drifted()  # what a transformation leaves there is of rounding to nearest
         if self.transformation is not None:
-            layer, results = self.transformation.transform(config, layer, index, observed, grid, self.act_scales)
+            how = self.act_scales, not self.permutes  # limits are of the file's groups
+            layer, results = self.transformation.transform(config, layer, index, observed, grid, *how)
         if observed is not None:  # rounding has no use for samples, and needs the room
             observed.samples.clear()
             observed.held_out.clear()
@@ -113,7 +116,7 @@ def find(name: str, act_order: str | None = None) -> Method:
     if act_order and not rounding.NEEDS_GRAMS:
         raise UsageError(f"act-order is the order in which gptq rounds columns; {name!r} rounds them all alike")
     if act_order not in (None, *ACT_ORDERS):
-        raise UsageError(f"act-order {act_order!r}; there are: {', '.join(ACT_ORDERS)}")
+        raise UsageError(f"act-order {act_order!r}; there are: {', '.join(ACT_ORDERS)}, and None")
     return Method(name, None if rounding is stage else stage, rounding, act_order)
 
 

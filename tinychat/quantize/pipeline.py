@@ -67,9 +67,9 @@ def quantize(
     offline: bool = False,
     ignore_config: Collection[str] = (),
 ) -> Report:
-    """Quantize the checkpoint `source` and write it to the directory `output`: 4 bits as AWQ; 2, 3 and 8 as GPTQ.
+    """Quantize the checkpoint `source` and write it to `output`, as AWQ: other widths and free act-order as GPTQ.
 
-    symmetric, act_order  see `Grid` and `Method`; "free" goes out as GPTQ whatever the bits
+    symmetric, act_order  see `Grid` and `Method`
     calibration  see `calibration.load`; None: text sampled from the model itself
     n_sequences, length  of the calibration set, at most; None: 512 tokens, 128 of sampled text
     restart      throw away what an interrupted run left. Otherwise a run with the same arguments goes on after its last
@@ -102,7 +102,7 @@ def quantize(
     chosen = replace(chosen, act_scales=made.act_scales)
     length = min(length or (SAMPLED if calibration is None else FROM_FILE), opened.config.max_positions)
     options = {"method": method, "bits": bits, "group size": group_size, "seed": seed}
-    options |= {"symmetric": symmetric, "act-order": act_order, "device": devices.describe(where)}
+    options |= {"symmetric": symmetric, "act-order": act_order or False, "device": devices.describe(where)}
     options |= {"sequences": n_sequences, "length": length, "ignored keys": sorted(ignore_config)}
     run = identity.run(opened.path, calibration, options)
     with CheckpointWriter(output, source=opened.path, overwrite=overwrite, run=run, restart=restart) as writer:
@@ -112,6 +112,8 @@ def quantize(
             kept *= 1 + chosen.follows(grid)
             made.require_room(writer.directory.parent, kept)
             state.report.notes += made.notes + _unscaled(chosen, opened.config)
+            if chosen.permutes:
+                state.report.notes.append("inputs of like activity share a group: written as GPTQ with g_idx")
             state.report.notes += [f"computed on {devices.describe(where)}"] if where != devices.CPU else []
         try:
             if chosen.needs_calibration and not state.sequences and not writer.complete:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -145,10 +145,10 @@ def _squares(exact: Dense, q: QTensor) -> tuple[float, float, int]:
     for first in range(0, len(q.codes), _ROWS):
         rows = slice(first, first + _ROWS)
         part = exact.of_rows(rows).cpu().numpy()
-        change = replace(q, codes=q.codes[rows], scales=q.scales[rows], zeros=q.zeros[rows]).dequantize() - part
-        error, power = error + float(np.vdot(change, change)), power + float(np.vdot(part, part))
         if q.permutation is not None:
             part = part[:, q.permutation]
+        change = QTensor(q.codes[rows], q.scales[rows], q.zeros[rows], q.bits, q.group_size).dequantize() - part
+        error, power = error + float(np.vdot(change, change)), power + float(np.vdot(part, part))
         if not part[:, starts].all():  # few have to be looked at
             zero_groups += int((~np.logical_or.reduceat(part != 0, starts, axis=1)).sum())
     return error, power, zero_groups
