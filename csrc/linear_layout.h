@@ -47,6 +47,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -205,6 +206,17 @@ constexpr int64_t kLanes = 4;
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
 
+// 16 lanes, added as a tree whatever the registers: j and j + 8, then j and j + 4, j + 2, j + 1.
+template <class V>
+auto tree_sum(const V* lanes) {
+    typedef std::remove_cv_t<std::remove_reference_t<decltype(lanes[0][0])>> Number;
+    typedef Number Quad __attribute__((vector_size(16)));
+    Quad quads[4];
+    std::memcpy(quads, lanes, sizeof quads);
+    const Quad sum = quads[0] + quads[2] + (quads[1] + quads[3]);
+    return sum[0] + sum[2] + (sum[1] + sum[3]);
+}
+
 // Sum and largest of the sizes of `count` values, a multiple of 16; the largest as the bits of a float.
 [[maybe_unused]] void measure(const float* values, int64_t count, float* sum, int32_t* largest) {
     Floats sums[16 / kLanes] = {};
@@ -218,18 +230,15 @@ typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
             sums[j] += (Floats)size;
         }
     }
-    float sum_lanes[16];
-    int32_t most_lanes[16];
-    std::memcpy(sum_lanes, sums, sizeof sums);
-    std::memcpy(most_lanes, most, sizeof most);
-    for (int64_t half = 8; half > 0; half /= 2) {
-        for (int64_t j = 0; j < half; j++) {
-            sum_lanes[j] += sum_lanes[j + half];
-            most_lanes[j] = most_lanes[j] > most_lanes[j + half] ? most_lanes[j] : most_lanes[j + half];
-        }
+    typedef int32_t Quad __attribute__((vector_size(16)));
+    Quad quads[4];
+    std::memcpy(quads, most, sizeof quads);
+    for (int i = 2; i > 0; i /= 2) {
+        for (int j = 0; j < i; j++) quads[j] = quads[j] > quads[j + i] ? quads[j] : quads[j + i];
     }
-    *sum = sum_lanes[0];
-    *largest = most_lanes[0];
+    const auto larger = [](int32_t a, int32_t b) { return a > b ? a : b; };
+    *largest = larger(larger(quads[0][0], quads[0][1]), larger(quads[0][2], quads[0][3]));
+    *sum = tree_sum(sums);
 }
 
 // Sum of what the sizes of `count` values, a multiple of 16, have above `limit`.
@@ -244,12 +253,7 @@ typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
             sums[j] += above > 0 ? above : Floats{};
         }
     }
-    float lanes[16];
-    std::memcpy(lanes, sums, sizeof sums);
-    for (int64_t half = 8; half > 0; half /= 2) {
-        for (int64_t j = 0; j < half; j++) lanes[j] += lanes[j + half];
-    }
-    return lanes[0];
+    return tree_sum(sums);
 }
 
 // One block of `length` values to integers within +-Limits::range, round(x / scale), zero from length on: as planes.
@@ -337,8 +341,8 @@ __attribute__((always_inline)) inline void quantize_block(const float* x, int64_
         totals += integer;
         std::memcpy(integers + i, &integer, sizeof integer);
     }
-    int32_t total = 0;
-    for (int64_t j = 0; j < kLanes; j++) total += totals[j];
+    Integers lanes[16 / kLanes] = {totals};
+    const int32_t total = tree_sum(lanes);
     const int32_t upper = (64 - total) >> 7;
     block->sum = total;
     block->halves = static_cast<int32_t>(static_cast<uint32_t>(upper) << 16 |
