@@ -77,8 +77,7 @@ def test_the_loss_reported_is_that_of_the_tensor(bits, act_order):
         return float(np.trace(error @ gram.double().numpy() @ error.T))
 
     assert found == pytest.approx(loss(made), rel=1e-3)
-    if act_order != "free":  # its groups are others
-        assert nearest == pytest.approx(loss(grid.quantize(part.weight)), rel=1e-3)
+    assert nearest == pytest.approx(loss(grid.quantize(part.weight)), rel=1e-3)
     assert found < 0.7 * nearest < nearest < power
 
 
