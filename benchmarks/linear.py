@@ -156,7 +156,7 @@ def in_turns(cpu, isa: str, args: argparse.Namespace) -> list[dict]:
         }
         found.append({"isa": isa, "weight": turn.name, **figures, "samples": len(turn.times)})
         print(
-            f"{isa:>11} {turn.name:>6}: {figures['bits_per_weight']:.4f} bits a weight, "
+            f"{isa:>11} {cpu.fetching().name:>4} {turn.name:>6}: {figures['bits_per_weight']:.4f} bits a weight, "
             f"{figures['gb_per_s']:6.2f} GB/s, {figures['ratio_to_read']:.3f} of reading, "
             f"{figures['speed']:.3f} of the first's speed",
             flush=True,
@@ -177,13 +177,21 @@ def main() -> None:
     )
     parser.add_argument("--activations", type=int, nargs="+", choices=(16, 8), default=[16])
     parser.add_argument("--isa", nargs="+", default=supported_isas())
+    parser.add_argument(
+        "--fetch",
+        nargs="+",
+        choices=("far", "near", "none"),
+        default=["far", "near", "none"],
+        help="how weights are asked for ahead, of which a model takes the fastest (csrc/decoder_fetching.cpp)",
+    )
     parser.add_argument("--megabytes", type=int, default=768, help="all copies of the matrix together")
     parser.add_argument("--seconds", type=float, default=1.5, help="for each figure")
     args = parser.parse_args()
 
     cpu, results = extension(), []
-    for isa in args.isa if args.turns else ():
-        results += in_turns(cpu, isa, args)
+    for isa, fetch in itertools.product(args.isa, args.fetch) if args.turns else ():
+        cpu.set_fetching(getattr(cpu.Fetch, fetch))
+        results += [{"fetch": fetch, **found} for found in in_turns(cpu, isa, args)]
     for bits in () if args.turns else args.bits:
         weight = random_weight(args.n, args.k, args.group_size, bits)
         for isa, activation_bits in itertools.product(args.isa, args.activations):
@@ -193,12 +201,13 @@ def main() -> None:
             copies = max(1 if args.megabytes < 16 else 4, (args.megabytes << 20) // len(segment.data))
             buffer = aligned(copies * len(segment.data))
             buffer.reshape(copies, -1)[:] = segment.data
-            for rows in args.rows:
+            for rows, fetch in itertools.product(args.rows, args.fetch):
+                cpu.set_fetching(getattr(cpu.Fetch, fetch))
                 figures = measure(cpu, isa, segment.shape, buffer, len(segment.data), rows, args.seconds)
-                kind = {"isa": isa, "bits": bits, "activations": activation_bits, "rows": rows}
+                kind = {"isa": isa, "bits": bits, "activations": activation_bits, "rows": rows, "fetch": fetch}
                 results.append({**kind, "bytes": len(segment.data), **figures})
                 print(
-                    f"{isa:>11} {bits}x{activation_bits:<2} {rows:4} rows: {figures['gb_per_s']:6.2f} GB/s, "
+                    f"{isa:>11} {bits}x{activation_bits:<2} {fetch:>4} {rows:4} rows: {figures['gb_per_s']:6.2f} GB/s, "
                     f"{figures['ratio_to_read']:.3f} of reading, {figures['gmac_per_s']:6.1f} GMAC/s, "
                     f"{figures['of_peak']} of peak, {figures['limit']} limit, "
                     f"{figures['prepare_us_per_row']:.1f} us to prepare a row",

@@ -16,15 +16,15 @@ constexpr float kInfinity = __builtin_inff(), kNothing = -kInfinity;  // the sco
 
 int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-void ask_ahead(const void* entry, int64_t bytes) {
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(entry) + kAhead + b, 0, 2);
+void ask_ahead(const void* entry, int64_t bytes, bool asks = true) {
+    for (int64_t b = 0; asks && b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(entry) + kAhead + b, 0, 2);
 }
 
 // scores[h * stride + j] = q[h] . keys[j] for n entries; up to kLanes - 1 more scores are written. Entries are read one
 // after the other, as they lie: only then does every core fetch ahead of itself. So that sums do not wait for each other,
 // those of an entry are several.
 template <int H, class Entry>
-void score(const float* const* q, const Entry* keys, int64_t n, int64_t dim, float* scores, int64_t stride) {
+void score(const float* const* q, const Entry* keys, int64_t n, int64_t dim, bool asks, float* scores, int64_t stride) {
     constexpr int kEntries = kLanes / H, kSums = H == 1 ? 4 : 8 / H;
     const int64_t whole = dim / kLanes * kLanes, bytes = dim * static_cast<int64_t>(sizeof(Entry));
     const Part rest = part(dim - whole);
@@ -33,7 +33,7 @@ void score(const float* const* q, const Entry* keys, int64_t n, int64_t dim, flo
 #pragma GCC unroll 16
         for (int e = 0; e < kEntries; ++e) {
             const Entry* key = keys + (j + e < n ? j + e : n - 1) * dim;
-            ask_ahead(key, bytes);
+            ask_ahead(key, bytes, asks);
             Vector sum[H][kSums];
             for (auto& of_query : sum) {
                 for (Vector& some : of_query) some = all(0);
@@ -122,7 +122,8 @@ void save(float* to, Whole, Vector value) { save(to, value); }
 
 // out[h] += sum over j of weights[h * stride + j] * values[j], in R registers of dimensions, the last of them a part or whole.
 template <int H, int R, class Entry, class Last>
-void mix(const float* weights, int64_t stride, const Entry* values, int64_t n, int64_t dim, Last last, float* const* out) {
+void mix(const float* weights, int64_t stride, const Entry* values, int64_t n, int64_t dim, bool asks, Last last,
+         float* const* out) {
     Vector mixed[H][R];
     for (int h = 0; h < H; ++h) {
         for (int r = 0; r < R; ++r) {
@@ -131,7 +132,7 @@ void mix(const float* weights, int64_t stride, const Entry* values, int64_t n, i
     }
     for (int64_t j = 0; j < n; ++j) {
         const Entry* entry = values + j * dim;
-        ask_ahead(entry, R * kLanes * static_cast<int64_t>(sizeof(Entry)));
+        ask_ahead(entry, R * kLanes * static_cast<int64_t>(sizeof(Entry)), asks);
         Vector value[R];
         for (int r = 0; r < R; ++r) value[r] = r < R - 1 ? load(entry + r * kLanes) : load(entry + r * kLanes, last);
         for (int h = 0; h < H; ++h) {
@@ -147,23 +148,24 @@ void mix(const float* weights, int64_t stride, const Entry* values, int64_t n, i
 
 // mix() with as many registers as are left, R at most.
 template <int H, int R, class Entry, class Last>
-void mix_some(int64_t registers, const float* weights, int64_t stride, const Entry* values, int64_t n, int64_t dim, Last last,
-              float* const* out) {
+void mix_some(int64_t registers, const float* weights, int64_t stride, const Entry* values, int64_t n, int64_t dim, bool asks,
+              Last last, float* const* out) {
     if constexpr (R > 1) {
-        if (registers < R) return mix_some<H, R - 1>(registers, weights, stride, values, n, dim, last, out);
+        if (registers < R) return mix_some<H, R - 1>(registers, weights, stride, values, n, dim, asks, last, out);
     }
-    mix<H, R>(weights, stride, values, n, dim, last, out);
+    mix<H, R>(weights, stride, values, n, dim, asks, last, out);
 }
 
 // The same sums in memory, for two entries at a time, which are read as they lie.
 template <int H, class Entry>
-void mix_pairs(const float* weights, int64_t stride, const Entry* values, int64_t n, int64_t dim, float* const* out) {
+void mix_pairs(const float* weights, int64_t stride, const Entry* values, int64_t n, int64_t dim, bool asks,
+               float* const* out) {
     const int64_t whole = dim / kLanes * kLanes;
     const Part rest = part(dim - whole);
     for (int64_t j = 0; j < n; j += 2) {
         const bool both = j + 1 < n;
         const Entry *first = values + j * dim, *second = both ? first + dim : first;
-        ask_ahead(first, 2 * dim * static_cast<int64_t>(sizeof(Entry)));
+        ask_ahead(first, 2 * dim * static_cast<int64_t>(sizeof(Entry)), asks);
         Vector weight[H][2];
         for (int h = 0; h < H; ++h) {
             const float* of_query = weights + h * stride + j;
@@ -182,19 +184,19 @@ void mix_pairs(const float* weights, int64_t stride, const Entry* values, int64_
 }
 
 template <int H, class Entry>
-void mix_all(const float* weights, int64_t stride, const Entry* values, int64_t n, int64_t dim, float* const* out) {
+void mix_all(const float* weights, int64_t stride, const Entry* values, int64_t n, int64_t dim, bool asks, float* const* out) {
     constexpr int kMost = (H > 1 ? kMixed : 8) / H;  // registers for the dimensions of a query
     const int64_t registers = (dim + kLanes - 1) / kLanes, passes = (registers + kMost - 1) / kMost;
-    if (kMixPairs && passes > 1) return mix_pairs<H>(weights, stride, values, n, dim, out);
+    if (kMixPairs && passes > 1) return mix_pairs<H>(weights, stride, values, n, dim, asks, out);
     int64_t at = 0;
     for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t next = registers * (pass + 1) / passes, d = at * kLanes, left = dim - (next - 1) * kLanes;
         float* here[H];
         for (int h = 0; h < H; ++h) here[h] = out[h] + d;
         if (left >= kLanes) {
-            mix_some<H, kMost>(next - at, weights, stride, values + d, n, dim, Whole{}, here);
+            mix_some<H, kMost>(next - at, weights, stride, values + d, n, dim, asks, Whole{}, here);
         } else {
-            mix_some<H, kMost>(next - at, weights, stride, values + d, n, dim, part(left), here);
+            mix_some<H, kMost>(next - at, weights, stride, values + d, n, dim, asks, part(left), here);
         }
         at = next;
     }
@@ -222,6 +224,7 @@ void stream(const CacheView& cache, const QueryGroup& group, const QueryRows& ro
     const int64_t dim = group.dim, n = end - begin, queries = rows.rows * group.heads, stride = rounded_up(n, kBlock);
     const Entry* keys = static_cast<const Entry*>(cache.keys) + begin * dim;
     const Entry* values = static_cast<const Entry*>(cache.values) + begin * dim;
+    const bool asks = fetching() == Fetch::far;
     // work(Count, first query, first entry, entries) for each block of entries and the queries in fours
     const auto each_block = [&](const auto& work) {
         for (int64_t j = 0; j < n; j += kBlock) {
@@ -233,7 +236,7 @@ void stream(const CacheView& cache, const QueryGroup& group, const QueryRows& ro
         constexpr int H = decltype(count)::value;
         const float* q[H];
         for (int h = 0; h < H; ++h) q[h] = rows.q + (m + h) / group.heads * rows.stride + (m + h) % group.heads * dim;
-        score<H>(q, keys + j * dim, here, dim, scratch + m * stride + j, stride);
+        score<H>(q, keys + j * dim, here, dim, asks, scratch + m * stride + j, stride);
     });
     Ahead ahead(values, n * dim * static_cast<int64_t>(sizeof(Entry)));  // memory works on while the softmax computes
     for (int64_t m = 0; m < queries; ++m) {
@@ -249,7 +252,7 @@ void stream(const CacheView& cache, const QueryGroup& group, const QueryRows& ro
         for (int h = 0; h < H; ++h) {
             out[h] = partial.out + (m + h) / group.heads * partial.stride + (m + h) % group.heads * dim;
         }
-        mix_all<H>(scratch + m * stride + j, stride, values + j * dim, here, dim, out);
+        mix_all<H>(scratch + m * stride + j, stride, values + j * dim, here, dim, asks, out);
     });
 }
 

@@ -68,6 +68,13 @@ void bind_linear(py::module_& m) {
         .value("q8_0", Source::q8_0)
         .value("q6_k", Source::q6_k);
 
+    py::enum_<Fetch>(m, "Fetch", "See csrc/kernels.h.")
+        .value("far", Fetch::far)
+        .value("near", Fetch::near)
+        .value("none", Fetch::none);
+
+    m.def("fetching", &fetching, "Whether kernels ask for memory ahead of its turn: what the last decoder found best, or was set.");
+    m.def("set_fetching", &set_fetching);
     m.def("isa", [] { return kernels().isa; }, "The level in use: the best here, or what TINYCHAT_ISA names.");
     m.def("supported_isas", &supported_isas, "The levels that run here, best first, separated by spaces.");
     m.def("tile", [](const char* isa) { return kernels(isa).linear.tile; });

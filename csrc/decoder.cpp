@@ -156,6 +156,7 @@ void Decoder::finish(const NormData& norm, const LinearData& head) {
     norm_ = keep(norm);
     if (shape_.embed_size != shape_.hidden_size && project_in_.nbytes() == 0) refuse("the projections are missing");
     head_ = pack(head, shape_.vocab_size, shape_.embed_size);
+    if (kernels_.linear.asks) choose_fetching();
     finished_ = true;
 }
 

@@ -189,6 +189,7 @@ class Decoder {
     void append(const Step& step, size_t layer, int64_t row, int64_t head) const;
     QueryGroup query_group(int64_t head) const;
     CacheView entries(const Step& step, size_t layer, int64_t row, int64_t head) const;
+    void choose_fetching();
     void add_experts(const LayerData& data, Layer& layer);
     void reserve_experts(int64_t rows);
     void mix(const Layer& layer, int64_t rows);

@@ -69,6 +69,7 @@ struct LinearKernels {
     // activation t lies at t * activation_bytes. Rows beyond n are never written.
     void (*linear)(const LinearShape&, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
                    int64_t tile_end, float* y, int64_t y_stride);
+    bool asks = false;  // whether it does as fetching() says
 };
 
 // ---- the rest of a decoder block -------------------------------------------------------------------------------------
@@ -187,6 +188,14 @@ struct ClipKernels {
     int64_t (*scratch)(int64_t width);  // floats that clip() needs
     bool (*clip)(const Clipping&, float* scratch);  // whether any limit has changed
 };
+
+// ---- what reads memory ahead of its turn -----------------------------------------------------------------------------
+
+// Whether kernels that read once what no cache holds ask for it ahead: far, as on Intel, whose cores by themselves fetch within a
+// page only; near, into the first cache; or not at all, as on Zen 4, which asking slows to two thirds. It changes no result.
+enum class Fetch : int32_t { far = 0, near = 1, none = 2 };
+Fetch fetching();  // of this process: far, until someone has found out (decoder_fetching.cpp)
+void set_fetching(Fetch fetch);
 
 struct Kernels {
     const char* isa;

@@ -12,6 +12,7 @@ uint64_t read_scalar(const void* data, int64_t bytes);
 uint64_t read_avx2(const void* data, int64_t bytes);
 uint64_t read_ahead_avx2(const void* data, int64_t bytes);  // with prefetches
 uint64_t read_avx512(const void* data, int64_t bytes);
+uint64_t read_ahead_avx512(const void* data, int64_t bytes);
 #elif defined(__aarch64__)
 uint64_t read_neon(const void* data, int64_t bytes);
 #endif
@@ -41,6 +42,9 @@ void linear_float_avx2(const LinearShape& shape, const void* packed, const void*
 // The same of quantized weights for many rows, where activations have 16 bits or codes 8.
 void linear_rows_avx2(const LinearShape& shape, const void* packed, const void* activations, int64_t rows,
                       int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride);
+// The same of quantized weights for many rows.
+void linear_rows_avx512vnni(const LinearShape& shape, const void* packed, const void* activations, int64_t rows,
+                            int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride);
 void linear_float_avx512(const LinearShape& shape, const void* packed, const void* activations, int64_t rows,
                          int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride);
 #elif defined(__aarch64__)

@@ -33,7 +33,10 @@ Read faster(Read a, Read b, const void* data, int64_t bytes) {
 
 Read widest([[maybe_unused]] const void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__x86_64__)
-    if (std::strstr(supported_isas(), "avx512")) return read_avx512;
+    if (std::strstr(supported_isas(), "avx512")) {
+        static const Read chosen = faster(read_avx512, read_ahead_avx512, data, bytes);
+        return chosen;
+    }
     if (std::strstr(supported_isas(), "avx2")) {
         static const Read chosen = faster(read_avx2, read_ahead_avx2, data, bytes);
         return chosen;

@@ -221,6 +221,21 @@ def test_rows_together_attend_as_one_by_one(isa, dtype, window):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_asking_for_entries_ahead_changes_no_bit(isa, dtype):
+    cache = Cache.of(dtype, f32(200, 100, seed=1), f32(200, 100, seed=2))
+    q = f32(1, 3, 100, seed=3)
+    before, found = _cpu.fetching(), []
+    try:
+        for fetch in (_cpu.Fetch.far, _cpu.Fetch.near, _cpu.Fetch.none):
+            _cpu.set_fetching(fetch)
+            found.append(attended(isa, cache, q, 150))
+    finally:
+        _cpu.set_fetching(before)
+    assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows", [1, 30])
 def test_what_is_not_seen_does_not_count(isa, rows):
     """Entries beyond the last row's may hold anything, NaN included, and a row may see nothing of a piece."""

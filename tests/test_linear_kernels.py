@@ -368,6 +368,25 @@ def test_a_row_does_not_depend_on_its_neighbours(isa, kind, activation_bits):
         assert same(linear(packed, x[begin:end]), whole[begin:end])
 
 
+@pytest.fixture(params=("far", "near", "none"))
+def fetch(request):
+    before = cpu.fetching()
+    cpu.set_fetching(getattr(cpu.Fetch, request.param))
+    yield
+    cpu.set_fetching(before)
+
+
+@pytest.mark.parametrize("activation_bits", (16, 8))
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_asking_for_weights_ahead_changes_no_bit(isa, kind, activation_bits, fetch):
+    packed = PackedLinear.pack(WEIGHTS[kind](), isa, activation_bits)
+    x = activations(20, packed.shape[1])
+    asked = {rows: linear(packed, x[:rows]) for rows in (1, 2, 3, 4, 8, 20)}
+    cpu.set_fetching(cpu.Fetch.far)
+    for rows, found in asked.items():
+        assert same(found, linear(packed, x[:rows]))
+
+
 def run_slices(isa, segment, x, y, slices):
     bytes_per_row = cpu.activation_bytes(isa, segment.shape)
     prepared = cpu_linear.aligned(bytes_per_row * len(x))

@@ -26,7 +26,7 @@
 namespace tinychat {
 namespace {
 
-constexpr int64_t kAhead = 8192, kNear = 1024;  // bytes; without them the sums wait for memory
+constexpr int64_t kAhead = 8192, kNear = 1024, kAlone = 3072;  // bytes from what is read to what is asked for
 constexpr int64_t kPanelBytes = 1 << 18;  // of activations: half of a small level-2 cache
 constexpr int64_t kHalf = 8;              // rows in a register
 constexpr int64_t kHalfBytes = 32;        // of a register
@@ -39,16 +39,15 @@ int32_t word(const char* at) {
 
 __m256i broadcast(const char* at) { return _mm256_set1_epi32(word(at)); }
 
-// Decoding waits for memory: a line is asked for into the second cache long before it is read, of which a core keeps more
-// on the way than into the first, and from there into the first shortly before.
-__attribute__((always_inline)) inline void fetch(const char* at) {
-    _mm_prefetch(at + kAhead, _MM_HINT_T1);
-    _mm_prefetch(at + kNear, _MM_HINT_T0);
-}
-
-template <int bits>
+// Decoding waits for memory. Far: a line is asked for into the second cache long before it is read, of which some cores keep
+// more on the way than into the first, and from there into the first shortly before.
+template <int bits, Fetch fetch>
 __attribute__((always_inline)) inline void fetch_unit(const char* at) {
-    for (int64_t line = 0; line < unit_bytes(bits); line += 64) fetch(at + line);
+    if constexpr (fetch == Fetch::none) return;
+    for (int64_t line = 0; line < unit_bytes(bits); line += 64) {
+        if constexpr (fetch == Fetch::far) _mm_prefetch(at + line + kAhead, _MM_HINT_T1);
+        _mm_prefetch(at + line + (fetch == Fetch::far ? kNear : kAlone), _MM_HINT_T0);
+    }
 }
 
 // Rows of half a tile as `unpacked` wants them.
@@ -60,7 +59,7 @@ constexpr int sums_of(int planes) { return planes; }
 constexpr int rows_at_once(int, int planes) { return 4 / planes; }  // 8 registers of sums
 
 // sums[p][t][j] += sum over k of q x for plane p, row t and half j, in `length` k.
-template <int bits, int planes, int R>
+template <int bits, int planes, int R, Fetch fetch>
 __attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t length,
                                                __m256i (&sums)[planes][R][2]) {
     constexpr int kFours = unit_length(bits) / 4;
@@ -75,7 +74,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
 #pragma GCC unroll 4
     for (int64_t i = 0; i < end; i++) {
         const char *at = codes + i * unit_bytes(bits), *factors = x + i * unit_length(bits);
-        fetch_unit<bits>(at);
+        fetch_unit<bits, fetch>(at);
 #pragma GCC unroll 8
         for (int h = 0; h < kFours; h++) {
             __m256i q[2];
@@ -104,7 +103,7 @@ constexpr int sums_of(int) { return 1; }  // planes are widened with their weigh
 constexpr int rows_at_once(int bits, int planes) { return bits > 4 || planes == 2 ? 2 : 4; }  // 8 registers of sums
 
 // sums[0][t][j] += sum over k of q x for row t and half j, in `length` k.
-template <int bits, int planes, int R>
+template <int bits, int planes, int R, Fetch fetch>
 __attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t length,
                                                __m256i (&sums)[1][R][2]) {
     constexpr int kParts = bits > 4 ? 2 : 1;  // of a code
@@ -115,7 +114,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
         __m256i narrow[kParts][planes][R][2];
         const auto unit = [&](auto begin, int64_t i) __attribute__((always_inline)) {
             const char *at = codes + i * unit_bytes(bits), *factors = x + i * unit_length(bits);
-            fetch_unit<bits>(at);
+            fetch_unit<bits, fetch>(at);
 #pragma GCC unroll 8
             for (int h = 0; h < kFours; h++) {
                 Lanes q[2][2];
@@ -171,6 +170,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
 struct Call {
     QuantizedLayout layout;
     bool wide_scales;
+    Fetch fetch;
     int64_t n, y_stride;
 };
 
@@ -210,7 +210,7 @@ struct Place {
 };
 
 // A block of R rows and a tile: adds to sums[t][j] of half j.
-template <int bits, int planes, int R>
+template <int bits, int planes, int R, Fetch fetch>
 __attribute__((always_inline)) inline void block_of_tile(const Call& call, const Place& at, int64_t length,
                                                          __m256 (&sums)[R][2]) {
     constexpr int kSums = sums_of(planes);
@@ -224,7 +224,7 @@ __attribute__((always_inline)) inline void block_of_tile(const Call& call, const
             for (int j = 0; j < 2; j++) products[p][t][j] = _mm256_setzero_si256();
         }
     }
-    dot<bits, planes, R>(at.codes, at.integers, stride, length, products);
+    dot<bits, planes, R, fetch>(at.codes, at.integers, stride, length, products);
     __m256 scale[2];
     load_scales(at.scales, call.wide_scales, scale);
 #pragma GCC unroll 2
@@ -253,7 +253,7 @@ __attribute__((always_inline)) inline void block_of_tile(const Call& call, const
 }
 
 // R rows of one tile, of which the first `outputs` rows of weights exist.
-template <int bits, int planes, int R>
+template <int bits, int planes, int R, Fetch fetch>
 __attribute__((noinline)) void rows_of_tile(const Call& call, const char* packed, const char* x, int64_t outputs,
                                             float* y) {
     const QuantizedLayout& layout = call.layout;
@@ -272,7 +272,7 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* packed
         for (int64_t g = first; g < first + m; g++, at.scales += layout.scale_bytes, at.zeros += kTile) {
             for (int64_t left = layout.padded(g); left > 0; left -= kBlock, at.block += sizeof(Block)) {
                 const auto through = [&](int64_t length) __attribute__((always_inline)) {
-                    block_of_tile<bits, planes, R>(call, at, length, sums);
+                    block_of_tile<bits, planes, R, fetch>(call, at, length, sums);
                     at.codes += divide_up(length, unit_length(bits)) * unit_bytes(bits);
                     at.integers += length * planes;
                 };
@@ -291,6 +291,18 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* packed
     }
 }
 
+// The same, asking as the call says. With few sums a processor that fetches by itself is ahead of them; with more it is not, as
+// the loads that would lead it come late.
+template <int bits, int planes, int R>
+void fetch_rows_of_tile(const Call& call, const char* packed, const char* x, int64_t outputs, float* y) {
+    constexpr Fetch kNone = planes * R <= 2 ? Fetch::none : Fetch::near;
+    switch (call.fetch) {
+        case Fetch::none: return rows_of_tile<bits, planes, R, kNone>(call, packed, x, outputs, y);
+        case Fetch::near: return rows_of_tile<bits, planes, R, Fetch::near>(call, packed, x, outputs, y);
+        case Fetch::far: return rows_of_tile<bits, planes, R, Fetch::far>(call, packed, x, outputs, y);
+    }
+}
+
 template <int bits, int planes>
 void run(const Call& call, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
          int64_t tile_end, float* y) {
@@ -306,7 +318,7 @@ void run(const Call& call, const char* packed, const char* activations, int64_t 
                 const char* x = activations + t * row_bytes;
                 float* out = y + t * call.y_stride + tile * kTile;
                 const auto next = [&](auto some) {
-                    rows_of_tile<bits, planes, some.value>(call, at, x, outputs, out);
+                    fetch_rows_of_tile<bits, planes, some.value>(call, at, x, outputs, out);
                     t += some.value;
                 };
                 if (end - t >= kMost) {
@@ -342,7 +354,7 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
         return;
     }
 #endif
-    const Call call{QuantizedLayout(shape), shape.wide_scales, shape.n, y_stride};
+    const Call call{QuantizedLayout(shape), shape.wide_scales, fetching(), shape.n, y_stride};
     const char *at = static_cast<const char*>(packed), *x = static_cast<const char*>(activations);
     with_bits(shape.bits, [&](auto bits) {
         const auto work = shape.activation_bits == 8 ? run<bits.value, 1> : run<bits.value, 2>;
@@ -351,7 +363,7 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
 }
 
 constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step,
-                              prepare_part, linear};
+                              prepare_part, linear, true};
 
 }  // namespace
 

@@ -12,9 +12,10 @@
 //            of 8 bits are taken as two of 4, the upper widened with 16 in place of ones.
 //
 // All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
-// Speed: one row runs at 0.89 of the speed at which a thread reads memory (Emerald Rapids; benchmarks/linear.py), as codes are
-// fetched ahead; several rows share the unpacking, and many go in panels whose activations stay in the cache, with
-// VNNI at 0.65 or more of what its multipliers can do. (Two tiles at once share the broadcasts, and were no faster.)
+// Speed: one row runs at 0.9 or more of the speed at which a thread reads memory (Emerald Rapids, where codes are asked for far
+// ahead; Zen 4, where they must not be; benchmarks/linear.py); several rows share the unpacking, and many go in panels whose
+// activations stay in the cache, with VNNI at 0.65 to 0.8 of what its multipliers can do. (Two tiles at once share the
+// broadcasts, and were no faster.)
 #include <immintrin.h>
 
 #include "levels.h"
@@ -23,7 +24,7 @@
 namespace tinychat {
 namespace {
 
-constexpr int64_t kAhead = 8192, kNear = 1024;  // bytes; without them 0.6 of the speed of reading
+constexpr int64_t kAhead = 8192, kNear = 1024, kAlone = 3072;  // bytes from what is read to what is asked for
 constexpr int64_t kPanelBytes = 1 << 19;  // of activations: half of a usual level-2 cache
 
 int32_t word(const char* at) {
@@ -34,27 +35,26 @@ int32_t word(const char* at) {
 
 __m512i broadcast(const char* at) { return _mm512_set1_epi32(word(at)); }
 
-// Decoding waits for memory: a line is asked for into the second cache long before it is read, of which a core keeps more
-// on the way than into the first, and from there into the first shortly before.
-__attribute__((always_inline)) inline void fetch(const char* at, int64_t ahead) {
-    _mm_prefetch(at + ahead, _MM_HINT_T1);
-    _mm_prefetch(at + kNear, _MM_HINT_T0);
+// Decoding waits for memory. Far: a line is asked for into the second cache long before it is read, of which some cores keep
+// more on the way than into the first, and from there into the first shortly before.
+template <int bits, Fetch fetch>
+__attribute__((always_inline)) inline void fetch_unit(const char* at, int64_t ahead) {
+    if constexpr (fetch == Fetch::none) return;
+    for (int64_t line = 0; line < unit_bytes(bits); line += 64) {
+        if constexpr (fetch == Fetch::far) _mm_prefetch(at + line + ahead, _MM_HINT_T1);
+        _mm_prefetch(at + line + (fetch == Fetch::far ? kNear : kAlone), _MM_HINT_T0);
+    }
 }
 
 // Rows of a tile as `unpacked` wants them.
 typedef uint32_t Lanes __attribute__((vector_size(64)));
-
-template <int bits>
-__attribute__((always_inline)) inline void fetch_unit(const char* at, int64_t ahead) {
-    for (int64_t line = 0; line < unit_bytes(bits); line += 64) fetch(at + line, ahead);
-}
 
 #ifdef __AVX512VNNI__
 
 __m512i add_pairs(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
 // sums[p][t] += sum over k of q x for plane p and row t, in `length` k.
-template <int bits, int planes, int R>
+template <int bits, int planes, int R, Fetch fetch>
 __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead, const char* x, int64_t stride,
                                                int64_t length, __m512i (&sums)[planes][R]) {
     // Few sums would wait for themselves: they are split in chains.
@@ -71,7 +71,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead,
 #pragma GCC unroll 2
         for (int i = 0; i < count; i++) {
             const char *at = codes + (first + i) * unit_bytes(bits), *factors = x + (first + i) * unit_length(bits);
-            fetch_unit<bits>(at, ahead);
+            fetch_unit<bits, fetch>(at, ahead);
 #pragma GCC unroll 8
             for (int h = 0; h < kFours; h++) {
                 const auto q = (__m512i)unpacked<bits, Lanes>(at, h);
@@ -107,7 +107,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead,
 __m512i add_pairs(__m512i sum, __m512i a, __m512i b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
 
 // sums[p][t] += sum over k of q x for plane p and row t, in `length` k.
-template <int bits, int planes, int R>
+template <int bits, int planes, int R, Fetch fetch>
 __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead, const char* x, int64_t stride,
                                                int64_t length, __m512i (&sums)[planes][R]) {
     constexpr int kParts = bits > 4 ? 2 : 1;  // of a code
@@ -124,7 +124,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead,
         }
         for (int64_t i = begin; i < end; i++) {
             const char *at = codes + i * unit_bytes(bits), *factors = x + i * unit_length(bits);
-            fetch_unit<bits>(at, ahead);
+            fetch_unit<bits, fetch>(at, ahead);
 #pragma GCC unroll 8
             for (int h = 0; h < kFours; h++) {
                 const Lanes whole = unpacked<bits, Lanes>(at, h);
@@ -155,11 +155,12 @@ __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead,
 struct Call {
     QuantizedLayout layout;
     bool wide_scales;
+    Fetch fetch;
     int64_t n, y_stride;
 };
 
-// R rows of a tile, of which the first `outputs` rows of weights exist. Codes are asked for `ahead` bytes before their turn.
-template <int bits, int planes, int R>
+// R rows of a tile, of which the first `outputs` rows of weights exist. Far, codes are asked for `ahead` bytes before their turn.
+template <int bits, int planes, int R, Fetch fetch>
 __attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, int64_t ahead, const char* x,
                                             int64_t outputs, float* y) {
     const QuantizedLayout& layout = call.layout;
@@ -187,9 +188,9 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, in
                         add_pairs(_mm512_setzero_si512(), zero, _mm512_set1_epi32(block->halves));
                 }
                 if (length == kBlock) {
-                    dot<bits, planes, R>(at, ahead, x, stride, kBlock, products);
+                    dot<bits, planes, R, fetch>(at, ahead, x, stride, kBlock, products);
                 } else {
-                    dot<bits, planes, R>(at, ahead, x, stride, length, products);
+                    dot<bits, planes, R, fetch>(at, ahead, x, stride, length, products);
                 }
                 for (int t = 0; t < R; t++) {
                     const auto* block = reinterpret_cast<const Block*>(blocks + t * stride);
@@ -216,6 +217,20 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, in
     for (int t = 0; t < R; t++) _mm512_mask_storeu_ps(y + t * call.y_stride, mask, sums[t]);
 }
 
+// The same, asking as the call says where that tells. With few sums a processor that fetches by itself is ahead of them; with
+// more it is not, as the loads that would lead it come late; with many, arithmetic takes longer than memory.
+template <int bits, int planes, int R>
+void fetch_rows_of_tile(const Call& call, const char* at, int64_t ahead, const char* x, int64_t outputs, float* y) {
+    constexpr int kSums = planes * R;
+    constexpr Fetch kNone = kSums <= 2 ? Fetch::none : kSums <= 8 ? Fetch::near : Fetch::far;
+    constexpr Fetch kAsked = kSums <= 8 ? Fetch::near : Fetch::far;
+    switch (call.fetch) {
+        case Fetch::none: return rows_of_tile<bits, planes, R, kNone>(call, at, ahead, x, outputs, y);
+        case Fetch::near: return rows_of_tile<bits, planes, R, kAsked>(call, at, ahead, x, outputs, y);
+        case Fetch::far: return rows_of_tile<bits, planes, R, Fetch::far>(call, at, ahead, x, outputs, y);
+    }
+}
+
 template <int bits, int planes>
 void run(const Call& call, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
          int64_t tile_end, float* y) {
@@ -234,19 +249,19 @@ void run(const Call& call, const char* packed, const char* activations, int64_t 
                 // The only pass over a tile asks for what follows soon; the last of several, for the next tile.
                 const int64_t ahead = end - begin <= kMost || left > kMost ? kAhead : call.layout.tile_bytes;
                 if (left >= kMost) {
-                    rows_of_tile<bits, planes, kMost>(call, at, ahead, x, outputs, out);
+                    fetch_rows_of_tile<bits, planes, kMost>(call, at, ahead, x, outputs, out);
                     t += kMost;
                 } else if (left >= 8) {
-                    rows_of_tile<bits, planes, 8>(call, at, ahead, x, outputs, out);
+                    fetch_rows_of_tile<bits, planes, 8>(call, at, ahead, x, outputs, out);
                     t += 8;
                 } else if (left >= 4) {
-                    rows_of_tile<bits, planes, 4>(call, at, ahead, x, outputs, out);
+                    fetch_rows_of_tile<bits, planes, 4>(call, at, ahead, x, outputs, out);
                     t += 4;
                 } else if (left >= 2) {
-                    rows_of_tile<bits, planes, 2>(call, at, ahead, x, outputs, out);
+                    fetch_rows_of_tile<bits, planes, 2>(call, at, ahead, x, outputs, out);
                     t += 2;
                 } else {
-                    rows_of_tile<bits, planes, 1>(call, at, ahead, x, outputs, out);
+                    fetch_rows_of_tile<bits, planes, 1>(call, at, ahead, x, outputs, out);
                     t += 1;
                 }
             }
@@ -260,7 +275,7 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
         linear_float_avx512(shape, packed, activations, rows, tile_begin, tile_end, y, y_stride);
         return;
     }
-    const Call call{QuantizedLayout(shape), shape.wide_scales, shape.n, y_stride};
+    const Call call{QuantizedLayout(shape), shape.wide_scales, fetching(), shape.n, y_stride};
     const char *at = static_cast<const char*>(packed), *x = static_cast<const char*>(activations);
     with_bits(shape.bits, [&](auto bits) {
         const auto work = shape.activation_bits == 8 ? run<bits.value, 1> : run<bits.value, 2>;
@@ -269,7 +284,7 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
 }
 
 constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step,
-                              prepare_part, linear};
+                              prepare_part, linear, true};
 
 }  // namespace
 

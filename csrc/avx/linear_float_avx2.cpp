@@ -16,7 +16,7 @@
 namespace tinychat {
 namespace {
 
-constexpr int64_t kAhead = 8192;          // bytes; without it the sums wait for memory
+constexpr int64_t kAhead = 8192, kNear = 2048;  // bytes from what is read to what is asked for
 constexpr int64_t kHalf = 8;              // rows in a register
 constexpr int64_t kLength = 256;          // k of a block
 constexpr int kMany = 6;                  // of many rows, those that meet a weight at a time
@@ -40,7 +40,7 @@ __m256 load(const char* values, int64_t k, int h) {
     }
 }
 
-template <WeightType type, int R>
+template <WeightType type, int R, Fetch fetch>
 __attribute__((always_inline)) inline void block_float(int64_t begin, int64_t end, const char* values,
                                                        const char* activation, int64_t stride, Pair* y) {
     __m256 sums[R][2][2];
@@ -49,8 +49,10 @@ __attribute__((always_inline)) inline void block_float(int64_t begin, int64_t en
     }
     for (int64_t k = begin; k < end; k += 2) {
         const char* line = values + k * kTile * value_bytes(type);
-        _mm_prefetch(line + kAhead, _MM_HINT_T1);
-        if constexpr (type == WeightType::f32) _mm_prefetch(line + kAhead + 64, _MM_HINT_T1);
+        for (int64_t i = 0; fetch != Fetch::none && i < 2 * kTile * value_bytes(type); i += 64) {
+            if constexpr (fetch == Fetch::far) _mm_prefetch(line + i + kAhead, _MM_HINT_T1);
+            if constexpr (fetch == Fetch::near) _mm_prefetch(line + i + kNear, _MM_HINT_T0);
+        }
         for (int j = 0; j < 2; j++) {
             const __m256 w0 = load<type>(values, k + j, 0), w1 = load<type>(values, k + j, 1);
             for (int t = 0; t < R; t++) {
@@ -68,13 +70,13 @@ __attribute__((always_inline)) inline void block_float(int64_t begin, int64_t en
 }
 
 // R rows of one tile, of which the first `outputs` columns exist.
-template <WeightType type, int R>
+template <WeightType type, int R, Fetch fetch = Fetch::far>
 void rows_of_tile(const LinearShape& shape, const char* at, const char* activation, int64_t row_bytes, int64_t outputs,
                   float* y, int64_t y_stride) {
     Pair results[R] = {};
     const int64_t steps = float_steps(shape);
     for (int64_t k = 0; k < steps; k += kLength) {
-        block_float<type, R>(k, smaller(k + kLength, steps), at, activation, row_bytes, results);
+        block_float<type, R, fetch>(k, smaller(k + kLength, steps), at, activation, row_bytes, results);
     }
     for (int t = 0; t < R; t++) std::memcpy(y + t * y_stride, &results[t], static_cast<size_t>(outputs) * 4);
 }
@@ -83,6 +85,10 @@ template <WeightType type>
 void run_few(const LinearShape& shape, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
              int64_t tile_end, float* y, int64_t y_stride) {
     const int64_t tile_bytes = round_up(float_tile_bytes(shape), 64), row_bytes = activation_bytes(shape);
+    const Fetch fetch = fetching();
+    const auto one_row = fetch == Fetch::none   ? rows_of_tile<type, 1, Fetch::none>
+                         : fetch == Fetch::near ? rows_of_tile<type, 1, Fetch::near>
+                                                : rows_of_tile<type, 1, Fetch::far>;
     for (int64_t tile = tile_begin; tile < tile_end; tile++) {
         const char* at = packed + tile * tile_bytes;
         const int64_t outputs = smaller(kTile, shape.n - tile * kTile);
@@ -92,7 +98,7 @@ void run_few(const LinearShape& shape, const char* packed, const char* activatio
             if (rows - t >= 2) {
                 rows_of_tile<type, 2>(shape, at, x, row_bytes, outputs, out, y_stride);
             } else {
-                rows_of_tile<type, 1>(shape, at, x, row_bytes, outputs, out, y_stride);
+                one_row(shape, at, x, row_bytes, outputs, out, y_stride);
             }
         }
     }

@@ -2,7 +2,7 @@
 //
 //   y[t, r] = sum over k of w x, in fp32; a register holds the 16 rows of a tile
 //
-// Speed: one row runs at the speed at which a thread reads memory (benchmarks/linear.py), as values are fetched ahead.
+// Speed: one row runs at the speed at which a thread reads memory (benchmarks/linear.py), asking ahead or not as fetching() says.
 #include <immintrin.h>
 
 #include "levels.h"
@@ -11,7 +11,7 @@
 namespace tinychat {
 namespace {
 
-constexpr int64_t kAhead = 8192;          // bytes; without it the sums wait for memory
+constexpr int64_t kAhead = 8192, kNear = 2048;  // bytes from what is read to what is asked for
 constexpr int64_t kPanelBytes = 1 << 19;  // of activations: half of a usual level-2 cache
 
 template <WeightType type>
@@ -26,15 +26,18 @@ __m512 load(const char* values, int64_t k) {
 }
 
 // Four sums for a row, one for each k modulo 4, however many rows there are: a row's result does not depend on them.
-template <WeightType type, int R>
+template <WeightType type, int R, Fetch fetch>
 void tile_float(int64_t steps, const char* values, const char* activation, int64_t stride, __m512* y) {
     __m512 sums[R][kFloatStep];
     for (int t = 0; t < R; t++) {
         for (int j = 0; j < kFloatStep; j++) sums[t][j] = _mm512_setzero_ps();
     }
     for (int64_t k = 0; k < steps; k += kFloatStep) {
-        const char* line = values + k * kTile * value_bytes(type) + kAhead;
-        for (int64_t i = 0; i < kFloatStep * kTile * value_bytes(type); i += 64) _mm_prefetch(line + i, _MM_HINT_T1);
+        const char* line = values + k * kTile * value_bytes(type);
+        for (int64_t i = 0; fetch != Fetch::none && i < kFloatStep * kTile * value_bytes(type); i += 64) {
+            if constexpr (fetch == Fetch::far) _mm_prefetch(line + i + kAhead, _MM_HINT_T1);
+            if constexpr (fetch == Fetch::near) _mm_prefetch(line + i + kNear, _MM_HINT_T0);
+        }
         for (int j = 0; j < kFloatStep; j++) {
             const __m512 w = load<type>(values, k + j);
             for (int t = 0; t < R; t++) {
@@ -48,11 +51,11 @@ void tile_float(int64_t steps, const char* values, const char* activation, int64
     }
 }
 
-template <WeightType type, int R>
+template <WeightType type, int R, Fetch fetch = Fetch::far>
 void rows_of_tile(const LinearShape& shape, const char* at, const char* activation, int64_t row_bytes, __mmask16 outputs,
                   float* y, int64_t y_stride) {
     __m512 results[R];
-    tile_float<type, R>(float_steps(shape), at, activation, row_bytes, results);
+    tile_float<type, R, fetch>(float_steps(shape), at, activation, row_bytes, results);
     for (int t = 0; t < R; t++) _mm512_mask_storeu_ps(y + t * y_stride, outputs, results[t]);
 }
 
@@ -60,6 +63,10 @@ template <WeightType type>
 void run(const LinearShape& shape, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
          int64_t tile_end, float* y, int64_t y_stride) {
     const int64_t tile_bytes = round_up(float_tile_bytes(shape), 64), row_bytes = activation_bytes(shape);
+    const Fetch fetch = fetching();
+    const auto one_row = fetch == Fetch::none   ? rows_of_tile<type, 1, Fetch::none>
+                         : fetch == Fetch::near ? rows_of_tile<type, 1, Fetch::near>
+                                                : rows_of_tile<type, 1, Fetch::far>;
     const int64_t fit = kPanelBytes / row_bytes / 4 * 4, panel = fit > 4 ? fit : 4;
     for (int64_t begin = 0; begin < rows; begin += panel) {
         const int64_t end = smaller(begin + panel, rows);
@@ -76,7 +83,7 @@ void run(const LinearShape& shape, const char* packed, const char* activations, 
                     rows_of_tile<type, 2>(shape, at, x, row_bytes, mask, out, y_stride);
                     t += 2;
                 } else {
-                    rows_of_tile<type, 1>(shape, at, x, row_bytes, mask, out, y_stride);
+                    one_row(shape, at, x, row_bytes, mask, out, y_stride);
                     t += 1;
                 }
             }
