@@ -368,6 +368,26 @@ def test_a_row_does_not_depend_on_its_neighbours(isa, kind, activation_bits):
         assert same(linear(packed, x[begin:end]), whole[begin:end])
 
 
+# (N, K, group size): tiles enough for a panel of rows; blocks of odd lengths, whole rows, more k than a panel holds
+PANELS = ((70, 172, 100), (67, 1100, 1100), (81, 28100, 128))
+
+
+@pytest.mark.parametrize("activation_bits", (16, 8))
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", PANELS, ids=str)
+def test_rows_together_have_the_bits_of_rows_alone(isa, shape, bits, activation_bits):
+    if isa == "scalar" and shape[1] > 10000:
+        pytest.skip("nothing of it depends on the number of rows")
+    n, k, group = shape
+    packed = PackedLinear.pack(qtensor(n, k, group, bits=bits), isa, activation_bits)
+    x = activations(35, k)
+    x[::3] = one_huge(x[::3])
+    x[5, 1] = np.nan
+    alone = np.concatenate([linear(packed, row[None]) for row in x])
+    for rows in (*range(2, 18), 24, 33, 35):
+        assert same(linear(packed, x[:rows]), alone[:rows])
+
+
 @pytest.fixture(params=("far", "near", "none"))
 def fetch(request):
     before = cpu.fetching()

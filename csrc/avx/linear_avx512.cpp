@@ -26,6 +26,8 @@ namespace {
 
 constexpr int64_t kAhead = 8192, kNear = 1024, kAlone = 3072;  // bytes from what is read to what is asked for
 constexpr int64_t kPanelBytes = 1 << 19;  // of activations: half of a usual level-2 cache
+constexpr int kFewSums = 2;               // of a tile in a row of registers: such, with VNNI, are computed from rows as they lie
+constexpr int64_t kPanelTiles = 4;        // others too, of so few tiles that a panel for them takes longer than it saves
 
 int32_t word(const char* at) {
     int32_t value;
@@ -275,6 +277,12 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
         linear_float_avx512(shape, packed, activations, rows, tile_begin, tile_end, y, y_stride);
         return;
     }
+#ifdef __AVX512VNNI__
+    if (rows > kFewSums / (shape.activation_bits / 8) && tile_end - tile_begin >= kPanelTiles) {
+        linear_rows_avx512vnni(shape, packed, activations, rows, tile_begin, tile_end, y, y_stride);
+        return;
+    }
+#endif
     const Call call{QuantizedLayout(shape), shape.wide_scales, fetching(), shape.n, y_stride};
     const char *at = static_cast<const char*>(packed), *x = static_cast<const char*>(activations);
     with_bits(shape.bits, [&](auto bits) {

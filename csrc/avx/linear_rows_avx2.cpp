@@ -14,6 +14,7 @@
 
 #include "levels.h"
 #include "linear_layout.h"
+#include "linear_place.h"
 
 namespace tinychat {
 namespace {
@@ -31,38 +32,6 @@ __m256i load(const char* at) { return _mm256_load_si256(reinterpret_cast<const _
 constexpr int64_t kWord = 2;  // bytes
 // Rows of a panel lie a cache line further apart than they are long: 4 KiB apart the first cache would take them for one.
 constexpr int64_t kStride = kPanelLength * kWord + 64;
-
-// A block of a linear: where it lies in a tile, and its activations in a row.
-struct Place {
-    int64_t group = 0, begin = 0, length = 0;  // of the group `begin`, of the block `length`
-    int64_t header = 0, in_chunk = 0;          // where the chunk begins; the group's number in it
-    int64_t codes = 0, integers = 0, index = 0;
-
-    void enter(const QuantizedLayout& layout) {
-        const int64_t left = layout.padded(group) - begin;
-        length = smaller(kBlock, left);
-    }
-    int64_t chunk_groups(const QuantizedLayout& layout) const {
-        return smaller(kChunk, layout.groups - (group - in_chunk));
-    }
-    void next(const QuantizedLayout& layout) {
-        codes += layout.code_bytes(length);
-        integers += length * layout.integer_bytes;
-        index++;
-        begin += length;
-        if (begin == layout.padded(group)) {
-            begin = 0;
-            group++;
-            if (++in_chunk == kChunk) start_chunk(layout);
-        }
-        if (group < layout.groups) enter(layout);
-    }
-    void start_chunk(const QuantizedLayout& layout) {
-        in_chunk = 0;
-        header = codes;
-        codes += layout.header_bytes(chunk_groups(layout));
-    }
-};
 
 // ---- codes and activations unpacked ----------------------------------------------------------------------------------
 
@@ -249,9 +218,7 @@ void some_blocks(const Call& call, const char* activations, int64_t rows, float*
         const char* ahead = at + layout.tile_bytes + first.header;
         const char* x = panel;
         for (place = first; place.index < end.index; place.next(layout)) {
-            const char* header = at + place.header;
-            const char* scales = header + place.in_chunk * layout.scale_bytes;
-            const char* zeros = header + place.chunk_groups(layout) * layout.scale_bytes + place.in_chunk * kTile;
+            const char *scales = place.scales(layout, at), *zeros = place.zeros(layout, at);
             Weights weights{at + place.codes, codes, place.length, {}, {}};
             for (int j = 0; j < 2; j++) {
                 const char* half = scales + j * layout.scale_bytes / 2;
@@ -287,9 +254,7 @@ void run(const Call& call, const char* activations, int64_t rows) {
     const int64_t panels = divide_up(rows, kPanelRows), most = round_up(divide_up(rows, panels), kRows);
     for (int64_t begin = 0; begin < rows; begin += most) {
         const int64_t count = smaller(most, rows - begin);
-        Place place;
-        place.start_chunk(call.layout);
-        place.enter(call.layout);
+        Place place(call.layout);
         while (place.group < call.layout.groups) {
             some_blocks<bits, planes>(call, activations + begin * row_bytes, count, call.y + begin * call.y_stride, panel,
                                       place);
