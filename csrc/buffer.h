@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -45,6 +46,28 @@ class Buffer {
     };
     std::unique_ptr<void, Free> memory_;
     int64_t bytes_ = 0;
+};
+
+// Bytes side by side that live and are freed together: a model's weights. A buffer for each would end in pages that are not huge, and
+// at each end a processor stops fetching ahead: a tenth of the speed of decoding a model of a billion weights.
+class Arena {
+  public:
+    // On a 64-byte boundary.
+    char* take(int64_t bytes) {
+        bytes = (bytes + 63) / 64 * 64;
+        if (blocks_.empty() || used_ + bytes > blocks_.back().bytes()) {
+            blocks_.emplace_back(bytes < kBlock ? kBlock : bytes);
+            used_ = 0;
+        }
+        char* taken = blocks_.back().data() + used_;
+        used_ += bytes;
+        return taken;
+    }
+
+  private:
+    static constexpr int64_t kBlock = 256 << 20;  // addresses: the system gives memory where they are written
+    std::vector<Buffer> blocks_;
+    int64_t used_ = 0;  // of the last
 };
 
 }  // namespace tinychat

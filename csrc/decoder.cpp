@@ -100,7 +100,7 @@ Team& Decoder::team(int64_t process) {
 
 // The packed form of a linear [n, k].
 PackedLinear Decoder::pack(const LinearData& data, int64_t n, int64_t k) {
-    PackedLinear linear(data, n, k, kernels_.linear, team());
+    PackedLinear linear(data, n, k, kernels_.linear, team(), weights_);
     weight_bytes_ += linear.nbytes();
     activation_bytes_ = std::max(activation_bytes_, linear.activation_bytes());
     piece_ = std::max(piece_, std::min(piece(linear), k));

@@ -199,6 +199,7 @@ class Decoder {
     const Kernels kernels_;
     const int n_threads_, granted_;
     std::unique_ptr<Team> team_;
+    Arena weights_;  // of the linears
     // The process that is in a step, perhaps one that this was forked from in its step: all of a step but the growth of
     // buffers, of its plan too, may be begun anew.
     std::atomic<int64_t> stepping_{0};

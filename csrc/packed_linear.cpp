@@ -19,8 +19,9 @@ int64_t cache_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
 
-PackedLinear::PackedLinear(const LinearData& data, int64_t n, int64_t k, const LinearKernels& kernels, Team& team) {
-    int64_t bytes = 0, rows = 0;
+PackedLinear::PackedLinear(const LinearData& data, int64_t n, int64_t k, const LinearKernels& kernels, Team& team,
+                           Arena& weights) {
+    int64_t rows = 0;
     for (const SegmentData& segment : data.segments) {
         const LinearShape& shape = segment.shape;
         if (shape.n < 1 || shape.k != k) refuse("a segment of a linear has the wrong shape");
@@ -30,15 +31,15 @@ PackedLinear::PackedLinear(const LinearData& data, int64_t n, int64_t k, const L
         }
         if (!segment.data.values) refuse("a segment of a linear has no values");
         add_segment(segment, kernels);
-        bytes += cache_line(kernels.packed_bytes(shape));
+        packed_bytes_ += cache_line(kernels.packed_bytes(shape));
         rows += shape.n;
     }
     if (rows != n) refuse("the segments of a linear have " + std::to_string(rows) + " rows, not " + std::to_string(n));
-    packed_.reserve(bytes);
+    packed_ = weights.take(packed_bytes_);
     for (size_t i = 0; i < segments_.size(); ++i) {
         const Segment& segment = segments_[i];
         team.run((segment.tiles + kTilesTogether - 1) / kTilesTogether, [&](Range part, int) {
-            kernels.pack(segment.shape, data.segments[i].data, packed_.data() + segment.offset, part.begin * kTilesTogether,
+            kernels.pack(segment.shape, data.segments[i].data, packed_ + segment.offset, part.begin * kTilesTogether,
                          std::min(part.end * kTilesTogether, segment.tiles));
         });
     }
@@ -49,7 +50,7 @@ PackedLinear::PackedLinear(const LinearData& data, int64_t n, int64_t k, const L
 }
 
 int64_t PackedLinear::nbytes() const {
-    int64_t bytes = packed_.bytes() + bias_.bytes();
+    int64_t bytes = packed_bytes_ + bias_.bytes();
     for (const Preparation& p : preparations_) bytes += static_cast<int64_t>(p.permutation.size() * sizeof(int32_t));
     return bytes;
 }
@@ -107,7 +108,7 @@ void PackedLinear::gather(const LinearKernels& kernels, const float* x, Range pa
 void PackedLinear::apply_tiles(const LinearKernels& kernels, const Segment& segment, Range tiles,
                                const char* activations, int64_t rows, float* y, int64_t y_stride) const {
     const char* prepared = activations + preparations_[segment.preparation].offset * rows;
-    kernels.linear(segment.shape, packed_.data() + segment.offset, prepared, rows, tiles.begin, tiles.end, y, y_stride);
+    kernels.linear(segment.shape, packed_ + segment.offset, prepared, rows, tiles.begin, tiles.end, y, y_stride);
     if (!bias_) return;
     const int64_t begin = tiles.begin * kernels.tile;
     const int64_t end = std::min(tiles.end * kernels.tile, segment.shape.n);
@@ -181,7 +182,7 @@ void PackedLinear::copy_row(size_t begin, size_t end, const char* activations, i
 void PackedLinear::unpack_row(const LinearKernels& kernels, int64_t row, float* values) const {
     const auto begins_by = [&](const Segment& segment) { return segment.first_row <= row; };
     const Segment& segment = *(std::partition_point(segments_.begin(), segments_.end(), begins_by) - 1);
-    kernels.unpack_row(segment.shape, packed_.data() + segment.offset, row - segment.first_row, values);
+    kernels.unpack_row(segment.shape, packed_ + segment.offset, row - segment.first_row, values);
 }
 
 }  // namespace tinychat

@@ -38,8 +38,9 @@ class PackedLinear {
     };
 
     PackedLinear() = default;
-    // Packs `data`, a linear [n, k], on the team. Throws std::invalid_argument where the sizes do not agree.
-    PackedLinear(const LinearData& data, int64_t n, int64_t k, const LinearKernels& kernels, Team& team);
+    // Packs `data`, a linear [n, k], on the team, to memory of `weights`, which outlives it. Throws std::invalid_argument where the
+    // sizes do not agree.
+    PackedLinear(const LinearData& data, int64_t n, int64_t k, const LinearKernels& kernels, Team& team, Arena& weights);
 
     // Bytes of one row's activations, all preparations.
     int64_t activation_bytes() const { return activation_bytes_; }
@@ -100,7 +101,8 @@ class PackedLinear {
 
     std::vector<Segment> segments_;
     std::vector<Preparation> preparations_;
-    Buffer packed_;
+    char* packed_ = nullptr;
+    int64_t packed_bytes_ = 0;
     Buffer bias_;  // [n], or nothing
     int64_t tiles_ = 0;
     int64_t activation_bytes_ = 0;
