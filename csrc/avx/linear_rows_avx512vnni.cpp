@@ -28,7 +28,7 @@ typedef uint32_t Lanes __attribute__((vector_size(64)));
 struct alignas(64) Head {
     float scale[kSums];     // of each row
     int32_t halves[kSums];  // see Block
-    int64_t outliers;       // of all rows
+    uint32_t outliers;      // a bit for each row that has some
 };
 
 // Lines of 4 k of a block: whole units, of which those beyond the block meet codes of zero.
@@ -92,7 +92,7 @@ char* gather(const QuantizedLayout& layout, const char* activations, int64_t row
         const auto& block = reinterpret_cast<const Block*>(row + layout.blocks_at)[place.index];
         head.scale[t] = block.scale;
         head.halves[t] = block.halves;
-        head.outliers += block.outliers;
+        head.outliers |= static_cast<uint32_t>(block.outliers > 0) << t;
     }
     std::memcpy(panel, &head, sizeof head);
     const int64_t fours = fours_of<bits>(place.length);
@@ -166,21 +166,24 @@ __attribute__((always_inline)) inline void rows_of_block(const Weights& weights,
     }
 }
 
-// What the outliers of a block add to sums [rows][16].
+// What the outliers of a block add to sums [rows][16]; bit t of `some`: row t has some.
 template <int bits>
-__attribute__((noinline, cold)) void add_outliers(const Call& call, const Weights& weights, const char* activations, int64_t rows,
-                                                  int64_t index, float* sums) {
+__attribute__((noinline, cold)) void add_outliers(const Call& call, const Weights& weights, const char* activations,
+                                                  uint32_t some, int64_t index, float* sums) {
     const QuantizedLayout& layout = call.layout;
-    for (int64_t t = 0; t < rows; t++, sums += kTile) {
+    for (; some; some &= some - 1) {
+        const int64_t t = __builtin_ctz(some);
         const char* row = activations + t * layout.activation_bytes;
         const auto& block = reinterpret_cast<const Block*>(row + layout.blocks_at)[index];
         const auto* list = reinterpret_cast<const Outlier*>(row + layout.outliers_at) + index * layout.block_outliers;
+        __m512 sum = _mm512_load_ps(sums + t * kTile);
         for (int32_t o = 0; o < block.outliers; o++) {
             const auto code = (__m512i)one_code<bits, Lanes>(weights.codes, list[o].index);
             const __m512 weight =
                 _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(code, weights.zero)), weights.scale);
-            _mm512_store_ps(sums, _mm512_fmadd_ps(weight, _mm512_set1_ps(list[o].value), _mm512_load_ps(sums)));
+            sum = _mm512_fmadd_ps(weight, _mm512_set1_ps(list[o].value), sum);
         }
+        _mm512_store_ps(sums + t * kTile, sum);
     }
 }
 
@@ -216,7 +219,9 @@ __attribute__((noinline)) void set_of_tile(const Call& call, const Piece& piece,
         } else {
             rows_of_block<bits, planes, R>(weights, head, panel + sizeof head, fours, sums);
         }
-        if (__builtin_expect(head.outliers > 0, 0)) add_outliers<bits>(call, weights, activations, rows, place.index, sums);
+        if (__builtin_expect(head.outliers != 0, 0)) {
+            add_outliers<bits>(call, weights, activations, head.outliers, place.index, sums);
+        }
         panel += set_bytes<planes, R>(fours);
     }
     for (int64_t t = 0; t < rows; t++) _mm512_mask_storeu_ps(y + t * call.y_stride, outputs, _mm512_load_ps(sums + t * kTile));
