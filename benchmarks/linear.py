@@ -1,7 +1,7 @@
 """Speed of one linear on one thread, level by level, beside the speed at which the same thread reads memory.
 
     python benchmarks/linear.py [--k 4096] [--n 11008] [--group-size 128] [--rows 1 4 32 512] [--isa avx2 ...]
-                                [--bits 2 3 4 8] [--activations 16 8] [--megabytes 1]
+                                [--bits 2 3 4 8] [--activations 16 8] [--fetch far near none] [--megabytes 1]
     python benchmarks/linear.py --turns 4:128 3:128 2:64 [--isa avx512vnni ...]
 
 The matrix lies in memory many times over and the copies are used in turn, so that no cache holds it (with --megabytes 1
@@ -27,6 +27,8 @@ import numpy as np
 
 from tinychat.backends.cpu_linear import PackedLinear, aligned, extension, supported_isas
 from tinychat.qtensor import QTensor
+
+FEW_ROWS = 8  # with more, no level's speed depends on how it asks for weights ahead
 
 
 def machine() -> str:
@@ -136,10 +138,12 @@ class Turn:
         self.reads.append(seconds(self.cpu.read_probe, address, self.size))
 
 
-def in_turns(cpu, isa: str, args: argparse.Namespace) -> list[dict]:
+def in_turns(cpu, isa: str, fetch: str, args: argparse.Namespace) -> list[dict]:
     """What `--turns` asks for, of one level."""
     formats = [map(int, text.split(":")) for text in args.turns]
     turns = [Turn(cpu, isa, args.n, args.k, bits, group, args.megabytes // 2) for bits, group in formats]
+    for turn in turns:
+        turn.shape.fetch = getattr(cpu.Fetch, fetch)
     begin, index = time.perf_counter(), 0
     while index < 5 or time.perf_counter() - begin < args.seconds * len(turns):
         for turn in turns:
@@ -154,9 +158,9 @@ def in_turns(cpu, isa: str, args: argparse.Namespace) -> list[dict]:
             "ratio_to_read": round(statistics.median(turn.reads) / spent, 3),
             "speed": round(first / spent, 3),
         }
-        found.append({"isa": isa, "weight": turn.name, **figures, "samples": len(turn.times)})
+        found.append({"isa": isa, "fetch": fetch, "weight": turn.name, **figures, "samples": len(turn.times)})
         print(
-            f"{isa:>11} {cpu.fetching().name:>4} {turn.name:>6}: {figures['bits_per_weight']:.4f} bits a weight, "
+            f"{isa:>11} {fetch:>4} {turn.name:>6}: {figures['bits_per_weight']:.4f} bits a weight, "
             f"{figures['gb_per_s']:6.2f} GB/s, {figures['ratio_to_read']:.3f} of reading, "
             f"{figures['speed']:.3f} of the first's speed",
             flush=True,
@@ -190,8 +194,7 @@ def main() -> None:
 
     cpu, results = extension(), []
     for isa, fetch in itertools.product(args.isa, args.fetch) if args.turns else ():
-        cpu.set_fetching(getattr(cpu.Fetch, fetch))
-        results += [{"fetch": fetch, **found} for found in in_turns(cpu, isa, args)]
+        results += in_turns(cpu, isa, fetch, args)
     for bits in () if args.turns else args.bits:
         weight = random_weight(args.n, args.k, args.group_size, bits)
         for isa, activation_bits in itertools.product(args.isa, args.activations):
@@ -202,7 +205,9 @@ def main() -> None:
             buffer = aligned(copies * len(segment.data))
             buffer.reshape(copies, -1)[:] = segment.data
             for rows, fetch in itertools.product(args.rows, args.fetch):
-                cpu.set_fetching(getattr(cpu.Fetch, fetch))
+                if fetch != args.fetch[0] and not (cpu.asks(isa) and rows <= FEW_ROWS):
+                    continue  # nothing would depend on it
+                segment.shape.fetch = getattr(cpu.Fetch, fetch)
                 figures = measure(cpu, isa, segment.shape, buffer, len(segment.data), rows, args.seconds)
                 kind = {"isa": isa, "bits": bits, "activations": activation_bits, "rows": rows, "fetch": fetch}
                 results.append({**kind, "bytes": len(segment.data), **figures})

@@ -16,7 +16,7 @@ constexpr float kInfinity = __builtin_inff(), kNothing = -kInfinity;  // the sco
 
 int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-void ask_ahead(const void* entry, int64_t bytes, bool asks = true) {
+void ask_ahead(const void* entry, int64_t bytes, bool asks) {
     for (int64_t b = 0; asks && b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(entry) + kAhead + b, 0, 2);
 }
 
@@ -224,7 +224,7 @@ void stream(const CacheView& cache, const QueryGroup& group, const QueryRows& ro
     const int64_t dim = group.dim, n = end - begin, queries = rows.rows * group.heads, stride = rounded_up(n, kBlock);
     const Entry* keys = static_cast<const Entry*>(cache.keys) + begin * dim;
     const Entry* values = static_cast<const Entry*>(cache.values) + begin * dim;
-    const bool asks = fetching() == Fetch::far;
+    const bool asks = group.fetch != Fetch::none;
     // work(Count, first query, first entry, entries) for each block of entries and the queries in fours
     const auto each_block = [&](const auto& work) {
         for (int64_t j = 0; j < n; j += kBlock) {

@@ -79,7 +79,7 @@ void in_pieces(int64_t registers, const Work& work) {
 template <class Entry>
 void widen_keys(const Entry* keys, const float* scales, int64_t n, int64_t dim, float* k) {
     for (int64_t j = 0; j < rounded_up(n, kLanes); j += kLanes) {
-        for (int64_t e = j; e < j + kLanes && e < n; ++e) ask_ahead(keys + e * dim, dim * static_cast<int64_t>(sizeof(Entry)));
+        for (int64_t e = j; e < j + kLanes && e < n; ++e) ask_ahead(keys + e * dim, dim * static_cast<int64_t>(sizeof(Entry)), true);
         for (int64_t d = 0; d < dim; d += kLanes) {
             const Part some = part(dim - d);
             Vector square[kLanes];
@@ -100,7 +100,7 @@ template <class Entry>
 void widen_values(const Entry* values, const float* scales, int64_t n, int64_t dim, float* v, int64_t stride) {
     for (int64_t j = 0; j < n; ++j) {
         const Vector scale = all(scales ? scales[j] : 1);
-        ask_ahead(values + j * dim, dim * static_cast<int64_t>(sizeof(Entry)));
+        ask_ahead(values + j * dim, dim * static_cast<int64_t>(sizeof(Entry)), true);
         for (int64_t d = 0; d < dim; d += kLanes) save(v + j * stride + d, load(values + j * dim + d, part(dim - d)) * scale);
     }
 }

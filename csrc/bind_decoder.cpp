@@ -305,11 +305,12 @@ void bind_decoder(py::module_& m) {
             py::arg("act_scale") = 0, py::arg("experts") = false, py::arg("shared_down") = std::nullopt, release())
         .def(
             "finish",
-            [](Decoder& decoder, const NormArgs& norm, const LinearArgs& head) {
-                decoder.finish(norm_data(norm), linear_data(head));
+            [](Decoder& decoder, const NormArgs& norm, const LinearArgs& head, std::optional<Fetch> fetch) {
+                decoder.finish(norm_data(norm), linear_data(head), fetch);
             },
-            release())
+            py::arg("norm"), py::arg("head"), py::arg("fetch"), release())
         .def_property_readonly("weight_bytes", &Decoder::weight_bytes)
+        .def_property_readonly("fetch", &Decoder::fetch)
         .def("profile", [](Decoder& decoder, bool on) { decoder.profile(on); }, "Begin anew, or stop.")
         .def("profiled",
              [](const Decoder& decoder) {
@@ -385,9 +386,9 @@ void bind_decoder(py::module_& m) {
         "attend",
         [](const char* isa, const CacheView& cache, int64_t dim, int64_t heads, float scale, Address slopes, float cap, Address q,
            int64_t q_stride, int64_t rows, int64_t position, int64_t window, int64_t begin, int64_t end, Address out,
-           int64_t out_stride, Address maximum, Address sum) {
+           int64_t out_stride, Address maximum, Address sum, Fetch fetch) {
             const AttentionKernels& attention = kernels(isa).attention;
-            const QueryGroup group{dim, heads, scale, pointer<const float>(slopes), cap};
+            const QueryGroup group{dim, heads, scale, pointer<const float>(slopes), cap, fetch};
             const Buffer scratch(attention.scratch(group, rows, end - begin) * static_cast<int64_t>(sizeof(float)));
             attention.attend(cache, group, {pointer<const float>(q), q_stride, rows, position, window}, begin, end,
                              scratch.floats(),
@@ -396,5 +397,5 @@ void bind_decoder(py::module_& m) {
         py::arg("isa"), py::arg("cache"), py::kw_only(), py::arg("dim"), py::arg("heads"), py::arg("scale"),
         py::arg("slopes") = 0, py::arg("cap") = 0.0f, py::arg("q"), py::arg("q_stride"), py::arg("rows"), py::arg("position"),
         py::arg("window") = 0, py::arg("begin"), py::arg("end"), py::arg("out"), py::arg("out_stride"),
-        py::arg("maximum"), py::arg("sum"));
+        py::arg("maximum"), py::arg("sum"), py::arg("fetch") = Fetch::far);
 }

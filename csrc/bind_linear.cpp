@@ -43,20 +43,25 @@ void bind_linear(py::module_& m) {
         .value("f32", WeightType::f32)
         .value("f16", WeightType::f16)
         .value("bf16", WeightType::bf16);
+    py::enum_<Fetch>(m, "Fetch", "How kernels ask for weights ahead of their turn; see csrc/kernels.h.")
+        .value("far", Fetch::far)
+        .value("near", Fetch::near)
+        .value("none", Fetch::none);
     py::class_<LinearShape>(m, "LinearShape", "Type and size of a weight [n, k]; see csrc/kernels.h.")
         .def(py::init([](WeightType type, int64_t n, int64_t k, int64_t group, bool wide_scales, int32_t bits,
-                         int32_t activation_bits) {
-                 return LinearShape{type, n, k, group, wide_scales, bits, activation_bits};
+                         int32_t activation_bits, Fetch fetch) {
+                 return LinearShape{type, n, k, group, wide_scales, bits, activation_bits, fetch};
              }),
              py::arg("type"), py::arg("n"), py::arg("k"), py::arg("group") = 0, py::arg("wide_scales") = false,
-             py::arg("bits") = 4, py::arg("activation_bits") = 16)
+             py::arg("bits") = 4, py::arg("activation_bits") = 16, py::arg("fetch") = Fetch::far)
         .def_readonly("type", &LinearShape::type)
         .def_readonly("n", &LinearShape::n)
         .def_readonly("k", &LinearShape::k)
         .def_readonly("group", &LinearShape::group)
         .def_readonly("wide_scales", &LinearShape::wide_scales)
         .def_readonly("bits", &LinearShape::bits)
-        .def_readonly("activation_bits", &LinearShape::activation_bits);
+        .def_readonly("activation_bits", &LinearShape::activation_bits)
+        .def_readwrite("fetch", &LinearShape::fetch);
     py::enum_<Source>(m, "Source")
         .value("codes", Source::codes)
         .value("awq", Source::awq)
@@ -68,16 +73,10 @@ void bind_linear(py::module_& m) {
         .value("q8_0", Source::q8_0)
         .value("q6_k", Source::q6_k);
 
-    py::enum_<Fetch>(m, "Fetch", "See csrc/kernels.h.")
-        .value("far", Fetch::far)
-        .value("near", Fetch::near)
-        .value("none", Fetch::none);
-
-    m.def("fetching", &fetching, "Whether kernels ask for memory ahead of its turn: what the last decoder found best, or was set.");
-    m.def("set_fetching", &set_fetching);
     m.def("isa", [] { return kernels().isa; }, "The level in use: the best here, or what TINYCHAT_ISA names.");
     m.def("supported_isas", &supported_isas, "The levels that run here, best first, separated by spaces.");
     m.def("tile", [](const char* isa) { return kernels(isa).linear.tile; });
+    m.def("asks", [](const char* isa) { return kernels(isa).linear.asks; }, "Whether LinearShape.fetch tells at this level.");
     m.def("packed_bytes", [](const char* isa, const LinearShape& shape) { return kernels(isa).linear.packed_bytes(shape); });
     m.def("stored_bytes", &stored_bytes, "What `pack` reads of a row of k codes, of sources that have rows.");
     m.def("activation_bytes",

@@ -151,12 +151,16 @@ void Decoder::add_layer(const LayerData& data) {
     layers_.push_back(std::move(layer));
 }
 
-void Decoder::finish(const NormData& norm, const LinearData& head) {
+void Decoder::finish(const NormData& norm, const LinearData& head, std::optional<Fetch> fetch) {
     if (layers_.size() != shape_.windows.size()) refuse("a layer is missing");
     norm_ = keep(norm);
     if (shape_.embed_size != shape_.hidden_size && project_in_.nbytes() == 0) refuse("the projections are missing");
     head_ = pack(head, shape_.vocab_size, shape_.embed_size);
-    if (kernels_.linear.asks) choose_fetching();
+    if (fetch) {
+        ask(*fetch);
+    } else if (kernels_.linear.asks && !layers_.empty()) {
+        choose_fetching();
+    }
     finished_ = true;
 }
 

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "attention_plan.h"
@@ -108,13 +109,15 @@ class Decoder {
     // sizes do not fit the shape.
     void add_layer(const LayerData& layer);
     void set_ends(const EndsData& ends);
-    void finish(const NormData& norm, const LinearData& head);
+    // fetch: how weights and cache are asked for ahead of their turn; nothing: found out here, by some milliseconds of reading.
+    void finish(const NormData& norm, const LinearData& head, std::optional<Fetch> fetch);
     // The embedding, where the head's rows do not serve (tied): [vocab_size, embed_size] of a type other than quantized.
     // Not packed and not copied: rows are read there as long as the decoder lives.
     void set_embed(WeightType type, const void* table);
 
     const DecoderShape& shape() const { return shape_; }
     int64_t weight_bytes() const { return weight_bytes_; }
+    Fetch fetch() const { return fetch_; }
 
     // Throws std::invalid_argument where an index is out of its range, std::runtime_error where the decoder is not
     // finished or another thread is inside step().
@@ -190,6 +193,8 @@ class Decoder {
     QueryGroup query_group(int64_t head) const;
     CacheView entries(const Step& step, size_t layer, int64_t row, int64_t head) const;
     void choose_fetching();
+    void ask(Fetch fetch);
+    double time_reading();
     void add_experts(const LayerData& data, Layer& layer);
     void reserve_experts(int64_t rows);
     void mix(const Layer& layer, int64_t rows);
@@ -213,6 +218,8 @@ class Decoder {
     int64_t n_positions_ = 0;
     Norm embed_norm_, norm_;
     PackedLinear project_in_, project_out_, head_;
+    Fetch fetch_ = Fetch::far;
+    size_t timed_layers_ = 0;
     bool finished_ = false;
 
     // Scratch, for as many rows as any step so far had.

@@ -10,52 +10,59 @@
 namespace tinychat {
 namespace {
 
-constexpr int kTurns = 5;                 // of each way
-constexpr int64_t kEnough = 16ll << 20;   // bytes that are read in a turn, or all there are
+constexpr int kTurns = 5;                // of each way
+constexpr int64_t kEnough = 16ll << 20;  // bytes to read in a turn, or all there are
+constexpr double kWorth = 0.97;          // of the time of the ways before, for a way to be taken
 
 }  // namespace
 
-// One row passes through linears of all layers, in turns of the three ways; the one with the least median wins. A turn goes on in
-// the layers where the last one ended, so that what caches hold of a large model is not read again soon.
+// Of each way the median.
 void Decoder::choose_fetching() {
-    struct Subject {  // reads rows of x
-        const PackedLinear* linear;
-        float* y;
-    };
-    reserve(1);
-    std::vector<Subject> subjects;
-    for (const Layer& layer : layers_) {
-        subjects.push_back({&layer.qkv, qkv_.floats()});
-        if (layer.expert_up.empty()) subjects.push_back({&layer.up, gate_up_.floats()});
+    std::array<std::array<double, kTurns>, 3> found{};
+    time_reading();
+    for (size_t turn = 0; turn < kTurns; ++turn) {
+        for (size_t way = 0; way < found.size(); ++way) {
+            ask(static_cast<Fetch>(way));
+            found[way][turn] = time_reading();
+        }
     }
-    if (subjects.empty()) return;
+    size_t best = 0;
+    for (size_t way = 0; way < found.size(); ++way) {
+        std::sort(found[way].begin(), found[way].end());
+        if (found[way][kTurns / 2] < kWorth * found[best][kTurns / 2]) best = way;
+    }
+    ask(static_cast<Fetch>(best));
+}
+
+void Decoder::ask(Fetch fetch) {
+    fetch_ = fetch;
+    for (Layer& layer : layers_) {
+        for (PackedLinear* linear : {&layer.qkv, &layer.out, &layer.up, &layer.down, &layer.shared_down}) linear->ask(fetch);
+    }
+    for (PackedLinear* linear : {&project_in_, &project_out_, &head_}) linear->ask(fetch);
+}
+
+// Nanoseconds for a byte, with one row through linears of whole layers, on from where the last call ended: of a large model
+// nothing is read that a cache still holds.
+double Decoder::time_reading() {
+    reserve(1);
     const Team::Awake awake(team());
     std::memset(x_.data(), 0, static_cast<size_t>(shape_.hidden_size) * sizeof(float));
-    size_t next = 0;
-    const auto turn = [&] {  // nanoseconds for a byte
-        int64_t bytes = 0;
-        double ns = 0;
-        for (size_t i = 0; i < subjects.size() && bytes < kEnough; ++i) {
-            const auto [linear, y] = subjects[next++ % subjects.size()];
-            prepare_rows(*linear, 1, x_.floats(), shape_.hidden_size);
-            const auto begin = std::chrono::steady_clock::now();
-            apply(*linear, 1, y, 0);
-            ns += std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - begin).count();
-            bytes += linear->nbytes();
-        }
-        return ns / static_cast<double>(bytes);
+    int64_t bytes = 0;
+    double ns = 0;
+    const auto time = [&](const PackedLinear& linear, float* y) {
+        prepare_rows(linear, 1, x_.floats(), shape_.hidden_size);
+        const auto begin = std::chrono::steady_clock::now();
+        apply(linear, 1, y, 0);
+        ns += std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - begin).count();
+        bytes += linear.nbytes();
     };
-    std::array<std::array<double, kTurns>, 3> found{};
-    turn();
-    for (int i = 0; i < kTurns; ++i) {
-        for (size_t way = 0; way < found.size(); ++way) {
-            set_fetching(static_cast<Fetch>(way));
-            found[way][static_cast<size_t>(i)] = turn();
-        }
+    for (size_t i = 0; i < layers_.size() && bytes < kEnough; ++i) {
+        const Layer& layer = layers_[timed_layers_++ % layers_.size()];
+        time(layer.qkv, qkv_.floats());
+        if (layer.expert_up.empty()) time(layer.up, gate_up_.floats());
     }
-    for (auto& times : found) std::sort(times.begin(), times.end());
-    const auto faster = [](const auto& a, const auto& b) { return a[kTurns / 2] < b[kTurns / 2]; };
-    set_fetching(static_cast<Fetch>(std::min_element(found.begin(), found.end(), faster) - found.begin()));
+    return ns / static_cast<double>(bytes);
 }
 
 }  // namespace tinychat

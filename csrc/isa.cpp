@@ -3,7 +3,6 @@
 // On x86 a level runs where the CPU has its instructions (CPUID) and the operating system saves its registers (XGETBV): a
 // hypervisor or kernel may leave AVX-512 off on a CPU that has it, and a sandbox may refuse the tiles of AMX. On ARM the
 // operating system says what may be used: NEON everywhere, more by AT_HWCAP on Linux and by sysctl on macOS.
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -112,17 +111,12 @@ std::vector<Kernels> detect() {
     return list;
 }
 
-std::atomic<Fetch> fetching_of_all{Fetch::far};
-
 const std::vector<Kernels>& levels() {
     static const std::vector<Kernels> found = detect();
     return found;
 }
 
 }  // namespace
-
-Fetch fetching() { return fetching_of_all.load(std::memory_order_relaxed); }
-void set_fetching(Fetch fetch) { fetching_of_all.store(fetch, std::memory_order_relaxed); }
 
 const char* supported_isas() {
     static const std::string names = [] {

@@ -2,7 +2,7 @@
 //
 // A kernel computes a slice; it knows nothing of threads, Python or models. Each instruction-set level fills one table
 // (scalar/, avx/, neon/); isa.cpp picks one at run time. Files compiled with ISA flags include this header, levels.h,
-// linear_layout.h and intrinsics only, and keep every helper in an anonymous namespace: an inline function shared between
+// linear_layout.h, what is made of it alone, and intrinsics only, and keep every helper in an anonymous namespace: an inline function shared between
 // two levels may be merged by the linker into the one that an older CPU cannot run.
 #pragma once
 #include <cstdint>
@@ -13,11 +13,16 @@ namespace tinychat {
 
 enum class WeightType : int32_t { quantized = 0, f32 = 1, f16 = 2, bf16 = 3 };
 
+// How one row's kernel asks for what it reads next, once, and no cache holds: far ahead, as on Intel, whose cores by themselves fetch
+// within a page only; near, into the first cache; or not at all, as on Zen 4, where asking costs two fifths of the speed. Kernels of
+// several rows are free to ask as they like. No result depends on it.
+enum class Fetch : int32_t { far = 0, near = 1, none = 2 };
+
 // A weight [n, k] and the precision of the activations that it meets.
 //   quantized: codes of `bits` (2, 3, 4 or 8); groups of `group` along k share a scale and a zero (the last may be shorter;
 //              group >= k is one group per row); scales are kept as fp16, or as fp32 where `wide_scales` (checkpoints with
 //              bf16 or fp32 scales); activations are rounded to integers of `activation_bits` (16 or 8)
-//   else:      activations stay fp32, and the last four fields say nothing
+//   else:      activations stay fp32, and group, wide_scales and the bits say nothing
 struct LinearShape {
     WeightType type;
     int64_t n, k;
@@ -25,6 +30,7 @@ struct LinearShape {
     bool wide_scales;
     int32_t bits;
     int32_t activation_bits;
+    Fetch fetch = Fetch::far;
 };
 
 // What pack() reads for a quantized weight.
@@ -69,7 +75,9 @@ struct LinearKernels {
     // activation t lies at t * activation_bytes. Rows beyond n are never written.
     void (*linear)(const LinearShape&, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
                    int64_t tile_end, float* y, int64_t y_stride);
-    bool asks = false;  // whether it does as fetching() says
+    bool asks = false;         // whether it does as LinearShape::fetch says
+    int64_t panel_rows = 12;   // from how many rows on it may first copy activations to a panel, for all tiles of a call,
+    int64_t panel_tiles = 8;   // which then should be so many at least
 };
 
 // ---- the rest of a decoder block -------------------------------------------------------------------------------------
@@ -117,6 +125,7 @@ struct QueryGroup {
     float scale;          // of q . key
     const float* slopes;  // [heads], or null: slope * (j - position) is added to the score (ALiBi, arXiv 2108.12409)
     float cap;            // the score before that becomes cap * tanh(score / cap); 0: it does not
+    Fetch fetch = Fetch::far;  // of entries, where rows are few
 };
 
 // Consecutive positions of one slot: row i, at position + i, sees itself and the window - 1 entries before it (0: all).
@@ -188,14 +197,6 @@ struct ClipKernels {
     int64_t (*scratch)(int64_t width);  // floats that clip() needs
     bool (*clip)(const Clipping&, float* scratch);  // whether any limit has changed
 };
-
-// ---- what reads memory ahead of its turn -----------------------------------------------------------------------------
-
-// Whether kernels that read once what no cache holds ask for it ahead: far, as on Intel, whose cores by themselves fetch within a
-// page only; near, into the first cache; or not at all, as on Zen 4, which asking slows to two thirds. It changes no result.
-enum class Fetch : int32_t { far = 0, near = 1, none = 2 };
-Fetch fetching();  // of this process: far, until someone has found out (decoder_fetching.cpp)
-void set_fetching(Fetch fetch);
 
 struct Kernels {
     const char* isa;

@@ -1,5 +1,5 @@
-// Block by block through a linear of codes: where each lies in a tile, and its integers in a row of activations. Of kernels that
-// take some blocks for many rows before the next ones.
+// Block by block through a linear of codes: where each lies in a tile, and its integers in a row of activations. For kernels that
+// take some blocks for all rows and tiles before the next ones.
 #pragma once
 #include "linear_layout.h"
 

@@ -12,8 +12,6 @@ namespace {
 
 constexpr int64_t kRowsOfReading = 8;  // to read a tile takes about as long as to compute with it for so many rows
 constexpr int64_t kTilesTogether = 8;  // packed by one thread: what a line of some sources holds parts of
-constexpr int64_t kManyRows = 12;      // of which kernels first make a panel, at each call: as long as two tiles take
-constexpr int64_t kTilesOfPanel = 8;   // computed by one thread, at least, so that it is worth that
 
 int64_t cache_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -118,6 +116,10 @@ void PackedLinear::apply_tiles(const LinearKernels& kernels, const Segment& segm
     }
 }
 
+void PackedLinear::ask(Fetch fetch) {
+    for (Segment& segment : segments_) segment.shape.fetch = fetch;
+}
+
 void PackedLinear::apply(const LinearKernels& kernels, const char* activations, int64_t rows, float* y,
                          int64_t y_stride, Team& team) const {
     const auto work = [&](Range tiles, int) {
@@ -125,7 +127,7 @@ void PackedLinear::apply(const LinearKernels& kernels, const char* activations, 
             apply_tiles(kernels, segment, its_tiles, activations, rows, y + segment.first_row, y_stride);
         });
     };
-    team.run(tiles_, work, rows < kManyRows ? 1 : kTilesOfPanel);
+    team.run(tiles_, work, rows < kernels.panel_rows ? 1 : kernels.panel_tiles);
 }
 
 void PackedLinear::apply(const LinearKernels& kernels, std::vector<Part>& parts, Team& team) {

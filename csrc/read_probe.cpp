@@ -16,15 +16,15 @@ using Read = uint64_t (*)(const void*, int64_t);
 using Clock = std::chrono::steady_clock;
 
 #if defined(__x86_64__)
+constexpr int64_t kSlices = 12, kSlice = 4 << 20;
+
 // Whichever is faster here: each reads every second slice of the data, and its best counts.
-Read faster(Read a, Read b, const void* data, int64_t bytes) {
-    constexpr int64_t kSlices = 12, kSlice = 4 << 20;
-    const int64_t slice = std::min(kSlice, bytes / kSlices) / 64 * 64;
+Read faster(Read a, Read b, const void* data) {
     Clock::duration best[2] = {Clock::duration::max(), Clock::duration::max()};
     std::atomic<uint64_t> seen{0};  // a result that nobody uses would not be read
     for (int64_t i = 0; i < kSlices; i++) {
         const Clock::time_point begin = Clock::now();
-        seen += (i % 2 ? b : a)(static_cast<const char*>(data) + i * slice, slice);
+        seen += (i % 2 ? b : a)(static_cast<const char*>(data) + i * kSlice, kSlice);
         best[i % 2] = std::min(best[i % 2], Clock::now() - begin);
     }
     return best[1] < best[0] ? b : a;
@@ -33,12 +33,15 @@ Read faster(Read a, Read b, const void* data, int64_t bytes) {
 
 Read widest([[maybe_unused]] const void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__x86_64__)
+    const bool enough = bytes >= kSlices * kSlice;  // to tell
     if (std::strstr(supported_isas(), "avx512")) {
-        static const Read chosen = faster(read_avx512, read_ahead_avx512, data, bytes);
+        if (!enough) return read_avx512;
+        static const Read chosen = faster(read_avx512, read_ahead_avx512, data);
         return chosen;
     }
     if (std::strstr(supported_isas(), "avx2")) {
-        static const Read chosen = faster(read_avx2, read_ahead_avx2, data, bytes);
+        if (!enough) return read_avx2;
+        static const Read chosen = faster(read_avx2, read_ahead_avx2, data);
         return chosen;
     }
 #elif defined(__aarch64__)

@@ -54,7 +54,7 @@ class Cache:
         )
 
 
-def partial(isa, cache, q, position, *, window=0, slopes=None, begin=0, end=None, scale=None):
+def partial(isa, cache, q, position, *, window=0, slopes=None, begin=0, end=None, scale=None, fetch=_cpu.Fetch.far):
     """The kernel's (out [rows, heads, dim], maximum, sum [rows, heads]); q [rows, heads, dim]."""
     rows, heads, dim = q.shape
     wide = np.full((rows, heads * dim + 3), np.nan, np.float32)
@@ -79,6 +79,7 @@ def partial(isa, cache, q, position, *, window=0, slopes=None, begin=0, end=None
         out_stride=out.shape[1],
         maximum=maximum.ctypes.data,
         sum=total.ctypes.data,
+        fetch=fetch,
     )
     assert (out[:, heads * dim :] == 77).all() and maximum[-1] == total[-1] == 77
     return out[:, : heads * dim].reshape(q.shape), maximum[:-1].reshape(rows, heads), total[:-1].reshape(rows, heads)
@@ -225,14 +226,9 @@ def test_rows_together_attend_as_one_by_one(isa, dtype, window):
 def test_asking_for_entries_ahead_changes_no_bit(isa, dtype):
     cache = Cache.of(dtype, f32(200, 100, seed=1), f32(200, 100, seed=2))
     q = f32(1, 3, 100, seed=3)
-    before, found = _cpu.fetching(), []
-    try:
-        for fetch in (_cpu.Fetch.far, _cpu.Fetch.near, _cpu.Fetch.none):
-            _cpu.set_fetching(fetch)
-            found.append(attended(isa, cache, q, 150))
-    finally:
-        _cpu.set_fetching(before)
-    assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
+    far = attended(isa, cache, q, 150)
+    for fetch in (_cpu.Fetch.near, _cpu.Fetch.none):
+        assert attended(isa, cache, q, 150, fetch=fetch).tobytes() == far.tobytes()
 
 
 @pytest.mark.parametrize("isa", ISAS)

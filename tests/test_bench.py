@@ -423,7 +423,7 @@ def test_what_a_context_adds_is_set_against_what_it_takes():
 PROMISED = [
     *("decode_tokens_per_second", "prefill_tokens_per_second", "time_to_first_token_s", "overhead_fraction"),
     *("bytes_per_token", "bandwidth_fraction", "probe_gb_s", "probe_valid", "load_s", "peak_rss_bytes"),
-    *("threads", "isa", "activations", "head", "kv_dtype"),
+    *("threads", "isa", "activations", "head", "kv_dtype", "fetch"),
 ]
 
 

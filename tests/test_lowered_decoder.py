@@ -423,6 +423,22 @@ def test_options_from_the_environment(monkeypatch):
         cpu.thread_count(None)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_weights_are_asked_for_as_the_environment_says(isa, monkeypatch):
+    weights, tokens = model(weight="q4"), ids(9, 97)
+    found = build(weights, isa=isa)
+    assert found.fetch in cpu._cpu.Fetch.__members__
+    logits = found.step(Rows.of(tokens, 0))
+    for name in cpu._cpu.Fetch.__members__:
+        monkeypatch.setenv("TINYCHAT_FETCH", name)
+        runner = build(weights, isa=isa)
+        assert runner.fetch == name
+        assert runner.step(Rows.of(tokens, 0)).tobytes() == logits.tobytes()
+    monkeypatch.setenv("TINYCHAT_FETCH", "often")
+    with pytest.raises(UsageError, match="TINYCHAT_FETCH is 'often'; expected one of far, near, none"):
+        build(weights, isa=isa)
+
+
 def test_physical_cores_within_the_quota(tmp_path):
     assert 1 <= physical_cores() <= (os.cpu_count() or 1)
     assert physical_cores(tmp_path) >= 1

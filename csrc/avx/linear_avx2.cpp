@@ -294,7 +294,7 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* packed
 // The same, asking as the call says. With few sums a processor that fetches by itself is ahead of them; with more it is not, as
 // the loads that would lead it come late.
 template <int bits, int planes, int R>
-void fetch_rows_of_tile(const Call& call, const char* packed, const char* x, int64_t outputs, float* y) {
+void ask_and_compute(const Call& call, const char* packed, const char* x, int64_t outputs, float* y) {
     constexpr Fetch kNone = planes * R <= 2 ? Fetch::none : Fetch::near;
     switch (call.fetch) {
         case Fetch::none: return rows_of_tile<bits, planes, R, kNone>(call, packed, x, outputs, y);
@@ -318,7 +318,7 @@ void run(const Call& call, const char* packed, const char* activations, int64_t 
                 const char* x = activations + t * row_bytes;
                 float* out = y + t * call.y_stride + tile * kTile;
                 const auto next = [&](auto some) {
-                    fetch_rows_of_tile<bits, planes, some.value>(call, at, x, outputs, out);
+                    ask_and_compute<bits, planes, some.value>(call, at, x, outputs, out);
                     t += some.value;
                 };
                 if (end - t >= kMost) {
@@ -354,7 +354,7 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
         return;
     }
 #endif
-    const Call call{QuantizedLayout(shape), shape.wide_scales, fetching(), shape.n, y_stride};
+    const Call call{QuantizedLayout(shape), shape.wide_scales, shape.fetch, shape.n, y_stride};
     const char *at = static_cast<const char*>(packed), *x = static_cast<const char*>(activations);
     with_bits(shape.bits, [&](auto bits) {
         const auto work = shape.activation_bits == 8 ? run<bits.value, 1> : run<bits.value, 2>;

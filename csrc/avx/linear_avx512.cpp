@@ -26,8 +26,6 @@ namespace {
 
 constexpr int64_t kAhead = 8192, kNear = 1024, kAlone = 3072;  // bytes from what is read to what is asked for
 constexpr int64_t kPanelBytes = 1 << 19;  // of activations: half of a usual level-2 cache
-constexpr int kFewSums = 2;               // of a tile in a row of registers: such, with VNNI, are computed from rows as they lie
-constexpr int64_t kPanelTiles = 4;        // others too, of so few tiles that a panel for them takes longer than it saves
 
 int32_t word(const char* at) {
     int32_t value;
@@ -52,6 +50,8 @@ __attribute__((always_inline)) inline void fetch_unit(const char* at, int64_t ah
 typedef uint32_t Lanes __attribute__((vector_size(64)));
 
 #ifdef __AVX512VNNI__
+
+constexpr int64_t kPanelTiles = 4;
 
 __m512i add_pairs(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
@@ -220,12 +220,18 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, in
 }
 
 // The same, asking as the call says where that tells. With few sums a processor that fetches by itself is ahead of them; with
-// more it is not, as the loads that would lead it come late; with many, arithmetic takes longer than memory.
+// more it is not, as the loads that would lead it come late; with many, arithmetic takes longer than memory. (With VNNI only a few
+// tiles come here with more than two sums.)
 template <int bits, int planes, int R>
-void fetch_rows_of_tile(const Call& call, const char* at, int64_t ahead, const char* x, int64_t outputs, float* y) {
+void ask_and_compute(const Call& call, const char* at, int64_t ahead, const char* x, int64_t outputs, float* y) {
     constexpr int kSums = planes * R;
-    constexpr Fetch kNone = kSums <= 2 ? Fetch::none : kSums <= 8 ? Fetch::near : Fetch::far;
-    constexpr Fetch kAsked = kSums <= 8 ? Fetch::near : Fetch::far;
+#ifdef __AVX512VNNI__
+    constexpr int kMost = 2;
+#else
+    constexpr int kMost = 8;
+#endif
+    constexpr Fetch kNone = kSums <= 2 ? Fetch::none : kSums <= kMost ? Fetch::near : Fetch::far;
+    constexpr Fetch kAsked = kSums <= kMost ? Fetch::near : Fetch::far;
     switch (call.fetch) {
         case Fetch::none: return rows_of_tile<bits, planes, R, kNone>(call, at, ahead, x, outputs, y);
         case Fetch::near: return rows_of_tile<bits, planes, R, kAsked>(call, at, ahead, x, outputs, y);
@@ -251,19 +257,19 @@ void run(const Call& call, const char* packed, const char* activations, int64_t 
                 // The only pass over a tile asks for what follows soon; the last of several, for the next tile.
                 const int64_t ahead = end - begin <= kMost || left > kMost ? kAhead : call.layout.tile_bytes;
                 if (left >= kMost) {
-                    fetch_rows_of_tile<bits, planes, kMost>(call, at, ahead, x, outputs, out);
+                    ask_and_compute<bits, planes, kMost>(call, at, ahead, x, outputs, out);
                     t += kMost;
                 } else if (left >= 8) {
-                    fetch_rows_of_tile<bits, planes, 8>(call, at, ahead, x, outputs, out);
+                    ask_and_compute<bits, planes, 8>(call, at, ahead, x, outputs, out);
                     t += 8;
                 } else if (left >= 4) {
-                    fetch_rows_of_tile<bits, planes, 4>(call, at, ahead, x, outputs, out);
+                    ask_and_compute<bits, planes, 4>(call, at, ahead, x, outputs, out);
                     t += 4;
                 } else if (left >= 2) {
-                    fetch_rows_of_tile<bits, planes, 2>(call, at, ahead, x, outputs, out);
+                    ask_and_compute<bits, planes, 2>(call, at, ahead, x, outputs, out);
                     t += 2;
                 } else {
-                    fetch_rows_of_tile<bits, planes, 1>(call, at, ahead, x, outputs, out);
+                    ask_and_compute<bits, planes, 1>(call, at, ahead, x, outputs, out);
                     t += 1;
                 }
             }
@@ -278,12 +284,13 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
         return;
     }
 #ifdef __AVX512VNNI__
-    if (rows > kFewSums / (shape.activation_bits / 8) && tile_end - tile_begin >= kPanelTiles) {
+    // From three sums on, and of tiles enough to be worth a panel. (Two sums would wait for each other there.)
+    if (rows * shape.activation_bits / 8 > 2 && tile_end - tile_begin >= kPanelTiles) {
         linear_rows_avx512vnni(shape, packed, activations, rows, tile_begin, tile_end, y, y_stride);
         return;
     }
 #endif
-    const Call call{QuantizedLayout(shape), shape.wide_scales, fetching(), shape.n, y_stride};
+    const Call call{QuantizedLayout(shape), shape.wide_scales, shape.fetch, shape.n, y_stride};
     const char *at = static_cast<const char*>(packed), *x = static_cast<const char*>(activations);
     with_bits(shape.bits, [&](auto bits) {
         const auto work = shape.activation_bits == 8 ? run<bits.value, 1> : run<bits.value, 2>;
@@ -291,8 +298,13 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
     });
 }
 
+#ifdef __AVX512VNNI__
+constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step,
+                              prepare_part, linear, true, 2, kPanelTiles};
+#else
 constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step,
                               prepare_part, linear, true};
+#endif
 
 }  // namespace
 

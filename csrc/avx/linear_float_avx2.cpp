@@ -85,9 +85,8 @@ template <WeightType type>
 void run_few(const LinearShape& shape, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
              int64_t tile_end, float* y, int64_t y_stride) {
     const int64_t tile_bytes = round_up(float_tile_bytes(shape), 64), row_bytes = activation_bytes(shape);
-    const Fetch fetch = fetching();
-    const auto one_row = fetch == Fetch::none   ? rows_of_tile<type, 1, Fetch::none>
-                         : fetch == Fetch::near ? rows_of_tile<type, 1, Fetch::near>
+    const auto one_row = shape.fetch == Fetch::none   ? rows_of_tile<type, 1, Fetch::none>
+                         : shape.fetch == Fetch::near ? rows_of_tile<type, 1, Fetch::near>
                                                 : rows_of_tile<type, 1, Fetch::far>;
     for (int64_t tile = tile_begin; tile < tile_end; tile++) {
         const char* at = packed + tile * tile_bytes;

@@ -2,7 +2,7 @@
 //
 //   y[t, r] = sum over k of w x, in fp32; a register holds the 16 rows of a tile
 //
-// Speed: one row runs at the speed at which a thread reads memory (benchmarks/linear.py), asking ahead or not as fetching() says.
+// Speed: one row runs at the speed at which a thread reads memory (benchmarks/linear.py), asking ahead or not.
 #include <immintrin.h>
 
 #include "levels.h"
@@ -63,9 +63,8 @@ template <WeightType type>
 void run(const LinearShape& shape, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
          int64_t tile_end, float* y, int64_t y_stride) {
     const int64_t tile_bytes = round_up(float_tile_bytes(shape), 64), row_bytes = activation_bytes(shape);
-    const Fetch fetch = fetching();
-    const auto one_row = fetch == Fetch::none   ? rows_of_tile<type, 1, Fetch::none>
-                         : fetch == Fetch::near ? rows_of_tile<type, 1, Fetch::near>
+    const auto one_row = shape.fetch == Fetch::none   ? rows_of_tile<type, 1, Fetch::none>
+                         : shape.fetch == Fetch::near ? rows_of_tile<type, 1, Fetch::near>
                                                 : rows_of_tile<type, 1, Fetch::far>;
     const int64_t fit = kPanelBytes / row_bytes / 4 * 4, panel = fit > 4 ? fit : 4;
     for (int64_t begin = 0; begin < rows; begin += panel) {

@@ -6,8 +6,8 @@
 // so that a product is one instruction, with its factor broadcast from the panel; with rows where they lie it is two, and
 // one more for where each row is. Registers hold 16 sums: 16 rows of 8 bits, or 8 of 16. Fewer rows go in smaller sets.
 //
-// A block of 128 k takes 512 products for 16 sums, and 48 other instructions of the same two units: 0.91 of their peak is
-// all there is (of 16 bits, 0.95).
+// On Zen 4 a block of 128 k takes 512 products for 16 sums and 48 other instructions of the same units (of 16 bits 24): 0.91 and
+// 0.95 of their peak are all there is. Found: 0.84 and 0.90 (benchmarks/results/speed.md).
 #include <immintrin.h>
 
 #include "levels.h"
@@ -51,6 +51,7 @@ struct Call {
     const char* packed;
     int64_t tile_begin, tile_end;
     int64_t y_stride;
+    char* panel;  // kPanelBytes
 };
 
 // ---- panels ----------------------------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ void run_panel(const Call& call, const char* activations, int64_t rows, float* y
         for (int64_t set = 0; set < sets; set++) {
             const int64_t count = smaller(kRows, rows - set * kRows);
             with_set<planes>(count, [&](auto R) {
-                work(R, panel_of_thread.bytes + set * room, activations + set * kRows * layout.activation_bytes, count,
+                work(R, call.panel + set * room, activations + set * kRows * layout.activation_bytes, count,
                      y + set * kRows * call.y_stride);
             });
         }
@@ -273,11 +274,13 @@ void run_panel(const Call& call, const char* activations, int64_t rows, float* y
             }
         });
         // Of the next tile, a few lines with each block.
+        const bool header = piece.first.in_chunk == 0 && piece.first.begin == 0;
+        const int64_t from = header ? piece.first.header : piece.first.codes;
         const int64_t blocks = (piece.last.index - piece.first.index) * sets;
-        const int64_t lines = divide_up(piece.last.codes - piece.first.header, blocks * 64);
+        const int64_t lines = divide_up(piece.last.codes - from, blocks * 64);
         for (int64_t tile = call.tile_begin; tile < call.tile_end; tile++) {
             const char* at = call.packed + tile * layout.tile_bytes;
-            const char* ahead = at + layout.tile_bytes + piece.first.header;
+            const char* ahead = at + layout.tile_bytes + from;
             const auto outputs = static_cast<__mmask16>((1u << smaller(kTile, call.n - tile * kTile)) - 1);
             each_set([&](auto R, const char* panel, const char* x, int64_t count, float* out) {
                 set_of_tile<bits, planes, R.value>(call, piece, at, panel, x, count, ahead, lines, outputs, out + tile * kTile);
@@ -306,7 +309,7 @@ void run(const Call& call, const char* activations, int64_t rows, float* y) {
 void linear_rows_avx512vnni(const LinearShape& shape, const void* packed, const void* activations, int64_t rows,
                             int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride) {
     const Call call{QuantizedLayout(shape), shape.wide_scales, shape.n, static_cast<const char*>(packed),
-                    tile_begin, tile_end, y_stride};
+                    tile_begin, tile_end, y_stride, panel_of_thread.bytes};
     with_bits(shape.bits, [&](auto bits) {
         const auto work = shape.activation_bits == 8 ? run<bits.value, 1> : run<bits.value, 2>;
         work(call, static_cast<const char*>(activations), rows, y);

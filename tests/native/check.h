@@ -89,6 +89,7 @@ inline uint16_t to_half(float value) {
 // The instruction-set levels that run here.
 std::vector<std::string> isas();
 
+void test_arena();
 void test_attention();
 void test_block();
 void test_clip();

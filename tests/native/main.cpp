@@ -1,7 +1,7 @@
 // The native tests: kernels, threads and the lowered decoder without Python, for sanitizers and cross builds.
 //
 //     cmake -S . -B build/native -DTINYCHAT_NATIVE_TESTS=ON [-DTINYCHAT_SANITIZE=address,undefined]
-//     cmake --build build/native && build/native/native_tests [attention] [block] [clip] [draw] [linear] [macos] [team]
+//     cmake --build build/native && build/native/native_tests [arena] [attention] [block] [clip] [draw] [linear] [macos] [team]
 //
 // TINYCHAT_ISA names the one level to test. For ARM, emulated: cmake/aarch64-linux-gnu.cmake.
 #include <chrono>
@@ -38,6 +38,7 @@ int main(int argc, char** argv) {
         std::printf("%-9s %6d checks, %d failed, %.1f s\n", name, checks - done, failures - before, spent.count());
     };
     std::printf("levels: %s\n", tinychat::supported_isas());
+    run("arena", test_arena);
     run("attention", test_attention);
     run("block", test_block);
     run("clip", test_clip);

@@ -120,7 +120,7 @@ void product(const char* isa, const LinearShape& shape, const Weight& weight, co
 void saturated(const char* isa, int32_t bits, int32_t activation_bits) {
     Random random(3);
     for (int64_t group : {1100, 128}) {
-        Quantized weight(17, 1100, group, bits, activation_bits, random);
+        Quantized weight(130, 1100, group, bits, activation_bits, random);
         std::memset(weight.codes.data(), (1 << bits) - 1, weight.codes.size());
         std::memset(weight.zeros.data(), 0, weight.zeros.size());
         const Memory packed(kernels(isa).linear.packed_bytes(weight.shape));
@@ -164,8 +164,9 @@ void plain(const char* isa, WeightType type, int64_t n, int64_t k, Random& rando
 }  // namespace
 
 void test_linear() {
-    constexpr int64_t kShapes[][3] = {{1, 8, 8},     {17, 100, 100}, {33, 172, 32},   {16, 129, 128},
-                                      {40, 192, 64}, {31, 700, 200}, {19, 1100, 1100}, {48, 512, 128}};
+    // The last are of tiles enough for a panel of rows.
+    constexpr int64_t kShapes[][3] = {{1, 8, 8},     {17, 100, 100}, {33, 172, 32},    {16, 129, 128},  {40, 192, 64},
+                                      {31, 700, 200}, {19, 1100, 1100}, {48, 512, 128}, {129, 172, 100}, {130, 300, 300}};
     for (const std::string& isa : isas()) {
         for (int32_t bits : {2, 3, 4, 8}) {
             for (int32_t activation_bits : {16, 8}) {

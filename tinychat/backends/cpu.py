@@ -70,6 +70,15 @@ def thread_count(threads: int | None) -> int:
     return int(given)
 
 
+def _wanted_fetch() -> Any:
+    """How TINYCHAT_FETCH wants weights asked for ahead of their turn; None: what is fastest here (csrc/kernels.h)."""
+    name = os.environ.get("TINYCHAT_FETCH", "")
+    ways = _cpu.Fetch.__members__
+    if name and name not in ways:
+        raise UsageError(f"TINYCHAT_FETCH is {name!r}; expected one of {', '.join(ways)}")
+    return ways.get(name)
+
+
 def build(
     source: WeightSource,
     *,
@@ -147,6 +156,7 @@ class CpuRunner:
         self.config = config = source.config
         self.cache = cache
         self._activations = activations
+        self._asked = _wanted_fetch()
         self.description = _describe(isa, n_threads)
         config.check_capacity(cache.capacity)
         granted = max(1, min(int(quota() or MAX_THREADS), MAX_THREADS))
@@ -159,6 +169,7 @@ class CpuRunner:
         self._add_ends(source, head)
         source.release()
         self.weight_bytes: int = self._decoder.weight_bytes
+        self.fetch: str = self._decoder.fetch.name
 
     def _add_ends(self, source: WeightSource, bits: int) -> None:
         """The final norm, the head in `bits`, and the embedding: rows of a tied head, or the table, read in place."""
@@ -179,7 +190,7 @@ class CpuRunner:
             head = Linear(head.segments, None if head.bias is None else head.bias * scale)
         packed = self._linear(head, vocab, width, "head", keep, bits)
         vectors = _vector(norm, hidden, "norm", keep), _vector(norm_bias, hidden, "norm's bias", keep)
-        self._decoder.finish(vectors, packed)
+        self._decoder.finish(vectors, packed, self._asked)
         if tied:
             return
         self._table = _lasting(table)

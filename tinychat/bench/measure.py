@@ -79,6 +79,7 @@ class Stopwatch:
 
     def __init__(self, runner: Runner):
         self.config, self.cache, self.weight_bytes = runner.config, runner.cache, runner.weight_bytes
+        self.fetch: str | None = getattr(runner, "fetch", None)
         self._runner = runner
         self.seconds = 0.0
         if isinstance(runner, DrawingRunner):
@@ -253,6 +254,7 @@ def measure(subject: Subject, threads: int | None, say: Say = lambda text: None)
         "overhead_fraction": statistics.median(a - b for a, b in zip(latencies, steps, strict=True)) / token_s,
         "outside_kernels_fraction": None if kernels is None else 1 - kernels,
         "kv_dtype": kv_dtype,
+        "fetch": session.watch.fetch,
         "load_s": load_s,
         "peak_rss_bytes": peak,
         "peak_device_bytes": peak_device,

@@ -35,7 +35,7 @@ def here(device: str = "auto") -> dict[str, Any]:
     """
     found: dict[str, Any] = {"backend": None, "description": None, "used": None, "supported": [], "threads": None}
     found["device_memory"] = None
-    found["forced"] = {n: v for n in ("TINYCHAT_ISA", "TINYCHAT_THREADS") if (v := os.environ.get(n))}
+    found["forced"] = {n: v for n in ("TINYCHAT_ISA", "TINYCHAT_FETCH", "TINYCHAT_THREADS") if (v := os.environ.get(n))}
     try:
         module, found["reason"] = backends.choose(device)
         name = module.__name__.rpartition(".")[2]
