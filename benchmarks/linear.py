@@ -65,9 +65,8 @@ def measure(cpu, isa: str, shape, buffer: np.ndarray, size: int, rows: int, budg
         address = buffer.ctypes.data + copy % copies * size
         cpu.linear(isa, shape, address, prepared.ctypes.data, rows, 0, end, y.ctypes.data, shape.n)
 
-    part = max(
-        1, min(tiles, int(budget / 8 / seconds(multiply, 0, rows, 1)))
-    )  # of the tiles, for slow levels or many rows
+    one_tile = min(seconds(multiply, 0, rows, 1) for _ in range(2))
+    part = max(1, min(tiles, int(budget / 8 / one_tile)))  # of the tiles, for slow levels or many rows
     multiplied = part / tiles * size
     products = rows * part * cpu.tile(isa) * shape.k * shape.activation_bits // 8
     times, ratios, shares, limits = [], [], [], []

@@ -12,26 +12,27 @@ namespace {
 
 constexpr int kTurns = 5;                // of each way
 constexpr int64_t kEnough = 16ll << 20;  // bytes to read in a turn, or all there are
-constexpr double kWorth = 0.97;          // of the time of the ways before, for a way to be taken
+constexpr double kWorth = 0.97;          // of the time of the ways that ask less, for one that asks more to be taken
 
 }  // namespace
 
 // Of each way the median.
 void Decoder::choose_fetching() {
-    std::array<std::array<double, kTurns>, 3> found{};
+    constexpr std::array kWays{Fetch::none, Fetch::near, Fetch::far};
+    std::array<std::array<double, kTurns>, kWays.size()> found{};
     time_reading();
     for (size_t turn = 0; turn < kTurns; ++turn) {
-        for (size_t way = 0; way < found.size(); ++way) {
-            ask(static_cast<Fetch>(way));
+        for (size_t way = 0; way < kWays.size(); ++way) {
+            ask(kWays[way]);
             found[way][turn] = time_reading();
         }
     }
     size_t best = 0;
-    for (size_t way = 0; way < found.size(); ++way) {
+    for (size_t way = 0; way < kWays.size(); ++way) {
         std::sort(found[way].begin(), found[way].end());
         if (found[way][kTurns / 2] < kWorth * found[best][kTurns / 2]) best = way;
     }
-    ask(static_cast<Fetch>(best));
+    ask(kWays[best]);
 }
 
 void Decoder::ask(Fetch fetch) {
