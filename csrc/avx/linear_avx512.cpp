@@ -60,7 +60,7 @@ template <int bits, int planes, int R, Fetch fetch>
 __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead, const char* x, int64_t stride,
                                                int64_t length, __m512i (&sums)[planes][R]) {
     // Few sums would wait for themselves: they are split in chains.
-    constexpr int kSums = planes * R, kChains = kSums <= 2 ? 4 : kSums <= 8 ? 2 : 1;
+    constexpr int kSums = planes * R, kChains = kSums == 1 ? 4 : kSums <= 8 ? 2 : 1;
     constexpr int kFours = unit_length(bits) / 4, kTogether = kFours < 4 ? 4 / kFours : 1;
     __m512i chains[kChains][planes][R];
     for (int p = 0; p < planes; p++) {
@@ -80,7 +80,14 @@ __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead,
                 for (int t = 0; t < R; t++) {
                     for (int p = 0; p < planes; p++) {
                         __m512i& sum = chains[(i * kFours + h) % kChains][p][t];
-                        sum = _mm512_dpbusd_epi32(sum, q, broadcast(factors + t * stride + p * length + h * 4));
+                        const char* factor = factors + t * stride + p * length + h * 4;
+                        if constexpr (bits == 2) {  // waits for instructions: this is one less
+                            asm("vpdpbusd %2%{1to16%}, %1, %0"
+                                : "+v"(sum)
+                                : "v"(q), "m"(*reinterpret_cast<const char(*)[4]>(factor)));
+                        } else {  // waits for memory, of which more is on the way if factors are loaded early
+                            sum = _mm512_dpbusd_epi32(sum, q, broadcast(factor));
+                        }
                     }
                 }
             }
