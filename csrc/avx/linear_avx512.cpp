@@ -168,6 +168,30 @@ struct Call {
     int64_t n, y_stride;
 };
 
+__m512 load_scales(const char* at, bool wide) {
+    return wide ? _mm512_load_ps(at) : _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(at)));
+}
+
+// -z sum, of zeros z in each lane and the sum of a block's integers.
+__m512i less_zeros(__m512i z, const Block& block) {
+    const __m512i both = _mm512_or_si512(z, _mm512_slli_epi32(z, 16 + 7));  // z and 128 z
+    return add_pairs(_mm512_setzero_si512(), both, _mm512_set1_epi32(block.halves));
+}
+
+// `sum` with what a block's outliers add to a tile, whose codes, zeros and scales these are.
+template <int bits>
+__attribute__((noinline, cold)) __m512 with_outliers(const char* codes, const Block& block, const Outlier* list, __m512i z,
+                                                     __m512 scale, __m512 sum) {
+    for (int32_t o = 0; o < block.outliers; o++) {
+        const auto code = (__m512i)one_code<bits, Lanes>(codes, list[o].index);
+        const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(code, z)), scale);
+        sum = _mm512_fmadd_ps(weight, _mm512_set1_ps(list[o].value), sum);
+    }
+    return sum;
+}
+
+__mmask16 existing(int64_t outputs) { return static_cast<__mmask16>((1u << outputs) - 1); }
+
 // R rows of a tile, of which the first `outputs` rows of weights exist. Far, codes are asked for `ahead` bytes before their turn.
 template <int bits, int planes, int R, Fetch fetch>
 __attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, int64_t ahead, const char* x,
@@ -182,19 +206,15 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, in
         const char *scales = at, *zeros = at + m * layout.scale_bytes;
         at += layout.header_bytes(m);
         for (int64_t g = first; g < first + m; g++, scales += layout.scale_bytes, zeros += kTile) {
-            const __m512 scale = call.wide_scales
-                                     ? _mm512_load_ps(scales)
-                                     : _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(scales)));
+            const __m512 scale = load_scales(scales, call.wide_scales);
             const __m512i z = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(zeros)));
-            const __m512i zero = _mm512_or_si512(z, _mm512_slli_epi32(z, 16 + 7));  // z and 128 z, for Block::halves
             for (int64_t begin = 0; begin < layout.padded(g); begin += kBlock) {
                 const int64_t length = smaller(kBlock, layout.padded(g) - begin);
                 __m512i products[planes][R];
                 for (int t = 0; t < R; t++) {
                     const auto* block = reinterpret_cast<const Block*>(blocks + t * stride);
                     products[0][t] = _mm512_setzero_si512();
-                    products[planes - 1][t] =
-                        add_pairs(_mm512_setzero_si512(), zero, _mm512_set1_epi32(block->halves));
+                    products[planes - 1][t] = less_zeros(z, *block);
                 }
                 if (length == kBlock) {
                     dot<bits, planes, R, fetch>(at, ahead, x, stride, kBlock, products);
@@ -207,12 +227,9 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, in
                     if (planes == 2) product = _mm512_add_epi32(product, _mm512_slli_epi32(products[0][t], 8));
                     const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(block->scale));
                     sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), factor, sums[t]);
-                    const auto* list = reinterpret_cast<const Outlier*>(outliers + t * stride);
-                    for (int32_t o = 0; __builtin_expect(o < block->outliers, 0); o++) {
-                        const auto code = (__m512i)one_code<bits, Lanes>(at, list[o].index);
-                        const __m512i difference = _mm512_sub_epi32(code, z);
-                        const __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(difference), scale);
-                        sums[t] = _mm512_fmadd_ps(weight, _mm512_set1_ps(list[o].value), sums[t]);
+                    if (__builtin_expect(block->outliers > 0, 0)) {
+                        const auto* list = reinterpret_cast<const Outlier*>(outliers + t * stride);
+                        sums[t] = with_outliers<bits>(at, *block, list, z, scale, sums[t]);
                     }
                 }
                 at += layout.code_bytes(length);
@@ -222,8 +239,7 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, in
             }
         }
     }
-    const auto mask = static_cast<__mmask16>((1u << outputs) - 1);
-    for (int t = 0; t < R; t++) _mm512_mask_storeu_ps(y + t * call.y_stride, mask, sums[t]);
+    for (int t = 0; t < R; t++) _mm512_mask_storeu_ps(y + t * call.y_stride, existing(outputs), sums[t]);
 }
 
 // The same, asking as the call says where that tells. With few sums a processor that fetches by itself is ahead of them; with
@@ -246,9 +262,119 @@ void ask_and_compute(const Call& call, const char* at, int64_t ahead, const char
     }
 }
 
+#ifdef __AVX512VNNI__
+
+// sums[j][p] += sum over k of q x for tile j and plane p, in `length` k of one row: of two tiles, whose factors are the same.
+template <int bits, int planes>
+__attribute__((always_inline)) inline void dot_two(const char* const (&codes)[2], const char* x, int64_t length,
+                                                   __m512i (&sums)[2][planes]) {
+    constexpr int kFours = unit_length(bits) / 4;
+    __m512i second[2][planes];  // every other sum: few would wait for themselves
+    for (auto& of_tile : second) {
+        for (__m512i& sum : of_tile) sum = _mm512_setzero_si512();
+    }
+    const int64_t end = divide_up(length, unit_length(bits));
+#pragma GCC unroll 32
+    for (int64_t i = 0; i < end; i++) {
+#pragma GCC unroll 8
+        for (int h = 0; h < kFours; h++) {
+            __m512i q[2];
+            for (int j = 0; j < 2; j++) q[j] = (__m512i)unpacked<bits, Lanes>(codes[j] + i * unit_bytes(bits), h);
+            for (int p = 0; p < planes; p++) {
+                const __m512i factor = broadcast(x + p * length + i * unit_length(bits) + h * 4);
+                for (int j = 0; j < 2; j++) {
+                    __m512i& sum = (i * kFours + h) % 2 ? second[j][p] : sums[j][p];
+                    sum = _mm512_dpbusd_epi32(sum, q[j], factor);
+                }
+            }
+        }
+    }
+    for (int j = 0; j < 2; j++) {
+        for (int p = 0; p < planes; p++) sums[j][p] = _mm512_add_epi32(sums[j][p], second[j][p]);
+    }
+}
+
+// One row and two tiles that lie far apart. What rows_of_tile computes, in the order of its sums; nothing is asked for ahead.
+template <int bits, int planes>
+__attribute__((noinline)) void row_of_two_tiles(const Call& call, const char* const (&tiles)[2], const char* x,
+                                                __m512 (&sums)[2]) {
+    const QuantizedLayout& layout = call.layout;
+    const auto* block = reinterpret_cast<const Block*>(x + layout.blocks_at);
+    const auto* list = reinterpret_cast<const Outlier*>(x + layout.outliers_at);
+    const char* at[2] = {tiles[0], tiles[1]};
+    for (__m512& sum : sums) sum = _mm512_setzero_ps();
+    for (int64_t first = 0; first < layout.groups; first += kChunk) {
+        const int64_t m = smaller(kChunk, layout.groups - first);
+        const char* scales[2] = {at[0], at[1]};
+        const char* zeros[2] = {at[0] + m * layout.scale_bytes, at[1] + m * layout.scale_bytes};
+        for (const char*& codes : at) codes += layout.header_bytes(m);
+        for (int64_t g = first; g < first + m; g++) {
+            __m512 scale[2];
+            __m512i z[2];
+            for (int j = 0; j < 2; j++) {
+                scale[j] = load_scales(scales[j], call.wide_scales);
+                z[j] = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(zeros[j])));
+                scales[j] += layout.scale_bytes;
+                zeros[j] += kTile;
+            }
+            for (int64_t left = layout.padded(g); left > 0; left -= kBlock) {
+                const int64_t length = smaller(kBlock, left);
+                __m512i products[2][planes];
+                for (int j = 0; j < 2; j++) {
+                    products[j][0] = _mm512_setzero_si512();
+                    products[j][planes - 1] = less_zeros(z[j], *block);
+                }
+                if (length == kBlock) {
+                    dot_two<bits, planes>(at, x, kBlock, products);
+                } else {
+                    dot_two<bits, planes>(at, x, length, products);
+                }
+                for (int j = 0; j < 2; j++) {
+                    __m512i product = products[j][planes - 1];
+                    if (planes == 2) product = _mm512_add_epi32(product, _mm512_slli_epi32(products[j][0], 8));
+                    const __m512 factor = _mm512_mul_ps(scale[j], _mm512_set1_ps(block->scale));
+                    sums[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), factor, sums[j]);
+                    if (__builtin_expect(block->outliers > 0, 0)) {
+                        sums[j] = with_outliers<bits>(at[j], *block, list, z[j], scale[j], sums[j]);
+                    }
+                    at[j] += layout.code_bytes(length);
+                }
+                x += length * planes;
+                block++;
+                list += layout.block_outliers;
+            }
+        }
+    }
+}
+
+// One row and the tiles from `tile_begin` on, two at a time: one of the first half, one of the second, so that memory is read in two
+// long streams, which Zen 4 keeps up with better than with one, and each factor is read for two. (Neighbouring tiles, which are one
+// stream again, are slower than one at a time.) Returns the first tile that is left.
+template <int bits, int planes>
+int64_t run_two(const Call& call, const char* packed, const char* x, int64_t tile_begin, int64_t tile_end, float* y) {
+    const int64_t half = (tile_end - tile_begin) / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const int64_t tile[2] = {tile_begin + i, tile_begin + half + i};
+        __m512 sums[2];
+        row_of_two_tiles<bits, planes>(
+            call, {packed + tile[0] * call.layout.tile_bytes, packed + tile[1] * call.layout.tile_bytes}, x, sums);
+        for (int j = 0; j < 2; j++) {
+            _mm512_mask_storeu_ps(y + tile[j] * kTile, existing(smaller(kTile, call.n - tile[j] * kTile)), sums[j]);
+        }
+    }
+    return tile_begin + 2 * half;
+}
+
+#endif
+
 template <int bits, int planes>
 void run(const Call& call, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
          int64_t tile_end, float* y) {
+#ifdef __AVX512VNNI__
+    if (bits > 2 && rows == 1 && call.fetch == Fetch::none) {  // 2 bits wait for instructions, of which this has more
+        tile_begin = run_two<bits, planes>(call, packed, activations, tile_begin, tile_end, y);
+    }
+#endif
     constexpr int kMost = 16 / planes;  // rows at a time: what the registers hold
     const int64_t row_bytes = call.layout.activation_bytes, fit = kPanelBytes / row_bytes / kMost * kMost;
     const int64_t panel = fit > kMost ? fit : kMost;
