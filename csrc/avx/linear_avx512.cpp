@@ -12,8 +12,8 @@
 //            of 8 bits are taken as two of 4, the upper widened with 16 in place of ones.
 //
 // All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
-// Speed: one row runs at 0.9 or more of the speed at which a thread reads memory (Emerald Rapids, where codes are asked for far
-// ahead; Zen 4, where they must not be; benchmarks/linear.py); several rows share the unpacking, and many go in panels whose
+// Speed: one row runs at the speed at which a thread reads memory on Zen 4, where codes must not be asked for ahead, at 0.89 of it on
+// Emerald Rapids, where they must be asked for far ahead (benchmarks/linear.py); several rows share the unpacking, and many go in panels whose
 // activations stay in the cache, with VNNI at 0.65 to 0.8 of what its multipliers can do. (Two tiles at once share the
 // broadcasts, and were no faster.)
 #include <immintrin.h>
