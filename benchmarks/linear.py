@@ -1,7 +1,7 @@
 """Speed of one linear on one thread, level by level, beside the speed at which the same thread reads memory.
 
     python benchmarks/linear.py [--k 4096] [--n 11008] [--group-size 128] [--rows 1 4 32 512] [--isa avx2 ...]
-                                [--bits 2 3 4 8] [--activations 16 8] [--fetch far near none] [--megabytes 1]
+                                [--bits 2 3 4 8] [--activations 16 8] [--fetch far near none two] [--megabytes 1]
     python benchmarks/linear.py --turns 4:128 3:128 2:64 [--isa avx512vnni ...]
 
 The matrix lies in memory many times over and the copies are used in turn, so that no cache holds it (with --megabytes 1
@@ -28,7 +28,7 @@ import numpy as np
 from tinychat.backends.cpu_linear import PackedLinear, aligned, extension, supported_isas
 from tinychat.qtensor import QTensor
 
-FEW_ROWS = 8  # with more, no level's speed depends on how it asks for weights ahead
+FEW_ROWS = 8  # with more, speed hardly depends on how weights are asked for ahead
 
 
 def machine() -> str:
@@ -96,6 +96,12 @@ def measure(cpu, isa: str, shape, buffer: np.ndarray, size: int, rows: int, budg
     }
 
 
+def ask(cpu, shape, fetch: str) -> None:
+    """Read weights as `fetch` says: "two" asks for nothing ahead and takes two tiles at once."""
+    shape.two_tiles = fetch == "two"
+    shape.fetch = getattr(cpu.Fetch, "none" if shape.two_tiles else fetch)
+
+
 def random_weight(n: int, k: int, group_size: int, bits: int) -> QTensor:
     """Codes, scales and zeros that a seed decides."""
     rng = np.random.default_rng(1)
@@ -142,7 +148,7 @@ def in_turns(cpu, isa: str, fetch: str, args: argparse.Namespace) -> list[dict]:
     formats = [map(int, text.split(":")) for text in args.turns]
     turns = [Turn(cpu, isa, args.n, args.k, bits, group, args.megabytes // 2) for bits, group in formats]
     for turn in turns:
-        turn.shape.fetch = getattr(cpu.Fetch, fetch)
+        ask(cpu, turn.shape, fetch)
     begin, index = time.perf_counter(), 0
     while index < 5 or time.perf_counter() - begin < args.seconds * len(turns):
         for turn in turns:
@@ -183,8 +189,8 @@ def main() -> None:
     parser.add_argument(
         "--fetch",
         nargs="+",
-        choices=("far", "near", "none"),
-        default=["far", "near", "none"],
+        choices=("far", "near", "none", "two"),
+        default=["far", "near", "none", "two"],
         help="how weights are asked for ahead, of which a model takes the fastest (csrc/decoder_fetching.cpp)",
     )
     parser.add_argument("--megabytes", type=int, default=768, help="all copies of the matrix together")
@@ -203,10 +209,11 @@ def main() -> None:
             copies = max(1 if args.megabytes < 16 else 4, (args.megabytes << 20) // len(segment.data))
             buffer = aligned(copies * len(segment.data))
             buffer.reshape(copies, -1)[:] = segment.data
+            cpu.read_probe(buffer.ctypes.data, len(buffer))  # of much data it finds out how it reads fastest
             for rows, fetch in itertools.product(args.rows, args.fetch):
                 if fetch != args.fetch[0] and not (cpu.asks(isa) and rows <= FEW_ROWS):
                     continue  # nothing would depend on it
-                segment.shape.fetch = getattr(cpu.Fetch, fetch)
+                ask(cpu, segment.shape, fetch)
                 figures = measure(cpu, isa, segment.shape, buffer, len(segment.data), rows, args.seconds)
                 kind = {"isa": isa, "bits": bits, "activations": activation_bits, "rows": rows, "fetch": fetch}
                 results.append({**kind, "bytes": len(segment.data), **figures})

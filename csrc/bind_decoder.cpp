@@ -269,6 +269,11 @@ void bind_decoder(py::module_& m) {
         .def_readwrite("slopes", &DecoderShape::slopes)
         .def_readwrite("experts", &DecoderShape::experts);
 
+    py::enum_<Reading>(m, "Reading", "How a decoder reads what no cache holds; see csrc/decoder.h.")
+        .value("far", Reading::far)
+        .value("near", Reading::near)
+        .value("none", Reading::none)
+        .value("two", Reading::two);
     py::class_<Decoder>(m, "Decoder", "A packed model and its step; see csrc/decoder.h. Not checked: the addresses.")
         .def(py::init([](const std::string& isa, int n_threads, int granted, const DecoderShape& shape) {
                  return std::make_unique<Decoder>(shape, kernels(isa.c_str()), n_threads, granted);
@@ -305,12 +310,12 @@ void bind_decoder(py::module_& m) {
             py::arg("act_scale") = 0, py::arg("experts") = false, py::arg("shared_down") = std::nullopt, release())
         .def(
             "finish",
-            [](Decoder& decoder, const NormArgs& norm, const LinearArgs& head, std::optional<Fetch> fetch) {
-                decoder.finish(norm_data(norm), linear_data(head), fetch);
+            [](Decoder& decoder, const NormArgs& norm, const LinearArgs& head, std::optional<Reading> reading) {
+                decoder.finish(norm_data(norm), linear_data(head), reading);
             },
-            py::arg("norm"), py::arg("head"), py::arg("fetch"), release())
+            py::arg("norm"), py::arg("head"), py::arg("reading"), release())
         .def_property_readonly("weight_bytes", &Decoder::weight_bytes)
-        .def_property_readonly("fetch", &Decoder::fetch)
+        .def_property_readonly("reading", &Decoder::reading)
         .def("profile", [](Decoder& decoder, bool on) { decoder.profile(on); }, "Begin anew, or stop.")
         .def("profiled",
              [](const Decoder& decoder) {

@@ -61,7 +61,8 @@ void bind_linear(py::module_& m) {
         .def_readonly("wide_scales", &LinearShape::wide_scales)
         .def_readonly("bits", &LinearShape::bits)
         .def_readonly("activation_bits", &LinearShape::activation_bits)
-        .def_readwrite("fetch", &LinearShape::fetch);
+        .def_readwrite("fetch", &LinearShape::fetch)
+        .def_readwrite("two_tiles", &LinearShape::two_tiles);
     py::enum_<Source>(m, "Source")
         .value("codes", Source::codes)
         .value("awq", Source::awq)
@@ -76,7 +77,7 @@ void bind_linear(py::module_& m) {
     m.def("isa", [] { return kernels().isa; }, "The level in use: the best here, or what TINYCHAT_ISA names.");
     m.def("supported_isas", &supported_isas, "The levels that run here, best first, separated by spaces.");
     m.def("tile", [](const char* isa) { return kernels(isa).linear.tile; });
-    m.def("asks", [](const char* isa) { return kernels(isa).linear.asks; }, "Whether LinearShape.fetch tells at this level.");
+    m.def("asks", [](const char* isa) { return kernels(isa).linear.asks; }, "Whether this level obeys LinearShape.fetch.");
     m.def("packed_bytes", [](const char* isa, const LinearShape& shape) { return kernels(isa).linear.packed_bytes(shape); });
     m.def("stored_bytes", &stored_bytes, "What `pack` reads of a row of k codes, of sources that have rows.");
     m.def("activation_bytes",

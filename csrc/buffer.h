@@ -48,8 +48,8 @@ class Buffer {
     int64_t bytes_ = 0;
 };
 
-// Bytes side by side that are freed together: a model's packed weights. A buffer for each linear would end in pages that are not
-// huge, which cost a tenth of the speed of decoding (1.1 billion weights, Zen 4).
+// Bytes side by side that are freed together: a model's packed weights. A buffer for each linear would end in pages that are
+// not huge, which cost a tenth of the speed of decoding (1.1 billion weights, Zen 4).
 class Arena {
   public:
     // On a 64-byte boundary; what was taken before stays where it is.
@@ -69,7 +69,8 @@ class Arena {
     }
 
   private:
-    // Of a block: no more is asked for than was taken before. The system gives memory where it is written, a huge page at a time.
+    // Of a block: at first kLeast, then as much as was taken so far. The system gives memory where it is written, a huge page
+    // at a time.
     static constexpr int64_t kLeast = 8 << 20, kMost = 256 << 20;
 #if defined(__SANITIZE_ADDRESS__)
     static constexpr bool kEachAlone = true;  // for the sanitizer to see where each ends

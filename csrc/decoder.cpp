@@ -151,15 +151,15 @@ void Decoder::add_layer(const LayerData& data) {
     layers_.push_back(std::move(layer));
 }
 
-void Decoder::finish(const NormData& norm, const LinearData& head, std::optional<Fetch> fetch) {
+void Decoder::finish(const NormData& norm, const LinearData& head, std::optional<Reading> reading) {
     if (layers_.size() != shape_.windows.size()) refuse("a layer is missing");
     norm_ = keep(norm);
     if (shape_.embed_size != shape_.hidden_size && project_in_.nbytes() == 0) refuse("the projections are missing");
     head_ = pack(head, shape_.vocab_size, shape_.embed_size);
-    if (fetch) {
-        ask(*fetch);
+    if (reading) {
+        read_as(*reading);
     } else if (kernels_.linear.asks && !layers_.empty()) {
-        choose_fetching();
+        choose_reading();
     }
     finished_ = true;
 }

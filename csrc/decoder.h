@@ -100,6 +100,12 @@ struct Step {
     float* logits;  // [R, vocab_size]
 };
 
+// How a decoder reads what no cache holds: as Fetch has it, or asking for nothing and two tiles at once.
+enum class Reading : int32_t { far = 0, near = 1, none = 2, two = 3 };
+constexpr Fetch fetch_of(Reading reading) {
+    return reading == Reading::two ? Fetch::none : static_cast<Fetch>(reading);
+}
+
 class Decoder {
   public:
     Decoder(const DecoderShape& shape, const Kernels& kernels, int n_threads, int granted);
@@ -109,15 +115,15 @@ class Decoder {
     // sizes do not fit the shape.
     void add_layer(const LayerData& layer);
     void set_ends(const EndsData& ends);
-    // fetch: how weights and cache are asked for ahead of their turn; nothing: found out here, by some milliseconds of reading.
-    void finish(const NormData& norm, const LinearData& head, std::optional<Fetch> fetch);
+    // reading: of weights and cache; nothing: what is fastest is found out here, by some milliseconds of it.
+    void finish(const NormData& norm, const LinearData& head, std::optional<Reading> reading);
     // The embedding, where the head's rows do not serve (tied): [vocab_size, embed_size] of a type other than quantized.
     // Not packed and not copied: rows are read there as long as the decoder lives.
     void set_embed(WeightType type, const void* table);
 
     const DecoderShape& shape() const { return shape_; }
     int64_t weight_bytes() const { return weight_bytes_; }
-    Fetch fetch() const { return fetch_; }
+    Reading reading() const { return reading_; }
 
     // Throws std::invalid_argument where an index is out of its range, std::runtime_error where the decoder is not
     // finished or another thread is inside step().
@@ -192,8 +198,8 @@ class Decoder {
     void append(const Step& step, size_t layer, int64_t row, int64_t head) const;
     QueryGroup query_group(int64_t head) const;
     CacheView entries(const Step& step, size_t layer, int64_t row, int64_t head) const;
-    void choose_fetching();
-    void ask(Fetch fetch);
+    void choose_reading();
+    void read_as(Reading reading);
     double time_reading();
     void add_experts(const LayerData& data, Layer& layer);
     void reserve_experts(int64_t rows);
@@ -218,7 +224,7 @@ class Decoder {
     int64_t n_positions_ = 0;
     Norm embed_norm_, norm_;
     PackedLinear project_in_, project_out_, head_;
-    Fetch fetch_ = Fetch::far;
+    Reading reading_ = Reading::far;
     size_t timed_layers_ = 0;
     bool finished_ = false;
 

@@ -13,9 +13,9 @@ namespace tinychat {
 
 enum class WeightType : int32_t { quantized = 0, f32 = 1, f16 = 2, bf16 = 3 };
 
-// How one row's kernel asks for what it reads next, once, and no cache holds: far ahead, as on Intel, whose cores by themselves fetch
-// within a page only; near, into the first cache; or not at all, as on Zen 4, where asking costs two fifths of the speed. Kernels of
-// several rows are free to ask as they like. No result depends on it.
+// How one row's kernel asks ahead for what it reads once and no cache holds: far ahead, as on Intel, whose cores by themselves
+// fetch within a page only; near, into the first cache; or not at all, as on Zen 4, where asking costs two fifths of the speed.
+// Kernels of several rows are free to ask as they like. No result depends on it.
 enum class Fetch : int32_t { far = 0, near = 1, none = 2 };
 
 // A weight [n, k] and the precision of the activations that it meets.
@@ -31,6 +31,7 @@ struct LinearShape {
     int32_t bits;
     int32_t activation_bits;
     Fetch fetch = Fetch::far;
+    bool two_tiles = false;  // of one row, two tiles at once, far apart, where a level can and nothing is asked for ahead
 };
 
 // What pack() reads for a quantized weight.
@@ -75,7 +76,7 @@ struct LinearKernels {
     // activation t lies at t * activation_bytes. Rows beyond n are never written.
     void (*linear)(const LinearShape&, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
                    int64_t tile_end, float* y, int64_t y_stride);
-    bool asks = false;         // whether it does as LinearShape::fetch says
+    bool asks = false;         // whether it obeys LinearShape::fetch
     int64_t panel_rows = 12;   // from how many rows on it may first copy activations to a panel, for all tiles of a call,
     int64_t panel_tiles = 8;   // which then should be so many at least
 };

@@ -116,8 +116,11 @@ void PackedLinear::apply_tiles(const LinearKernels& kernels, const Segment& segm
     }
 }
 
-void PackedLinear::ask(Fetch fetch) {
-    for (Segment& segment : segments_) segment.shape.fetch = fetch;
+void PackedLinear::ask(Fetch fetch, bool two_tiles) {
+    for (Segment& segment : segments_) {
+        segment.shape.fetch = fetch;
+        segment.shape.two_tiles = two_tiles;
+    }
 }
 
 void PackedLinear::apply(const LinearKernels& kernels, const char* activations, int64_t rows, float* y,

@@ -58,8 +58,8 @@ class PackedLinear {
     // The same of a permuted linear, from the whole row x [k]; scratch holds as many values as `part`.
     void gather(const LinearKernels& kernels, const float* x, Range part, int64_t row, int64_t rows, float* scratch,
                 char* activations) const;
-    // Weights are asked for like this from now on.
-    void ask(Fetch fetch);
+    // How weights are read from now on; see LinearShape.
+    void ask(Fetch fetch, bool two_tiles);
     // y[rows, n] = the linear of the prepared rows, on the team.
     void apply(const LinearKernels& kernels, const char* activations, int64_t rows, float* y, int64_t y_stride,
                Team& team) const;

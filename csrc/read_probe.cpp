@@ -33,17 +33,15 @@ Read faster(Read a, Read b, const void* data) {
 
 Read widest([[maybe_unused]] const void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__x86_64__)
-    const bool enough = bytes >= kSlices * kSlice;  // to tell
-    if (std::strstr(supported_isas(), "avx512")) {
-        if (!enough) return read_avx512;
-        static const Read chosen = faster(read_avx512, read_ahead_avx512, data);
-        return chosen;
-    }
-    if (std::strstr(supported_isas(), "avx2")) {
-        if (!enough) return read_avx2;
-        static const Read chosen = faster(read_avx2, read_ahead_avx2, data);
-        return chosen;
-    }
+    // Little data does not tell which is faster, and is read as more was before it, if any was.
+    static std::atomic<Read> chosen{nullptr};
+    const auto choose = [&](Read plain, Read ahead) {
+        if (!chosen && bytes >= kSlices * kSlice) chosen = faster(plain, ahead, data);
+        const Read known = chosen;
+        return known ? known : plain;
+    };
+    if (std::strstr(supported_isas(), "avx512")) return choose(read_avx512, read_ahead_avx512);
+    if (std::strstr(supported_isas(), "avx2")) return choose(read_avx2, read_ahead_avx2);
 #elif defined(__aarch64__)
     if (std::strcmp(supported_isas(), "scalar") != 0) return read_neon;
 #endif

@@ -385,20 +385,30 @@ def test_more_k_than_a_panel_of_rows_holds(isa, bits, activation_bits):
         assert same(linear(packed, x[:rows]), alone[:rows])
 
 
-@pytest.mark.parametrize("fetch", ("near", "none"))
+@pytest.mark.parametrize("fetch", ("near", "none", "two"))
 @pytest.mark.parametrize("activation_bits", (16, 8))
-@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("kind", (*WEIGHTS, "q4-chunks", "q8-chunks", "q3-wide-chunks"))
 def test_asking_for_weights_ahead_changes_no_bit(isa, kind, activation_bits, fetch):
+    """Of one row with outliers, one with NaN and usual ones, alone and together."""
     if not cpu.asks(isa):
         pytest.skip("this level asks in one way")
-    for n in (75, 33):  # with tiles enough for a panel of rows, and with fewer
-        packed = PackedLinear.pack(WEIGHTS[kind](n), isa, activation_bits)
+    chunks = {  # more groups than have their scales in one place
+        "q4-chunks": lambda n: qtensor(n, 1100, 128),
+        "q8-chunks": lambda n: qtensor(n, 1100, 64, bits=8),
+        "q3-wide-chunks": lambda n: qtensor(n, 1100, 128, bits=3, scale_dtype=np.float32),
+    }
+    for n in (150, 75, 50, 33):  # tiles in pairs and one more, the last of them whole or in part
+        packed = PackedLinear.pack((WEIGHTS | chunks)[kind](n), isa, activation_bits)
         (segment,) = packed.segments
         x = activations(8, packed.shape[1])
-        far = [linear(packed, x[:rows]) for rows in (1, 2, 3, 4, 8)]
-        segment.shape.fetch = getattr(cpu.Fetch, fetch)
-        for found in far:
-            assert same(linear(packed, x[: len(found)]), found)
+        x[::2] = one_huge(x[::2])
+        x[3, 5] = np.nan
+        parts = [x[:rows] for rows in (2, 3, 4, 8)] + [row[None] for row in x]
+        far = [linear(packed, part) for part in parts]
+        segment.shape.two_tiles = fetch == "two"
+        segment.shape.fetch = getattr(cpu.Fetch, "none" if fetch == "two" else fetch)
+        for part, found in zip(parts, far, strict=True):
+            assert same(linear(packed, part), found)
 
 
 def run_slices(isa, segment, x, y, slices):
@@ -456,8 +466,11 @@ def test_nothing_outside_the_buffers_is_touched(isa, at_end):
         *(make() for make in WEIGHTS.values()),
         *(qtensor(*shape, bits=b) for b in BITS for shape in ((1, 1, 1), (3, 9, 4))),
     )
-    for weight, rows, activation_bits in itertools.product(weights, (7, 13), (16, 8)):
+    far, near, none = cpu.Fetch.__members__.values()
+    asked = [(1, far, False), (1, near, False), (1, none, False), (1, none, True), (7, far, False), (13, far, False)]
+    for weight, (rows, fetch, two), activation_bits in itertools.product(weights, asked, (16, 8)):
         (segment,) = (packed := PackedLinear.pack(weight, isa, activation_bits)).segments
+        segment.shape.fetch, segment.shape.two_tiles = fetch, two
         n, k = packed.shape
         tiles = -(-n // 16)
         x = one_huge(activations(rows, k))

@@ -425,17 +425,18 @@ def test_options_from_the_environment(monkeypatch):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_weights_are_asked_for_as_the_environment_says(isa, monkeypatch):
-    weights, tokens = model(weight="q4"), ids(9, 97)
+    weights, tokens = model(weight="q4"), ids(4, 97)
+    steps = [Rows.of(tokens[:3], 0), Rows.of(tokens[3:], 3)]
     found = build(weights, isa=isa)
-    assert found.fetch in cpu._cpu.Fetch.__members__
-    logits = found.step(Rows.of(tokens, 0))
-    for name in cpu._cpu.Fetch.__members__:
+    assert (found.fetch is None) is not cpu._cpu.asks(isa)
+    logits = [found.step(rows).tobytes() for rows in steps]
+    for name in cpu._cpu.Reading.__members__:
         monkeypatch.setenv("TINYCHAT_FETCH", name)
         runner = build(weights, isa=isa)
-        assert runner.fetch == name
-        assert runner.step(Rows.of(tokens, 0)).tobytes() == logits.tobytes()
+        assert runner.fetch == (name if cpu._cpu.asks(isa) else None)
+        assert [runner.step(rows).tobytes() for rows in steps] == logits
     monkeypatch.setenv("TINYCHAT_FETCH", "often")
-    with pytest.raises(UsageError, match="TINYCHAT_FETCH is 'often'; expected one of far, near, none"):
+    with pytest.raises(UsageError, match="TINYCHAT_FETCH is 'often'; expected one of far, near, none, two"):
         build(weights, isa=isa)
 
 

@@ -14,7 +14,7 @@
 //
 // All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
 //
-// Speed: one row waits for memory, which is read at 0.8 to 0.9 of the speed of reading alone, as codes are fetched ahead; in
+// Speed: one row waits for memory, which is read at 0.8 to 0.9 of the speed of reading alone; in
 // the cache Zen 3 takes 8 cycles for 128 weights, 64 bytes of 4-bit codes (benchmarks/results/speed.md). A few rows share the
 // unpacking, many go to linear_rows_avx2.cpp. Two tiles at once would share the broadcasts: tried, a tenth faster in the
 // cache and slower from memory. Loops over sums are written out by pragmas, or GCC would keep the sums in memory.

@@ -12,10 +12,9 @@
 //            of 8 bits are taken as two of 4, the upper widened with 16 in place of ones.
 //
 // All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
-// Speed: one row runs at the speed at which a thread reads memory on Zen 4, where codes must not be asked for ahead, at 0.89 of it on
-// Emerald Rapids, where they must be asked for far ahead (benchmarks/linear.py); several rows share the unpacking, and many go in panels whose
-// activations stay in the cache, with VNNI at 0.65 to 0.8 of what its multipliers can do. (Two tiles at once share the
-// broadcasts, and were no faster.)
+// Speed: one row runs at the speed at which a thread reads memory on Zen 4, where codes must not be asked for ahead and two
+// tiles far apart are read at once; at 0.89 of it on Emerald Rapids, where codes must be asked for far ahead
+// (benchmarks/linear.py). Several rows share the unpacking; with VNNI they go to linear_rows_avx512vnni.cpp.
 #include <immintrin.h>
 
 #include "levels.h"
@@ -52,6 +51,7 @@ typedef uint32_t Lanes __attribute__((vector_size(64)));
 #ifdef __AVX512VNNI__
 
 constexpr int64_t kPanelTiles = 4;
+constexpr int64_t kSmallTile = 1 << 14, kLongStream = 1 << 18;  // bytes
 
 __m512i add_pairs(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
@@ -165,6 +165,7 @@ struct Call {
     QuantizedLayout layout;
     bool wide_scales;
     Fetch fetch;
+    bool two_tiles;
     int64_t n, y_stride;
 };
 
@@ -242,9 +243,9 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* at, in
     for (int t = 0; t < R; t++) _mm512_mask_storeu_ps(y + t * call.y_stride, existing(outputs), sums[t]);
 }
 
-// The same, asking as the call says where that tells. With few sums a processor that fetches by itself is ahead of them; with
-// more it is not, as the loads that would lead it come late; with many, arithmetic takes longer than memory. (With VNNI only a few
-// tiles come here with more than two sums.)
+// The same, asking as the call says where that matters. With few sums a processor that fetches by itself is ahead of them; with
+// more it is not, as the loads that would lead it come late; with many, arithmetic takes longer than memory. (With VNNI only
+// a few tiles come here with more than two sums.)
 template <int bits, int planes, int R>
 void ask_and_compute(const Call& call, const char* at, int64_t ahead, const char* x, int64_t outputs, float* y) {
     constexpr int kSums = planes * R;
@@ -347,17 +348,18 @@ __attribute__((noinline)) void row_of_two_tiles(const Call& call, const char* co
     }
 }
 
-// One row and the tiles from `tile_begin` on, two at a time: one of the first half, one of the second, so that memory is read in two
-// long streams, which Zen 4 keeps up with better than with one, and each factor is read for two. (Neighbouring tiles, which are one
-// stream again, are slower than one at a time.) Returns the first tile that is left.
+// One row and the tiles from `tile_begin` on, two at a time: one of the first half, one of the second, so that memory is read
+// in two long streams, which Zen 4 keeps up with better than with one, and each factor is read for two. Short streams of large
+// tiles are slower than one, and left. Returns the first tile that is left.
 template <int bits, int planes>
 int64_t run_two(const Call& call, const char* packed, const char* x, int64_t tile_begin, int64_t tile_end, float* y) {
-    const int64_t half = (tile_end - tile_begin) / 2;
+    const int64_t half = (tile_end - tile_begin) / 2, bytes = call.layout.tile_bytes;
+    if (bytes > kSmallTile && half * bytes < kLongStream) return tile_begin;
     for (int64_t i = 0; i < half; i++) {
         const int64_t tile[2] = {tile_begin + i, tile_begin + half + i};
         __m512 sums[2];
         row_of_two_tiles<bits, planes>(
-            call, {packed + tile[0] * call.layout.tile_bytes, packed + tile[1] * call.layout.tile_bytes}, x, sums);
+            call, {packed + tile[0] * bytes, packed + tile[1] * bytes}, x, sums);
         for (int j = 0; j < 2; j++) {
             _mm512_mask_storeu_ps(y + tile[j] * kTile, existing(smaller(kTile, call.n - tile[j] * kTile)), sums[j]);
         }
@@ -371,7 +373,7 @@ template <int bits, int planes>
 void run(const Call& call, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
          int64_t tile_end, float* y) {
 #ifdef __AVX512VNNI__
-    if (bits > 2 && rows == 1 && call.fetch == Fetch::none) {  // 2 bits wait for instructions, of which this has more
+    if (bits > 2 && rows == 1 && call.two_tiles) {  // 2 bits wait for instructions, of which this has more
         tile_begin = run_two<bits, planes>(call, packed, activations, tile_begin, tile_end, y);
     }
 #endif
@@ -423,7 +425,7 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
         return;
     }
 #endif
-    const Call call{QuantizedLayout(shape), shape.wide_scales, shape.fetch, shape.n, y_stride};
+    const Call call{QuantizedLayout(shape), shape.wide_scales, shape.fetch, shape.two_tiles, shape.n, y_stride};
     const char *at = static_cast<const char*>(packed), *x = static_cast<const char*>(activations);
     with_bits(shape.bits, [&](auto bits) {
         const auto work = shape.activation_bits == 8 ? run<bits.value, 1> : run<bits.value, 2>;

@@ -1,5 +1,5 @@
 // Reading memory with 64-byte loads: one linear stream, as the kernels read packed weights. Intel's cores fetch ahead within
-// a page only, and are faster when told of what follows; Zen 4 needs no telling, which costs it a quarter of the bandwidth.
+// a page only, and are faster when told of what follows; Zen 4 needs no telling, which costs it a fifth of the bandwidth.
 #include <immintrin.h>
 
 #include "levels.h"

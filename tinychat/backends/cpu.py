@@ -70,10 +70,10 @@ def thread_count(threads: int | None) -> int:
     return int(given)
 
 
-def _wanted_fetch() -> Any:
-    """How TINYCHAT_FETCH wants weights asked for ahead of their turn; None: what is fastest here (csrc/kernels.h)."""
+def _wanted_reading() -> Any:
+    """How TINYCHAT_FETCH wants weights to be read (csrc/decoder.h: Reading); None: as it is fastest here."""
     name = os.environ.get("TINYCHAT_FETCH", "")
-    ways = _cpu.Fetch.__members__
+    ways = _cpu.Reading.__members__
     if name and name not in ways:
         raise UsageError(f"TINYCHAT_FETCH is {name!r}; expected one of {', '.join(ways)}")
     return ways.get(name)
@@ -156,7 +156,7 @@ class CpuRunner:
         self.config = config = source.config
         self.cache = cache
         self._activations = activations
-        self._asked = _wanted_fetch()
+        self._reading = _wanted_reading()
         self.description = _describe(isa, n_threads)
         config.check_capacity(cache.capacity)
         granted = max(1, min(int(quota() or MAX_THREADS), MAX_THREADS))
@@ -169,7 +169,7 @@ class CpuRunner:
         self._add_ends(source, head)
         source.release()
         self.weight_bytes: int = self._decoder.weight_bytes
-        self.fetch: str = self._decoder.fetch.name
+        self.fetch: str | None = self._decoder.reading.name if _cpu.asks(isa) else None  # else there is one way
 
     def _add_ends(self, source: WeightSource, bits: int) -> None:
         """The final norm, the head in `bits`, and the embedding: rows of a tied head, or the table, read in place."""
@@ -190,7 +190,7 @@ class CpuRunner:
             head = Linear(head.segments, None if head.bias is None else head.bias * scale)
         packed = self._linear(head, vocab, width, "head", keep, bits)
         vectors = _vector(norm, hidden, "norm", keep), _vector(norm_bias, hidden, "norm's bias", keep)
-        self._decoder.finish(vectors, packed, self._asked)
+        self._decoder.finish(vectors, packed, self._reading)
         if tied:
             return
         self._table = _lasting(table)
