@@ -79,7 +79,9 @@ void in_pieces(int64_t registers, const Work& work) {
 template <class Entry>
 void widen_keys(const Entry* keys, const float* scales, int64_t n, int64_t dim, float* k) {
     for (int64_t j = 0; j < rounded_up(n, kLanes); j += kLanes) {
-        for (int64_t e = j; e < j + kLanes && e < n; ++e) ask_ahead(keys + e * dim, dim * static_cast<int64_t>(sizeof(Entry)), true);
+        for (int64_t e = j; e < j + kLanes && e < n; ++e) {
+            ask_ahead(keys + e * dim, dim * static_cast<int64_t>(sizeof(Entry)), true);
+        }
         for (int64_t d = 0; d < dim; d += kLanes) {
             const Part some = part(dim - d);
             Vector square[kLanes];

@@ -2,8 +2,8 @@
 //
 // A kernel computes a slice; it knows nothing of threads, Python or models. Each instruction-set level fills one table
 // (scalar/, avx/, neon/); isa.cpp picks one at run time. Files compiled with ISA flags include this header, levels.h,
-// linear_layout.h, what is made of it alone, and intrinsics only, and keep every helper in an anonymous namespace: an inline function shared between
-// two levels may be merged by the linker into the one that an older CPU cannot run.
+// linear_layout.h, what is made of it alone, and intrinsics only, and keep every helper in an anonymous namespace: an inline
+// function shared between two levels may be merged by the linker into the one that an older CPU cannot run.
 #pragma once
 #include <cstdint>
 

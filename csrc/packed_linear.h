@@ -38,8 +38,8 @@ class PackedLinear {
     };
 
     PackedLinear() = default;
-    // Packs `data`, a linear [n, k], on the team, to memory of `weights`, which outlives it. Throws std::invalid_argument where the
-    // sizes do not agree.
+    // Packs `data`, a linear [n, k], on the team, to memory of `weights`, which outlives it. Throws std::invalid_argument where
+    // the sizes do not agree.
     PackedLinear(const LinearData& data, int64_t n, int64_t k, const LinearKernels& kernels, Team& team, Arena& weights);
 
     // Bytes of one row's activations, all preparations.

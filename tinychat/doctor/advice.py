@@ -30,7 +30,7 @@ def _kernels(facts: dict[str, Any]) -> Iterator[str]:
     elif kernels["backend"] == "reference":
         yield f"The slow PyTorch reference would run the model: {kernels['reason']}."
     if asked := kernels["forced"].get("TINYCHAT_FETCH"):
-        yield f"TINYCHAT_FETCH asks for {asked}: unset it, and a model finds out what is fastest where it can be chosen."
+        yield f"TINYCHAT_FETCH asks for {asked}: unset it, and a model finds out what is fastest where it can."
     if asked := kernels["forced"].get("TINYCHAT_ISA"):
         if kernels["supported"] and asked != kernels["supported"][0]:
             yield f"TINYCHAT_ISA asks for {asked}: unset it, and the kernels take {kernels['supported'][0]}."
