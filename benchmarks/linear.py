@@ -191,7 +191,7 @@ def main() -> None:
         nargs="+",
         choices=("far", "near", "none", "two"),
         default=["far", "near", "none", "two"],
-        help="how weights are asked for ahead, of which a model takes the fastest (csrc/decoder_fetching.cpp)",
+        help="how weights are asked for ahead, of which a model takes the fastest (csrc/decoder_reading.cpp)",
     )
     parser.add_argument("--megabytes", type=int, default=768, help="all copies of the matrix together")
     parser.add_argument("--seconds", type=float, default=1.5, help="for each figure")

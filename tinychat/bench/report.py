@@ -58,8 +58,12 @@ def _memory(r: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _bandwidth(r: dict[str, Any]) -> list[tuple[str, str]]:
-    ahead = {"far": "asked for far ahead", "near": "asked for shortly ahead", "none": "not asked for ahead"}
-    ahead["two"] = "not asked for ahead, in two streams"
+    ahead = {
+        "far": "asked for far ahead",
+        "near": "asked for shortly ahead",
+        "none": "not asked for ahead",
+        "two": "not asked for ahead, in two streams",
+    }
     asked = f", {ahead[r['fetch']]}" if r.get("fetch") else ""
     reads = f"{megabytes(r['bytes_per_token'])} a token{asked}: {r['decode_gb_s']:.1f} GB/s"
     rows = [("reads", reads)]
