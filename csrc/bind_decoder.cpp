@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
+#include <map>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -315,7 +316,12 @@ void bind_decoder(py::module_& m) {
             },
             py::arg("norm"), py::arg("head"), py::arg("reading"), release())
         .def_property_readonly("weight_bytes", &Decoder::weight_bytes)
-        .def_property_readonly("reading", &Decoder::reading)
+        .def_property_readonly("readings",
+                               [](const Decoder& decoder) {
+                                   const Readings& r = decoder.readings();
+                                   return std::map<std::string, Reading>{
+                                       {"qkv", r.qkv}, {"out", r.out}, {"up", r.up}, {"down", r.down}, {"head", r.head}};
+                               })
         .def("profile", [](Decoder& decoder, bool on) { decoder.profile(on); }, "Begin anew, or stop.")
         .def("profiled",
              [](const Decoder& decoder) {

@@ -175,6 +175,15 @@ struct QuantizedLayout {
     int64_t padded(int64_t g) const { return g == groups - 1 ? padded_last : padded_group; }
 };
 
+// Of how many pairs of tiles one row takes both at once: each of the first so many, and the one that lies as many tiles on.
+// Memory is then read in two long streams, which Zen 4 keeps up with better than with one, and a row's integers, which codes
+// push out of the first cache where there are many, half as often. Short streams of large tiles are slower than one, and left.
+[[maybe_unused]] int64_t tile_pairs(int64_t tiles, int64_t tile_bytes) {
+    constexpr int64_t kSmallTile = 1 << 14, kLongStream = 1 << 18;  // bytes
+    const int64_t half = tiles / 2;
+    return tile_bytes > kSmallTile && half * tile_bytes < kLongStream ? 0 : half;
+}
+
 [[maybe_unused]] constexpr int64_t value_bytes(WeightType type) { return type == WeightType::f32 ? 4 : 2; }
 [[maybe_unused]] int64_t float_steps(const LinearShape& shape) { return round_up(shape.k, kFloatStep); }
 [[maybe_unused]] int64_t float_tile_bytes(const LinearShape& shape) {

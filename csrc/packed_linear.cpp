@@ -123,14 +123,14 @@ void PackedLinear::ask(Fetch fetch, bool two_tiles) {
     }
 }
 
-void PackedLinear::apply(const LinearKernels& kernels, const char* activations, int64_t rows, float* y,
+void PackedLinear::apply(const LinearKernels& kernels, const char* activations, int64_t rows, Range tiles, float* y,
                          int64_t y_stride, Team& team) const {
-    const auto work = [&](Range tiles, int) {
-        each_segment(tiles, [&](const Segment& segment, Range its_tiles) {
+    const auto work = [&](Range part, int) {
+        each_segment({tiles.begin + part.begin, tiles.begin + part.end}, [&](const Segment& segment, Range its_tiles) {
             apply_tiles(kernels, segment, its_tiles, activations, rows, y + segment.first_row, y_stride);
         });
     };
-    team.run(tiles_, work, rows < kernels.panel_rows ? 1 : kernels.panel_tiles);
+    team.run(tiles.end - tiles.begin, work, rows < kernels.panel_rows ? 1 : kernels.panel_tiles);
 }
 
 void PackedLinear::apply(const LinearKernels& kernels, std::vector<Part>& parts, Team& team) {

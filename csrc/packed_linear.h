@@ -60,9 +60,14 @@ class PackedLinear {
                 char* activations) const;
     // How weights are read from now on; see LinearShape.
     void ask(Fetch fetch, bool two_tiles);
-    // y[rows, n] = the linear of the prepared rows, on the team.
+    // y[rows, n] = the linear of the prepared rows, on the team; or of some tiles of its outputs, in their places.
     void apply(const LinearKernels& kernels, const char* activations, int64_t rows, float* y, int64_t y_stride,
-               Team& team) const;
+               Team& team) const {
+        apply(kernels, activations, rows, {0, tiles_}, y, y_stride, team);
+    }
+    void apply(const LinearKernels& kernels, const char* activations, int64_t rows, Range tiles, float* y,
+               int64_t y_stride, Team& team) const;
+    int64_t tiles() const { return tiles_; }
 
     // Some of a linear's outputs, for rows of their own: of stacked experts, one expert and the rows routed to it.
     struct Part {

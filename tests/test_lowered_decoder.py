@@ -429,11 +429,13 @@ def test_weights_are_asked_for_as_the_environment_says(isa, monkeypatch):
     steps = [Rows.of(tokens[:3], 0), Rows.of(tokens[3:], 3)]
     found = build(weights, isa=isa)
     assert (found.fetch is None) is not cpu._cpu.asks(isa)
+    linears = ("qkv", "out", "up", "down", "head")
+    assert not found.fetch or sorted(found.fetch) == sorted(linears)
     logits = [found.step(rows).tobytes() for rows in steps]
     for name in cpu._cpu.Reading.__members__:
         monkeypatch.setenv("TINYCHAT_FETCH", name)
         runner = build(weights, isa=isa)
-        assert runner.fetch == (name if cpu._cpu.asks(isa) else None)
+        assert runner.fetch == (dict.fromkeys(linears, name) if cpu._cpu.asks(isa) else None)
         assert [runner.step(rows).tobytes() for rows in steps] == logits
     monkeypatch.setenv("TINYCHAT_FETCH", "often")
     with pytest.raises(UsageError, match="TINYCHAT_FETCH is 'often'; expected one of far, near, none, two"):

@@ -15,9 +15,9 @@
 // All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
 //
 // Speed: one row waits for memory, which is read at 0.8 to 0.9 of the speed of reading alone; in
-// the cache Zen 3 takes 8 cycles for 128 weights, 64 bytes of 4-bit codes (benchmarks/results/speed.md). A few rows share the
-// unpacking, many go to linear_rows_avx2.cpp. Two tiles at once would share the broadcasts: tried, a tenth faster in the
-// cache and slower from memory. Loops over sums are written out by pragmas, or GCC would keep the sums in memory.
+// the cache Zen 3 takes 8 cycles for 128 weights, 64 bytes of 4-bit codes, Zen 4 7.5 (benchmarks/results/speed.md). Two tiles
+// at once, far apart, share the broadcasts (6.8 cycles), and long rows are read half as often. A few rows share the
+// unpacking, many go to linear_rows_avx2.cpp. Loops over sums are written out by pragmas, or GCC would keep the sums in memory.
 #include <immintrin.h>
 
 #include "levels.h"
@@ -26,7 +26,7 @@
 namespace tinychat {
 namespace {
 
-constexpr int64_t kAhead = 8192, kNear = 1024, kAlone = 3072;  // bytes from what is read to what is asked for
+constexpr int64_t kAhead = 8192, kNear = 1024, kAlone = 6144;  // bytes from what is read to what is asked for
 constexpr int64_t kPanelBytes = 1 << 18;  // of activations: half of a small level-2 cache
 constexpr int64_t kHalf = 8;              // rows in a register
 constexpr int64_t kHalfBytes = 32;        // of a register
@@ -53,36 +53,43 @@ __attribute__((always_inline)) inline void fetch_unit(const char* at) {
 // Rows of half a tile as `unpacked` wants them.
 typedef uint32_t Lanes __attribute__((vector_size(32)));
 
+// Where the codes of half j of some tiles are.
+template <int tiles>
+__attribute__((always_inline)) inline const char* half(const char* const (&codes)[tiles], int j) {
+    return codes[j / 2] + j % 2 * kHalfBytes;
+}
+
 #ifdef __AVXVNNI__
 
 constexpr int sums_of(int planes) { return planes; }
 constexpr int rows_at_once(int, int planes) { return 4 / planes; }  // 8 registers of sums
+constexpr bool two_at_once(int bits, int) { return bits > 2; }      // 2 bits wait for instructions, of which two tiles have more
 
-// sums[p][t][j] += sum over k of q x for plane p, row t and half j, in `length` k.
-template <int bits, int planes, int R, Fetch fetch>
-__attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t length,
-                                               __m256i (&sums)[planes][R][2]) {
-    constexpr int kFours = unit_length(bits) / 4;
-    constexpr bool kSplit = planes * R <= 2;  // few sums would wait for themselves: every second has its own
-    __m256i second[planes][R][2];
+// sums[p][t][j] += sum over k of q x for plane p, row t and half j of the tiles, in `length` k.
+template <int bits, int planes, int R, Fetch fetch, int tiles>
+__attribute__((always_inline)) inline void dot(const char* const (&codes)[tiles], const char* x, int64_t stride,
+                                               int64_t length, __m256i (&sums)[planes][R][2 * tiles]) {
+    constexpr int kFours = unit_length(bits) / 4, kHalves = 2 * tiles;
+    constexpr bool kSplit = planes * R * tiles <= 2;  // few sums would wait for themselves: every second has its own
+    __m256i second[planes][R][kHalves];
     for (int p = 0; p < planes; p++) {
         for (int t = 0; t < R; t++) {
-            for (int j = 0; j < 2; j++) second[p][t][j] = _mm256_setzero_si256();
+            for (int j = 0; j < kHalves; j++) second[p][t][j] = _mm256_setzero_si256();
         }
     }
     const int64_t end = divide_up(length, unit_length(bits));
 #pragma GCC unroll 4
     for (int64_t i = 0; i < end; i++) {
-        const char *at = codes + i * unit_bytes(bits), *factors = x + i * unit_length(bits);
-        fetch_unit<bits, fetch>(at);
+        const char* factors = x + i * unit_length(bits);
+        for (const char* of_tile : codes) fetch_unit<bits, fetch>(of_tile + i * unit_bytes(bits));
 #pragma GCC unroll 8
         for (int h = 0; h < kFours; h++) {
-            __m256i q[2];
-            for (int j = 0; j < 2; j++) q[j] = (__m256i)unpacked<bits, Lanes>(at + j * kHalfBytes, h);
+            __m256i q[kHalves];
+            for (int j = 0; j < kHalves; j++) q[j] = (__m256i)unpacked<bits, Lanes>(half(codes, j) + i * unit_bytes(bits), h);
             for (int t = 0; t < R; t++) {
                 for (int p = 0; p < planes; p++) {
                     const __m256i factor = broadcast(factors + t * stride + p * length + h * 4);
-                    for (int j = 0; j < 2; j++) {
+                    for (int j = 0; j < kHalves; j++) {
                         __m256i& sum = kSplit && h % 2 == 1 ? second[p][t][j] : sums[p][t][j];
                         sum = _mm256_dpbusd_avx_epi32(sum, q[j], factor);
                     }
@@ -92,7 +99,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
     }
     for (int p = 0; kSplit && p < planes; p++) {
         for (int t = 0; t < R; t++) {
-            for (int j = 0; j < 2; j++) sums[p][t][j] = _mm256_add_epi32(sums[p][t][j], second[p][t][j]);
+            for (int j = 0; j < kHalves; j++) sums[p][t][j] = _mm256_add_epi32(sums[p][t][j], second[p][t][j]);
         }
     }
 }
@@ -101,26 +108,27 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
 
 constexpr int sums_of(int) { return 1; }  // planes are widened with their weights
 constexpr int rows_at_once(int bits, int planes) { return bits > 4 || planes == 2 ? 2 : 4; }  // 8 registers of sums
+constexpr bool two_at_once(int bits, int planes) { return bits > 2 && (bits <= 4 || planes == 1); }  // likewise
 
-// sums[0][t][j] += sum over k of q x for row t and half j, in `length` k.
-template <int bits, int planes, int R, Fetch fetch>
-__attribute__((always_inline)) inline void dot(const char* codes, const char* x, int64_t stride, int64_t length,
-                                               __m256i (&sums)[1][R][2]) {
+// sums[0][t][j] += sum over k of q x for row t and half j of the tiles, in `length` k.
+template <int bits, int planes, int R, Fetch fetch, int tiles>
+__attribute__((always_inline)) inline void dot(const char* const (&codes)[tiles], const char* x, int64_t stride,
+                                               int64_t length, __m256i (&sums)[1][R][2 * tiles]) {
     constexpr int kParts = bits > 4 ? 2 : 1;  // of a code
-    constexpr int kFours = unit_length(bits) / 4;
+    constexpr int kFours = unit_length(bits) / 4, kHalves = 2 * tiles;
     constexpr int64_t kUnits = (bits == 2 ? 128 : bits == 3 ? 64 : 32) / unit_length(bits);  // that int16 sums hold
     const int64_t all = divide_up(length, unit_length(bits));
     for (int64_t first = 0; first < all; first += kUnits) {
-        __m256i narrow[kParts][planes][R][2];
+        __m256i narrow[kParts][planes][R][kHalves];
         const auto unit = [&](auto begin, int64_t i) __attribute__((always_inline)) {
-            const char *at = codes + i * unit_bytes(bits), *factors = x + i * unit_length(bits);
-            fetch_unit<bits, fetch>(at);
+            const char* factors = x + i * unit_length(bits);
+            for (const char* of_tile : codes) fetch_unit<bits, fetch>(of_tile + i * unit_bytes(bits));
 #pragma GCC unroll 8
             for (int h = 0; h < kFours; h++) {
-                Lanes q[2][2];
-#pragma GCC unroll 2
-                for (int j = 0; j < 2; j++) {
-                    const Lanes whole = unpacked<bits, Lanes>(at + j * kHalfBytes, h);
+                Lanes q[2][kHalves];
+#pragma GCC unroll 4
+                for (int j = 0; j < kHalves; j++) {
+                    const Lanes whole = unpacked<bits, Lanes>(half(codes, j) + i * unit_bytes(bits), h);
                     q[0][j] = kParts == 2 ? whole & 0x0f0f0f0fu : whole;
                     q[1][j] = whole >> 4 & 0x0f0f0f0fu;
                 }
@@ -129,8 +137,8 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
 #pragma GCC unroll 2
                     for (int p = 0; p < planes; p++) {
                         const __m256i factor = broadcast(factors + t * stride + p * length + h * 4);
-#pragma GCC unroll 2
-                        for (int j = 0; j < 2; j++) {
+#pragma GCC unroll 4
+                        for (int j = 0; j < kHalves; j++) {
 #pragma GCC unroll 2
                             for (int part = 0; part < kParts; part++) {
                                 __m256i& sum = narrow[part][p][t][j];
@@ -153,8 +161,8 @@ __attribute__((always_inline)) inline void dot(const char* codes, const char* x,
                 const __m256i weight = _mm256_set1_epi16((part == 0 ? 1 : 16) * (p < planes - 1 ? 256 : 1));
 #pragma GCC unroll 4
                 for (int t = 0; t < R; t++) {
-#pragma GCC unroll 2
-                    for (int j = 0; j < 2; j++) {
+#pragma GCC unroll 4
+                    for (int j = 0; j < kHalves; j++) {
                         const __m256i wide = _mm256_madd_epi16(narrow[part][p][t][j], weight);
                         sums[0][t][j] = _mm256_add_epi32(sums[0][t][j], wide);
                     }
@@ -171,11 +179,12 @@ struct Call {
     QuantizedLayout layout;
     bool wide_scales;
     Fetch fetch;
+    bool two_tiles;
     int64_t n, y_stride;
 };
 
 // Scales of both halves of a tile.
-__attribute__((always_inline)) inline void load_scales(const char* at, bool wide, __m256 (&scales)[2]) {
+__attribute__((always_inline)) inline void load_scales(const char* at, bool wide, __m256* scales) {
     if (wide) {
 #pragma GCC unroll 2
         for (int j = 0; j < 2; j++) scales[j] = _mm256_load_ps(reinterpret_cast<const float*>(at) + j * kHalf);
@@ -203,33 +212,35 @@ __attribute__((noinline, cold)) __m256 with_outliers(const QuantizedLayout& layo
     return sum;
 }
 
-// Where a block of a tile and of activations is.
+// Where a block of some tiles and of activations is.
+template <int tiles>
 struct Place {
-    const char *codes, *scales, *zeros;
+    const char *codes[tiles], *scales[tiles], *zeros[tiles];
     const char *row, *integers, *block;  // of the first row
 };
 
-// A block of R rows and a tile: adds to sums[t][j] of half j.
-template <int bits, int planes, int R, Fetch fetch>
-__attribute__((always_inline)) inline void block_of_tile(const Call& call, const Place& at, int64_t length,
-                                                         __m256 (&sums)[R][2]) {
-    constexpr int kSums = sums_of(planes);
+// A block of R rows and of some tiles: adds to sums[t][j] of half j.
+template <int bits, int planes, int R, Fetch fetch, int tiles>
+__attribute__((always_inline)) inline void block_of_tiles(const Call& call, const Place<tiles>& at, int64_t length,
+                                                          __m256 (&sums)[R][2 * tiles]) {
+    constexpr int kSums = sums_of(planes), kHalves = 2 * tiles;
     const int64_t stride = call.layout.activation_bytes;
-    __m256i products[kSums][R][2];
+    __m256i products[kSums][R][kHalves];
 #pragma GCC unroll 2
     for (int p = 0; p < kSums; p++) {  // memset would keep them in memory
 #pragma GCC unroll 4
         for (int t = 0; t < R; t++) {
-#pragma GCC unroll 2
-            for (int j = 0; j < 2; j++) products[p][t][j] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+            for (int j = 0; j < kHalves; j++) products[p][t][j] = _mm256_setzero_si256();
         }
     }
-    dot<bits, planes, R, fetch>(at.codes, at.integers, stride, length, products);
-    __m256 scale[2];
-    load_scales(at.scales, call.wide_scales, scale);
+    dot<bits, planes, R, fetch, tiles>(at.codes, at.integers, stride, length, products);
+    __m256 scale[kHalves];
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; j++) {
-        const __m256i zero = load_zeros(at.zeros + j * kHalf);
+    for (int i = 0; i < tiles; i++) load_scales(at.scales[i], call.wide_scales, &scale[2 * i]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kHalves; j++) {
+        const __m256i zero = load_zeros(at.zeros[j / 2] + j % 2 * kHalf);
 #pragma GCC unroll 4
         for (int t = 0; t < R; t++) {
             const auto* block = reinterpret_cast<const Block*>(at.block + t * stride);
@@ -244,36 +255,39 @@ __attribute__((always_inline)) inline void block_of_tile(const Call& call, const
     for (int t = 0; t < R; t++) {
         const auto* block = reinterpret_cast<const Block*>(at.block + t * stride);
         if (__builtin_expect(block->outliers == 0, 1)) continue;
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-            sums[t][j] = with_outliers<bits>(call.layout, at.row + t * stride, block, at.codes + j * kHalfBytes,
-                                             load_zeros(at.zeros + j * kHalf), scale[j], sums[t][j]);
+#pragma GCC unroll 4
+        for (int j = 0; j < kHalves; j++) {
+            sums[t][j] = with_outliers<bits>(call.layout, at.row + t * stride, block, half(at.codes, j),
+                                             load_zeros(at.zeros[j / 2] + j % 2 * kHalf), scale[j], sums[t][j]);
         }
     }
 }
 
-// R rows of one tile, of which the first `outputs` rows of weights exist.
-template <int bits, int planes, int R, Fetch fetch>
-__attribute__((noinline)) void rows_of_tile(const Call& call, const char* packed, const char* x, int64_t outputs,
-                                            float* y) {
+// R rows of some tiles, of which the first outputs[i] rows of weights exist and go to y[i].
+template <int bits, int planes, int R, Fetch fetch, int tiles>
+__attribute__((noinline)) void rows_of_tiles(const Call& call, const char* const (&packed)[tiles], const char* x,
+                                             const int64_t (&outputs)[tiles], float* const (&y)[tiles]) {
     const QuantizedLayout& layout = call.layout;
-    __m256 sums[R][2];
+    __m256 sums[R][2 * tiles];
 #pragma GCC unroll 4
     for (int t = 0; t < R; t++) {
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) sums[t][j] = _mm256_setzero_ps();
+#pragma GCC unroll 4
+        for (int j = 0; j < 2 * tiles; j++) sums[t][j] = _mm256_setzero_ps();
     }
-    Place at{packed, nullptr, nullptr, x, x, x + layout.blocks_at};
+    Place<tiles> at{{}, {}, {}, x, x, x + layout.blocks_at};
+    for (int i = 0; i < tiles; i++) at.codes[i] = packed[i];
     for (int64_t first = 0; first < layout.groups; first += kChunk) {
         const int64_t m = smaller(kChunk, layout.groups - first);
-        at.scales = at.codes;
-        at.zeros = at.codes + m * layout.scale_bytes;
-        at.codes += layout.header_bytes(m);
-        for (int64_t g = first; g < first + m; g++, at.scales += layout.scale_bytes, at.zeros += kTile) {
+        for (int i = 0; i < tiles; i++) {
+            at.scales[i] = at.codes[i];
+            at.zeros[i] = at.codes[i] + m * layout.scale_bytes;
+            at.codes[i] += layout.header_bytes(m);
+        }
+        for (int64_t g = first; g < first + m; g++) {
             for (int64_t left = layout.padded(g); left > 0; left -= kBlock, at.block += sizeof(Block)) {
                 const auto through = [&](int64_t length) __attribute__((always_inline)) {
-                    block_of_tile<bits, planes, R, fetch>(call, at, length, sums);
-                    at.codes += divide_up(length, unit_length(bits)) * unit_bytes(bits);
+                    block_of_tiles<bits, planes, R, fetch, tiles>(call, at, length, sums);
+                    for (const char*& codes : at.codes) codes += divide_up(length, unit_length(bits)) * unit_bytes(bits);
                     at.integers += length * planes;
                 };
                 if (left >= kBlock) {  // the usual one, for the compiler to unroll
@@ -282,12 +296,18 @@ __attribute__((noinline)) void rows_of_tile(const Call& call, const char* packed
                     through(left);
                 }
             }
+            for (int i = 0; i < tiles; i++) {
+                at.scales[i] += layout.scale_bytes;
+                at.zeros[i] += kTile;
+            }
         }
     }
     for (int t = 0; t < R; t++) {
-        float values[kTile];
-        for (int j = 0; j < 2; j++) _mm256_storeu_ps(values + j * kHalf, sums[t][j]);
-        std::memcpy(y + t * call.y_stride, values, static_cast<size_t>(outputs) * 4);
+        for (int i = 0; i < tiles; i++) {
+            float values[kTile];
+            for (int j = 0; j < 2; j++) _mm256_storeu_ps(values + j * kHalf, sums[t][2 * i + j]);
+            std::memcpy(y[i] + t * call.y_stride, values, static_cast<size_t>(outputs[i]) * 4);
+        }
     }
 }
 
@@ -297,15 +317,34 @@ template <int bits, int planes, int R>
 void ask_and_compute(const Call& call, const char* packed, const char* x, int64_t outputs, float* y) {
     constexpr Fetch kNone = planes * R <= 2 ? Fetch::none : Fetch::near;
     switch (call.fetch) {
-        case Fetch::none: return rows_of_tile<bits, planes, R, kNone>(call, packed, x, outputs, y);
-        case Fetch::near: return rows_of_tile<bits, planes, R, Fetch::near>(call, packed, x, outputs, y);
-        case Fetch::far: return rows_of_tile<bits, planes, R, Fetch::far>(call, packed, x, outputs, y);
+        case Fetch::none: return rows_of_tiles<bits, planes, R, kNone, 1>(call, {packed}, x, {outputs}, {y});
+        case Fetch::near: return rows_of_tiles<bits, planes, R, Fetch::near, 1>(call, {packed}, x, {outputs}, {y});
+        case Fetch::far: return rows_of_tiles<bits, planes, R, Fetch::far, 1>(call, {packed}, x, {outputs}, {y});
     }
+}
+
+// One row and the tiles from `tile_begin` on, two at a time, in two streams (linear_layout.h: tile_pairs). Returns the first
+// tile that is left.
+template <int bits, int planes>
+int64_t run_two(const Call& call, const char* packed, const char* x, int64_t tile_begin, int64_t tile_end, float* y) {
+    const int64_t bytes = call.layout.tile_bytes, pairs = tile_pairs(tile_end - tile_begin, bytes);
+    for (int64_t a = tile_begin; a < tile_begin + pairs; a++) {
+        const int64_t b = a + pairs;
+        rows_of_tiles<bits, planes, 1, Fetch::none, 2>(
+            call, {packed + a * bytes, packed + b * bytes}, x,
+            {smaller(kTile, call.n - a * kTile), smaller(kTile, call.n - b * kTile)}, {y + a * kTile, y + b * kTile});
+    }
+    return tile_begin + 2 * pairs;
 }
 
 template <int bits, int planes>
 void run(const Call& call, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
          int64_t tile_end, float* y) {
+    if constexpr (two_at_once(bits, planes)) {
+        if (rows == 1 && call.two_tiles) {
+            tile_begin = run_two<bits, planes>(call, packed, activations, tile_begin, tile_end, y);
+        }
+    }
     constexpr int kMost = rows_at_once(bits, planes);
     const int64_t row_bytes = call.layout.activation_bytes, fit = kPanelBytes / row_bytes / kMost * kMost;
     const int64_t panel = fit > kMost ? fit : kMost;
@@ -354,7 +393,7 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
         return;
     }
 #endif
-    const Call call{QuantizedLayout(shape), shape.wide_scales, shape.fetch, shape.n, y_stride};
+    const Call call{QuantizedLayout(shape), shape.wide_scales, shape.fetch, shape.two_tiles, shape.n, y_stride};
     const char *at = static_cast<const char*>(packed), *x = static_cast<const char*>(activations);
     with_bits(shape.bits, [&](auto bits) {
         const auto work = shape.activation_bits == 8 ? run<bits.value, 1> : run<bits.value, 2>;

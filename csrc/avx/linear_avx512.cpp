@@ -51,7 +51,6 @@ typedef uint32_t Lanes __attribute__((vector_size(64)));
 #ifdef __AVX512VNNI__
 
 constexpr int64_t kPanelTiles = 4;
-constexpr int64_t kSmallTile = 1 << 14, kLongStream = 1 << 18;  // bytes
 
 __m512i add_pairs(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
@@ -348,15 +347,13 @@ __attribute__((noinline)) void row_of_two_tiles(const Call& call, const char* co
     }
 }
 
-// One row and the tiles from `tile_begin` on, two at a time: one of the first half, one of the second, so that memory is read
-// in two long streams, which Zen 4 keeps up with better than with one, and each factor is read for two. Short streams of large
-// tiles are slower than one, and left. Returns the first tile that is left.
+// One row and the tiles from `tile_begin` on, two at a time, in two streams (linear_layout.h: tile_pairs). Returns the first
+// tile that is left.
 template <int bits, int planes>
 int64_t run_two(const Call& call, const char* packed, const char* x, int64_t tile_begin, int64_t tile_end, float* y) {
-    const int64_t half = (tile_end - tile_begin) / 2, bytes = call.layout.tile_bytes;
-    if (bytes > kSmallTile && half * bytes < kLongStream) return tile_begin;
-    for (int64_t i = 0; i < half; i++) {
-        const int64_t tile[2] = {tile_begin + i, tile_begin + half + i};
+    const int64_t bytes = call.layout.tile_bytes, pairs = tile_pairs(tile_end - tile_begin, bytes);
+    for (int64_t i = 0; i < pairs; i++) {
+        const int64_t tile[2] = {tile_begin + i, tile_begin + pairs + i};
         __m512 sums[2];
         row_of_two_tiles<bits, planes>(
             call, {packed + tile[0] * bytes, packed + tile[1] * bytes}, x, sums);
@@ -364,7 +361,7 @@ int64_t run_two(const Call& call, const char* packed, const char* x, int64_t til
             _mm512_mask_storeu_ps(y + tile[j] * kTile, existing(smaller(kTile, call.n - tile[j] * kTile)), sums[j]);
         }
     }
-    return tile_begin + 2 * half;
+    return tile_begin + 2 * pairs;
 }
 
 #endif

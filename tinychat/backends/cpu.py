@@ -169,7 +169,9 @@ class CpuRunner:
         self._add_ends(source, head)
         source.release()
         self.weight_bytes: int = self._decoder.weight_bytes
-        self.fetch: str | None = self._decoder.reading.name if _cpu.asks(isa) else None  # else there is one way
+        self.fetch: dict[str, str] | None = None  # of each linear, where there are several ways
+        if _cpu.asks(isa):
+            self.fetch = {linear: way.name for linear, way in self._decoder.readings.items()}
 
     def _add_ends(self, source: WeightSource, bits: int) -> None:
         """The final norm, the head in `bits`, and the embedding: rows of a tied head, or the table, read in place."""

@@ -79,7 +79,7 @@ class Stopwatch:
 
     def __init__(self, runner: Runner):
         self.config, self.cache, self.weight_bytes = runner.config, runner.cache, runner.weight_bytes
-        self.fetch: str | None = getattr(runner, "fetch", None)
+        self.fetch: dict[str, str] | None = getattr(runner, "fetch", None)
         self._runner = runner
         self.seconds = 0.0
         if isinstance(runner, DrawingRunner):

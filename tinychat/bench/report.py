@@ -64,8 +64,7 @@ def _bandwidth(r: dict[str, Any]) -> list[tuple[str, str]]:
         "none": "not asked for ahead",
         "two": "not asked for ahead, in two streams",
     }
-    asked = f", {ahead[r['fetch']]}" if r.get("fetch") else ""
-    reads = f"{megabytes(r['bytes_per_token'])} a token{asked}: {r['decode_gb_s']:.1f} GB/s"
+    reads = f"{megabytes(r['bytes_per_token'])} a token: {r['decode_gb_s']:.1f} GB/s"
     rows = [("reads", reads)]
     if r["bandwidth_fraction"] is not None:
         spread = r["bandwidth_fraction_spread"]
@@ -83,6 +82,11 @@ def _bandwidth(r: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     rows += [("", f"no valid probe: {reason}") for reason in r["probe_reasons"]]
+    by_way: dict[str, list[str]] = {}
+    for linear, way in (r.get("fetch") or {}).items():
+        by_way.setdefault(way, []).append(linear)
+    if by_way:
+        rows.append(("weights are", "; ".join(f"{ahead[way]} ({', '.join(of)})" for way, of in by_way.items())))
     if r["fits_cache"]:
         cache = megabytes(r["cache_bytes"])
         rows.append(
