@@ -59,7 +59,16 @@ PEERS = (
     Contender("transformers", "bf16, eager", "torch_worker.py", "transformers", "config"),
     Contender("transformers-fp32", "fp32, eager", "torch_worker.py", "transformers", "float", {"dtype": "float32"}),
     Contender("gptqmodel", "the same AWQ checkpoint", "torch_worker.py", "gptqmodel", "awq"),
+    # Its defaults round activations to int8 in groups of 32, where the CPU has VNNI or AMX.
     Contender("openvino", "int4 g128, default hints", "openvino_worker.py", "openvino", "openvino"),
+    Contender(
+        "openvino-float",
+        "int4 g128, activations not rounded to int8",
+        "openvino_worker.py",
+        "openvino",
+        "openvino",
+        {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"},
+    ),
     Contender(
         "openvino-int8",
         "int4 g128, int8 activations",
