@@ -63,7 +63,7 @@ __attribute__((always_inline)) inline const char* half(const char* const (&codes
 
 constexpr int sums_of(int planes) { return planes; }
 constexpr int rows_at_once(int, int planes) { return 4 / planes; }  // 8 registers of sums
-constexpr bool two_at_once(int bits, int) { return bits > 2; }      // 2 bits wait for instructions, of which two tiles have more
+constexpr bool two_at_once(int, int) { return true; }
 
 // sums[p][t][j] += sum over k of q x for plane p, row t and half j of the tiles, in `length` k.
 template <int bits, int planes, int R, Fetch fetch, int tiles>
@@ -108,7 +108,7 @@ __attribute__((always_inline)) inline void dot(const char* const (&codes)[tiles]
 
 constexpr int sums_of(int) { return 1; }  // planes are widened with their weights
 constexpr int rows_at_once(int bits, int planes) { return bits > 4 || planes == 2 ? 2 : 4; }  // 8 registers of sums
-constexpr bool two_at_once(int bits, int planes) { return bits > 2 && (bits <= 4 || planes == 1); }  // likewise
+constexpr bool two_at_once(int bits, int planes) { return bits <= 4 || planes == 1; }                 // likewise
 
 // sums[0][t][j] += sum over k of q x for row t and half j of the tiles, in `length` k.
 template <int bits, int planes, int R, Fetch fetch, int tiles>

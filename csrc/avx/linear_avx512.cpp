@@ -54,6 +54,14 @@ constexpr int64_t kPanelTiles = 4;
 
 __m512i add_pairs(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
+// Of 2 bits, 4 times what unpacked() gives of an odd h: for a shift less.
+template <class V>
+__attribute__((always_inline)) inline V lifted(const char* at, int h) {
+    V lanes;
+    std::memcpy(&lanes, at, sizeof lanes);
+    return lanes >> (h - 1) * 2 & 0x0c0c0c0cu;
+}
+
 // sums[p][t] += sum over k of q x for plane p and row t, in `length` k.
 template <int bits, int planes, int R, Fetch fetch>
 __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead, const char* x, int64_t stride,
@@ -61,6 +69,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead,
     // Few sums would wait for themselves: they are split in chains.
     constexpr int kSums = planes * R, kChains = kSums == 1 ? 4 : kSums <= 8 ? 2 : 1;
     constexpr int kFours = unit_length(bits) / 4, kTogether = kFours < 4 ? 4 / kFours : 1;
+    constexpr bool kLifts = bits == 2 && kChains > 1;  // of odd chains 4 times the products
     __m512i chains[kChains][planes][R];
     for (int p = 0; p < planes; p++) {
         for (int t = 0; t < R; t++) {
@@ -75,7 +84,7 @@ __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead,
             fetch_unit<bits, fetch>(at, ahead);
 #pragma GCC unroll 8
             for (int h = 0; h < kFours; h++) {
-                const auto q = (__m512i)unpacked<bits, Lanes>(at, h);
+                const auto q = (__m512i)(kLifts && h % 2 ? lifted<Lanes>(at, h) : unpacked<bits, Lanes>(at, h));
                 for (int t = 0; t < R; t++) {
                     for (int p = 0; p < planes; p++) {
                         __m512i& sum = chains[(i * kFours + h) % kChains][p][t];
@@ -105,7 +114,10 @@ __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead,
     for (int p = 0; p < planes; p++) {
         for (int t = 0; t < R; t++) {
             sums[p][t] = chains[0][p][t];
-            for (int c = 1; c < kChains; c++) sums[p][t] = _mm512_add_epi32(sums[p][t], chains[c][p][t]);
+            for (int c = 1; c < kChains; c++) {
+                const __m512i chain = kLifts && c % 2 ? _mm512_srai_epi32(chains[c][p][t], 2) : chains[c][p][t];
+                sums[p][t] = _mm512_add_epi32(sums[p][t], chain);
+            }
         }
     }
 }
@@ -265,11 +277,13 @@ void ask_and_compute(const Call& call, const char* at, int64_t ahead, const char
 #ifdef __AVX512VNNI__
 
 // sums[j][p] += sum over k of q x for tile j and plane p, in `length` k of one row: of two tiles, whose factors are the same.
-template <int bits, int planes>
+// Split: every other product goes to sums of its own, as few sums wait for themselves; of a short block that is not worth adding
+// them up.
+template <int bits, int planes, bool split>
 __attribute__((always_inline)) inline void dot_two(const char* const (&codes)[2], const char* x, int64_t length,
                                                    __m512i (&sums)[2][planes]) {
     constexpr int kFours = unit_length(bits) / 4;
-    __m512i second[2][planes];  // every other sum: few would wait for themselves
+    __m512i second[2][planes];
     for (auto& of_tile : second) {
         for (__m512i& sum : of_tile) sum = _mm512_setzero_si512();
     }
@@ -283,13 +297,13 @@ __attribute__((always_inline)) inline void dot_two(const char* const (&codes)[2]
             for (int p = 0; p < planes; p++) {
                 const __m512i factor = broadcast(x + p * length + i * unit_length(bits) + h * 4);
                 for (int j = 0; j < 2; j++) {
-                    __m512i& sum = (i * kFours + h) % 2 ? second[j][p] : sums[j][p];
+                    __m512i& sum = split && h % 2 ? second[j][p] : sums[j][p];
                     sum = _mm512_dpbusd_epi32(sum, q[j], factor);
                 }
             }
         }
     }
-    for (int j = 0; j < 2; j++) {
+    for (int j = 0; split && j < 2; j++) {
         for (int p = 0; p < planes; p++) sums[j][p] = _mm512_add_epi32(sums[j][p], second[j][p]);
     }
 }
@@ -325,9 +339,9 @@ __attribute__((noinline)) void row_of_two_tiles(const Call& call, const char* co
                     products[j][planes - 1] = less_zeros(z[j], *block);
                 }
                 if (length == kBlock) {
-                    dot_two<bits, planes>(at, x, kBlock, products);
+                    dot_two<bits, planes, true>(at, x, kBlock, products);
                 } else {
-                    dot_two<bits, planes>(at, x, length, products);
+                    dot_two<bits, planes, false>(at, x, length, products);
                 }
                 for (int j = 0; j < 2; j++) {
                     __m512i product = products[j][planes - 1];
@@ -370,7 +384,7 @@ template <int bits, int planes>
 void run(const Call& call, const char* packed, const char* activations, int64_t rows, int64_t tile_begin,
          int64_t tile_end, float* y) {
 #ifdef __AVX512VNNI__
-    if (bits > 2 && rows == 1 && call.two_tiles) {  // 2 bits wait for instructions, of which this has more
+    if (rows == 1 && call.two_tiles) {
         tile_begin = run_two<bits, planes>(call, packed, activations, tile_begin, tile_end, y);
     }
 #endif
