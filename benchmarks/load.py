@@ -1,6 +1,6 @@
 """What loading costs: time and peak memory of a synthetic AWQ checkpoint, in a fresh process.
 
-    python benchmarks/load.py [--model DIR] [--threads N] [--repeats 3] [--layers 12] [--hidden-size 2048]
+    python benchmarks/load.py [--model DIR] [--threads N] [--repeats 5] [--layers 12] [--hidden-size 2048]
                               [--vocab-size 32000]
 
 Of the checkpoint DIR; without it, of random weights, 4 bits in groups of 128, untied head, in a temporary folder. The
@@ -9,8 +9,8 @@ not two copies of the model. Where a virtual machine first has to fetch memory f
 system_s tells it, and a second run at once is faster.
 
 Then another process loads it and copies its files in turns, with as many threads, to memory that is new to the process
-as the packed weights' is. pack_gb_s and copy_gb_s are of bytes in the files, of layers and of all; the fastest of the
-repeats, as the host's memory counts for neither. The last line is JSON.
+as the packed weights' is. pack_gb_s and copy_gb_s are of bytes in the files: of a layer, the mean of all but the first,
+and of everything; the fastest of the repeats, as the host's memory counts for neither. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -142,6 +142,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="one for each physical core")
     parser.add_argument("--repeats", type=int, default=5, help="of packing beside copying")
     args = parser.parse_args()
+    if args.layers < 2:
+        parser.error("--layers is at least 2: the first one is not timed")
     threads = cpu.thread_count(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         path = args.model or Path(folder) / "model"

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
-#include <map>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -318,9 +317,9 @@ void bind_decoder(py::module_& m) {
         .def_property_readonly("weight_bytes", &Decoder::weight_bytes)
         .def_property_readonly("readings",
                                [](const Decoder& decoder) {
-                                   const Readings& r = decoder.readings();
-                                   return std::map<std::string, Reading>{
-                                       {"qkv", r.qkv}, {"out", r.out}, {"up", r.up}, {"down", r.down}, {"head", r.head}};
+                                   py::dict readings;
+                                   for (const auto& [linear, reading] : decoder.readings()) readings[linear.c_str()] = reading;
+                                   return readings;
                                })
         .def("profile", [](Decoder& decoder, bool on) { decoder.profile(on); }, "Begin anew, or stop.")
         .def("profiled",

@@ -157,7 +157,7 @@ void Decoder::finish(const NormData& norm, const LinearData& head, std::optional
     if (shape_.embed_size != shape_.hidden_size && project_in_.nbytes() == 0) refuse("the projections are missing");
     head_ = pack(head, shape_.vocab_size, shape_.embed_size);
     if (reading) {
-        read_as({*reading, *reading, *reading, *reading, *reading});
+        read_as(*reading);
     } else if (kernels_.linear.asks && !layers_.empty()) {
         choose_readings();
     }

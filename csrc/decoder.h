@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "attention_plan.h"
@@ -102,11 +104,6 @@ struct Step {
 
 // How a decoder reads what no cache holds: as Fetch has it, or asking for nothing and two tiles at once.
 enum class Reading : int32_t { far = 0, near = 1, none = 2, two = 3 };
-// What is fastest depends on how long a row is, among other things: so each linear of a layer has its own. What embedding and
-// head are projected with is read as the head is, the cache as qkv.
-struct Readings {
-    Reading qkv = Reading::far, out = Reading::far, up = Reading::far, down = Reading::far, head = Reading::far;
-};
 constexpr Fetch fetch_of(Reading reading) {
     return reading == Reading::two ? Fetch::none : static_cast<Fetch>(reading);
 }
@@ -120,7 +117,7 @@ class Decoder {
     // sizes do not fit the shape.
     void add_layer(const LayerData& layer);
     void set_ends(const EndsData& ends);
-    // reading: of weights and cache; nothing: for each linear what is fastest is found out here, by some milliseconds of it.
+    // reading: of weights and cache; nothing: for each linear what is fastest is found out here, by a tenth of a second of it.
     void finish(const NormData& norm, const LinearData& head, std::optional<Reading> reading);
     // The embedding, where the head's rows do not serve (tied): [vocab_size, embed_size] of a type other than quantized.
     // Not packed and not copied: rows are read there as long as the decoder lives.
@@ -128,7 +125,8 @@ class Decoder {
 
     const DecoderShape& shape() const { return shape_; }
     int64_t weight_bytes() const { return weight_bytes_; }
-    const Readings& readings() const { return readings_; }
+    // What the linears of all layers that do the same are called, and how they are read.
+    const std::vector<std::pair<std::string, Reading>>& readings() const { return readings_; }
 
     // Throws std::invalid_argument where an index is out of its range, std::runtime_error where the decoder is not
     // finished or another thread is inside step().
@@ -203,8 +201,11 @@ class Decoder {
     void append(const Step& step, size_t layer, int64_t row, int64_t head) const;
     QueryGroup query_group(int64_t head) const;
     CacheView entries(const Step& step, size_t layer, int64_t row, int64_t head) const;
+    struct Alike;
+    std::vector<Alike> alike();
     void choose_readings();
-    void read_as(const Readings& readings);
+    void read_as(Reading reading);
+    void settle(const Alike& linears, Reading reading);
     void add_experts(const LayerData& data, Layer& layer);
     void reserve_experts(int64_t rows);
     void mix(const Layer& layer, int64_t rows);
@@ -228,7 +229,8 @@ class Decoder {
     int64_t n_positions_ = 0;
     Norm embed_norm_, norm_;
     PackedLinear project_in_, project_out_, head_;
-    Readings readings_;
+    std::vector<std::pair<std::string, Reading>> readings_;
+    Fetch cache_fetch_ = Fetch::far;  // as the first layer's qkv
     bool finished_ = false;
 
     // Scratch, for as many rows as any step so far had.

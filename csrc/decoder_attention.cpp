@@ -188,7 +188,7 @@ void Decoder::append(const Step& step, size_t layer, int64_t t, int64_t head) co
 
 QueryGroup Decoder::query_group(int64_t head) const {
     const float* slopes = shape_.slopes.empty() ? nullptr : shape_.slopes.data() + head * shape_.group();
-    return {shape_.head_dim, shape_.group(), shape_.attention_scale, slopes, shape_.attention_cap, fetch_of(readings_.qkv)};
+    return {shape_.head_dim, shape_.group(), shape_.attention_scale, slopes, shape_.attention_cap, cache_fetch_};
 }
 
 // The entries of `head` in the slot of row t.

@@ -1,128 +1,148 @@
 // How weights are read fastest here (Reading, decoder.h): found out with the weights themselves, as no list of processors would
-// know the next one, nor what a hypervisor leaves of one. By all threads together; where memory keeps them waiting whatever
-// they do, as at some minutes of a shared machine, by one alone.
+// know the next one, nor what a hypervisor leaves of one. It depends on how long a row is, among other things, so that each
+// linear of a layer has its own. All threads together are measured, and one alone, which decides among the ways that all find
+// about as fast: that is every way where memory keeps two threads waiting.
 #include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstring>
+#include <numeric>
 
 #include "decoder.h"
 
 namespace tinychat {
 namespace {
 
-constexpr size_t kTurns = 7;            // of each way
-constexpr size_t kCounts = 2;           // so many turns are better than the one that counts: luck is as rare as trouble is not
-constexpr int64_t kEnough = 8ll << 20;  // bytes to read in a turn, or all there are
-constexpr double kWorth = 0.97;         // of the time of a simpler way, for one that does more to be taken
+constexpr size_t kTurns = 7;             // of each way
+constexpr size_t kRank = 2;              // so many turns are better than the one that counts: luck is rare, trouble is not
+constexpr int64_t kTurnBytes = 8 << 20;  // to read in a turn, or all there are,
+constexpr int64_t kThreadBytes = 4 << 20;  // of which a thread has so many, to read in streams as long as in a step
+constexpr double kSame = 0.97;  // of a time: what is nearer to it is about as fast, and no reason to take a way that does more
 constexpr std::array kWays{Reading::none, Reading::two, Reading::near, Reading::far};
+constexpr size_t kNone = 0, kTwo = 1;
+
+using Times = std::array<std::array<double, kTurns>, kWays.size()>;  // nanoseconds for a byte
+
+double that_counts(std::array<double, kTurns> turns) {
+    std::nth_element(turns.begin(), turns.begin() + kRank, turns.end());
+    return turns[kRank];
+}
+
+Reading fastest(const Times& together, const Times& alone) {
+    const auto time = [&](size_t way) { return that_counts(together[way]); };
+    double least = time(0);
+    for (size_t way = 1; way < kWays.size(); ++way) least = std::min(least, time(way));
+    size_t best = kWays.size();
+    for (size_t way = 0; way < kWays.size(); ++way) {
+        if (kSame * time(way) > least) continue;
+        if (best == kWays.size() || that_counts(alone[way]) < kSame * that_counts(alone[best])) best = way;
+    }
+    return kWays[best];
+}
+
+}  // namespace
 
 // The linears of all layers that do the same.
-struct Alike {
-    Reading* chosen;
+struct Decoder::Alike {
+    const char* name;
     int64_t n, k;  // of each
     std::vector<PackedLinear*> linears;
     size_t next = 0;   // of them
     int64_t tile = 0;  // of the next one
-    // Nanoseconds for a byte in each turn, of each way.
-    std::array<std::array<double, kTurns>, kWays.size()> together{}, alone{};
 
-    Alike(Reading* reading, int64_t outputs, int64_t inputs) : chosen(reading), n(outputs), k(inputs) {}
-
-    Reading fastest() {
-        std::array<double, kWays.size()> all, one;
-        for (size_t way = 0; way < kWays.size(); ++way) {
-            all[way] = that_counts(together[way]);
-            one[way] = that_counts(alone[way]);
-        }
-        const double enough = *std::min_element(all.begin(), all.end()) / kWorth;
-        size_t best = kWays.size();
-        for (size_t way = 0; way < kWays.size(); ++way) {
-            if (all[way] <= enough && (best == kWays.size() || one[way] < kWorth * one[best])) best = way;
-        }
-        return kWays[best];
-    }
-
-    static double that_counts(std::array<double, kTurns>& turns) {
-        std::nth_element(turns.begin(), turns.begin() + kCounts, turns.end());
-        return turns[kCounts];
+    void ask(Reading reading) const {
+        for (PackedLinear* linear : linears) linear->ask(fetch_of(reading), reading == Reading::two);
     }
 };
 
-void ask(PackedLinear& linear, Reading reading) { linear.ask(fetch_of(reading), reading == Reading::two); }
-
-}  // namespace
+std::vector<Decoder::Alike> Decoder::alike() {
+    const DecoderShape& s = shape_;
+    const ExpertsShape& e = s.experts;
+    const int64_t factor = s.gated ? 2 : 1;
+    std::vector<Alike> all;
+    const auto add = [&](const char* name, int64_t n, int64_t k, PackedLinear Layer::* linear, bool of_experts) {
+        Alike some{name, n, k, {}};
+        for (Layer& layer : layers_) {
+            const bool either = linear == &Layer::qkv || linear == &Layer::out;
+            if (either || of_experts == !layer.expert_up.empty()) some.linears.push_back(&(layer.*linear));
+        }
+        if (!some.linears.empty()) all.push_back(std::move(some));
+    };
+    add("qkv", s.qkv_size(), s.hidden_size, &Layer::qkv, false);
+    add("out", s.hidden_size, s.q_size(), &Layer::out, false);
+    add("up", s.up_size(), s.hidden_size, &Layer::up, false);
+    add("down", s.hidden_size, s.intermediate_size, &Layer::down, false);
+    const int64_t expert_up = s.experts.router_size() + factor * (e.shared_size + e.n_experts * e.intermediate_size);
+    add("experts' up", expert_up, s.hidden_size, &Layer::up, true);
+    add("experts' down", e.n_experts * s.hidden_size, e.intermediate_size, &Layer::down, true);
+    if (e.shared_size) add("shared down", s.hidden_size, e.shared_size, &Layer::shared_down, true);
+    all.push_back({"head", s.vocab_size, s.embed_size, {&head_}});
+    return all;
+}
 
 void Decoder::choose_readings() {
-    const DecoderShape& s = shape_;
-    Readings chosen;
-    std::vector<Alike> all;
-    const auto add = [&](Reading* reading, int64_t n, int64_t k, PackedLinear Layer::* linear) {
-        Alike alike(reading, n, k);
-        for (Layer& layer : layers_) {
-            const bool stacked = !layer.expert_up.empty() && (linear == &Layer::up || linear == &Layer::down);
-            if (!stacked) alike.linears.push_back(&(layer.*linear));  // of experts few are read in a step
-        }
-        if (!alike.linears.empty()) all.push_back(std::move(alike));
-    };
-    add(&chosen.qkv, s.qkv_size(), s.hidden_size, &Layer::qkv);
-    add(&chosen.out, s.hidden_size, s.q_size(), &Layer::out);
-    add(&chosen.up, s.up_size(), s.hidden_size, &Layer::up);
-    add(&chosen.down, s.hidden_size, s.intermediate_size, &Layer::down);
-    all.emplace_back(&chosen.head, s.vocab_size, s.embed_size).linears.push_back(&head_);
-
+    std::vector<Alike> all = alike();
     int64_t n = 0, k = 0;
-    for (const Alike& alike : all) n = std::max(n, alike.n), k = std::max(k, alike.k);
+    for (const Alike& some : all) n = std::max(n, some.n), k = std::max(k, some.k);
     Buffer x(k * static_cast<int64_t>(sizeof(float))), y(n * static_cast<int64_t>(sizeof(float)));
     std::memset(x.data(), 0, static_cast<size_t>(x.bytes()));
     reserve(1);
-    Team one(1);
-    const Team::Awake awake(team());
-    // One row through them, on from where the last turn ended: of a large model nothing is read that a cache still holds.
-    const auto time = [&](Alike& alike, Reading reading, Team& team) {
+    // One row through some of them, on from where the last turn ended: of a large model nothing is read that a cache holds.
+    const auto turn = [&](Alike& some, Reading reading, Team& workers, int64_t wanted) {
+        const auto add_bytes = [](double sum, const PackedLinear* linear) { return sum + static_cast<double>(linear->nbytes()); };
+        const double whole = std::accumulate(some.linears.begin(), some.linears.end(), 0.0, add_bytes);
+        const double enough = std::min(static_cast<double>(wanted), whole);
         double bytes = 0, ns = 0;
-        for (size_t i = 0; i < alike.linears.size() && bytes < kEnough; ++i) {
-            PackedLinear& linear = *alike.linears[alike.next % alike.linears.size()];
+        some.ask(reading);
+        while (bytes < enough) {
+            const PackedLinear& linear = *some.linears[some.next];
             const double tile_bytes = static_cast<double>(linear.nbytes()) / static_cast<double>(linear.tiles());
-            const auto enough = static_cast<int64_t>((kEnough - bytes) / tile_bytes) + 1;
-            const Range tiles{alike.tile, std::min(alike.tile + enough, linear.tiles())};
-            ask(linear, reading);
-            prepare_rows(linear, 1, x.floats(), alike.k);
+            const auto most = static_cast<int64_t>((enough - bytes) / tile_bytes) + 1;
+            const Range tiles{some.tile, std::min(some.tile + most, linear.tiles())};
+            prepare_rows(linear, 1, x.floats(), some.k);
             const auto begin = std::chrono::steady_clock::now();
-            linear.apply(kernels_.linear, activations_.data(), 1, tiles, y.floats(), 0, team);
+            linear.apply(kernels_.linear, activations_.data(), 1, tiles, y.floats(), 0, workers);
             ns += std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - begin).count();
             bytes += tile_bytes * static_cast<double>(tiles.end - tiles.begin);
-            alike.tile = tiles.end % linear.tiles();
-            if (alike.tile == 0) ++alike.next;
+            some.tile = tiles.end % linear.tiles();
+            if (some.tile == 0) some.next = (some.next + 1) % some.linears.size();
         }
         return ns / bytes;
     };
-    for (Alike& alike : all) time(alike, Reading::none, *team_);  // it counts for nothing
-    for (size_t turn = 0; turn < kTurns; ++turn) {
-        for (Alike& alike : all) {
-            for (size_t i = 0; i < kWays.size(); ++i) {  // each way meets all layers in time, wherever a turn begins
-                const size_t way = (i + turn) % kWays.size();
-                const double together = time(alike, kWays[way], *team_);
-                alike.together[way][turn] = together;
-                alike.alone[way][turn] = n_threads_ == 1 ? together : time(alike, kWays[way], one);
+    std::vector<bool> pairs;  // else `two` is `none`
+    for (const Alike& some : all) pairs.push_back(some.linears.front()->pairs(kernels_.linear));
+    const int64_t wanted = std::max(kTurnBytes, n_threads_ * kThreadBytes);
+    std::vector<Times> together(all.size()), alone(all.size());
+    Team one(1);
+    const Team::Awake awake(team());
+    for (Alike& some : all) turn(some, Reading::none, *team_, wanted);  // it counts for nothing
+    for (size_t t = 0; t < kTurns; ++t) {  // long enough for trouble of some turns to pass
+        for (size_t i = 0; i < all.size(); ++i) {
+            for (size_t j = 0; j < kWays.size(); ++j) {  // each way meets all layers in time, wherever a turn begins
+                const size_t way = (j + t) % kWays.size();
+                if (way == kTwo && !pairs[i]) continue;
+                together[i][way][t] = turn(all[i], kWays[way], *team_, wanted);
+                alone[i][way][t] = n_threads_ == 1 ? together[i][way][t] : turn(all[i], kWays[way], one, kTurnBytes);
             }
         }
     }
-    chosen.up = chosen.down = all.front().fastest();  // where all layers have experts
-    for (Alike& alike : all) *alike.chosen = alike.fastest();
-    read_as(chosen);
+    for (size_t i = 0; i < all.size(); ++i) {
+        if (!pairs[i]) together[i][kTwo] = together[i][kNone], alone[i][kTwo] = alone[i][kNone];
+    }
+    for (size_t i = 0; i < all.size(); ++i) settle(all[i], fastest(together[i], alone[i]));
 }
 
-void Decoder::read_as(const Readings& readings) {
-    readings_ = readings;
-    for (Layer& layer : layers_) {
-        ask(layer.qkv, readings.qkv);
-        ask(layer.out, readings.out);
-        ask(layer.up, readings.up);
-        ask(layer.down, readings.down);
-        ask(layer.shared_down, readings.down);
-    }
-    for (PackedLinear* linear : {&project_in_, &project_out_, &head_}) ask(*linear, readings.head);
+void Decoder::read_as(Reading reading) {
+    for (const Alike& some : alike()) settle(some, reading);
+}
+
+// What embedding and head are projected with is read as the head is, the cache as qkv.
+void Decoder::settle(const Alike& some, Reading reading) {
+    some.ask(reading);
+    readings_.emplace_back(some.name, reading);
+    if (some.linears.front() == &layers_.front().qkv) cache_fetch_ = fetch_of(reading);
+    if (some.linears.front() != &head_) return;
+    for (PackedLinear* linear : {&project_in_, &project_out_}) linear->ask(fetch_of(reading), reading == Reading::two);
 }
 
 }  // namespace tinychat

@@ -77,6 +77,7 @@ struct LinearKernels {
     void (*linear)(const LinearShape&, const void* packed, const void* activations, int64_t rows, int64_t tile_begin,
                    int64_t tile_end, float* y, int64_t y_stride);
     bool asks = false;         // whether it obeys LinearShape::fetch
+    bool (*pairs)(const LinearShape&) = nullptr;  // whether it obeys LinearShape::two_tiles of such a weight; null: of none
     int64_t panel_rows = 12;   // from how many rows on it may first copy activations to a panel, for all tiles of a call,
     int64_t panel_tiles = 8;   // which then should be so many at least
 };

@@ -175,7 +175,7 @@ struct QuantizedLayout {
     int64_t padded(int64_t g) const { return g == groups - 1 ? padded_last : padded_group; }
 };
 
-// Of how many pairs of tiles one row takes both at once: each of the first so many, and the one that lies as many tiles on.
+// How many pairs of tiles one row takes at once: tile i with tile i + pairs, and the last tile alone where they are odd.
 // Memory is then read in two long streams, which Zen 4 keeps up with better than with one, and a row's integers, which codes
 // push out of the first cache where there are many, half as often. Short streams of large tiles are slower than one, and left.
 [[maybe_unused]] int64_t tile_pairs(int64_t tiles, int64_t tile_bytes) {

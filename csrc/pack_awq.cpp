@@ -86,8 +86,11 @@ void pack_piece(const uint32_t* words, int64_t stride, int64_t length, int64_t c
             if (k + kNibbleK[p] >= length) {
                 row = kNone;
             } else {
-                // Its end: in a file words begin anywhere in a line, and the line of the first is there already.
-                if (next) __builtin_prefetch(next + (k + kNibbleK[p]) * stride + kColumns - 1, 0, 2);
+                if (next) {  // both ends: in a file words begin anywhere in a line
+                    const uint32_t* there = next + (k + kNibbleK[p]) * stride;
+                    __builtin_prefetch(there, 0, 2);
+                    __builtin_prefetch(there + kColumns - 1, 0, 2);
+                }
                 if (columns < kColumns) {  // not to read beyond the row's end
                     std::memset(room[p], 0, sizeof room[p]);
                     std::memcpy(room[p], row, static_cast<size_t>(columns) * 4);

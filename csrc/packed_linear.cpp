@@ -123,6 +123,11 @@ void PackedLinear::ask(Fetch fetch, bool two_tiles) {
     }
 }
 
+bool PackedLinear::pairs(const LinearKernels& kernels) const {
+    const auto obeyed = [&](const Segment& segment) { return kernels.pairs(segment.shape); };
+    return kernels.pairs && std::any_of(segments_.begin(), segments_.end(), obeyed);
+}
+
 void PackedLinear::apply(const LinearKernels& kernels, const char* activations, int64_t rows, Range tiles, float* y,
                          int64_t y_stride, Team& team) const {
     const auto work = [&](Range part, int) {

@@ -60,6 +60,8 @@ class PackedLinear {
                 char* activations) const;
     // How weights are read from now on; see LinearShape.
     void ask(Fetch fetch, bool two_tiles);
+    // Whether two_tiles means anything here.
+    bool pairs(const LinearKernels& kernels) const;
     // y[rows, n] = the linear of the prepared rows, on the team; or of some tiles of its outputs, in their places.
     void apply(const LinearKernels& kernels, const char* activations, int64_t rows, float* y, int64_t y_stride,
                Team& team) const {

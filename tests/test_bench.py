@@ -444,6 +444,7 @@ def test_a_shape_is_measured(tiny, capsys):
     shown = "\n".join(text)
     for word in ("pp127", "pp64", "tg127", "first token", "decode", "overhead", "read probe", "█", "g32"):
         assert word in shown
+    assert ("weights are" in shown) is bool(found["fetch"])
 
 
 @needs_kernels

@@ -86,6 +86,17 @@ def test_logits_equal_the_reference_at_every_level(name, weight):
         assert nmse(y, expected) < 1e-6
 
 
+def test_experts_find_a_way_of_reading_of_their_own():
+    of_all, of_experts = ["qkv", "out", "head"], ["experts' up", "experts' down"]
+    expected = {
+        "shared expert, a plain layer": [*of_all, "up", "down", *of_experts, "shared down"],
+        "two of eight": [*of_all, *of_experts],
+    }
+    for name, linears in expected.items():
+        found = build(mixture("q4", **MODELS[name])).fetch
+        assert found is None or sorted(found) == sorted(linears)
+
+
 @pytest.mark.parametrize("weight", ["f32", "q4"])
 def test_threads_do_not_change_a_bit(weight):
     weights = mixture(weight)

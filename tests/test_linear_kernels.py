@@ -387,7 +387,7 @@ def test_more_k_than_a_panel_of_rows_holds(isa, bits, activation_bits):
 
 @pytest.mark.parametrize("fetch", ("near", "none", "two"))
 @pytest.mark.parametrize("activation_bits", (16, 8))
-@pytest.mark.parametrize("kind", (*WEIGHTS, "q4-chunks", "q8-chunks", "q3-wide-chunks"))
+@pytest.mark.parametrize("kind", (*WEIGHTS, "q4-chunks", "q8-chunks", "q3-wide-chunks", "q8-long", "q2-long"))
 def test_asking_for_weights_ahead_changes_no_bit(isa, kind, activation_bits, fetch):
     """Of one row with outliers, one with NaN and usual ones, alone and together."""
     if not cpu.asks(isa):
@@ -396,6 +396,9 @@ def test_asking_for_weights_ahead_changes_no_bit(isa, kind, activation_bits, fet
         "q4-chunks": lambda n: qtensor(n, 1100, 128),
         "q8-chunks": lambda n: qtensor(n, 1100, 64, bits=8),
         "q3-wide-chunks": lambda n: qtensor(n, 1100, 128, bits=3, scale_dtype=np.float32),
+        # tiles so large that few of them are not taken in pairs
+        "q8-long": lambda n: qtensor(n, 4096, 128, bits=8),
+        "q2-long": lambda n: qtensor(n, 16384, 64, bits=2),
     }
     for n in (150, 75, 50, 33):  # tiles in pairs and one more, the last of them whole or in part
         packed = PackedLinear.pack((WEIGHTS | chunks)[kind](n), isa, activation_bits)
@@ -428,10 +431,19 @@ def test_slices_fill_their_rows_and_nothing_else(isa, kind):
     n, k = packed.shape
     x = activations(13, k)
     whole = linear(packed, x)
-    for slices in ([(0, 5)], [(4, 5), (0, 2), (2, 4)], [(i, i + 1) for i in range(5)], [(2, 2), (0, 5)]):
-        y = np.full((13, n + 7), np.float32(-12345))
-        run_slices(isa, segment, x, y, slices)
-        assert same(np.ascontiguousarray(y[:, :n]), whole)
+    slicings = (
+        [(0, 5)],
+        [(4, 5), (0, 2), (2, 4)],
+        [(1, 4), (4, 5), (0, 1)],
+        [(i, i + 1) for i in range(5)],
+        [(2, 2), (0, 5)],
+    )
+    for rows, slices in itertools.product((13, 1), slicings):
+        segment.shape.two_tiles = rows == 1
+        segment.shape.fetch = cpu.Fetch.none if rows == 1 else cpu.Fetch.far
+        y = np.full((rows, n + 7), np.float32(-12345))
+        run_slices(isa, segment, x[:rows], y, slices)
+        assert same(np.ascontiguousarray(y[:, :n]), whole[:rows])
         assert (y[:, n:] == -12345).all()
     y = np.full((13, n + 7), np.float32(-12345))
     run_slices(isa, segment, x, y, [(1, 2)])

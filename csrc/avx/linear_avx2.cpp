@@ -16,7 +16,7 @@
 //
 // Speed: one row waits for memory, which is read at 0.8 to 0.9 of the speed of reading alone; in
 // the cache Zen 3 takes 8 cycles for 128 weights, 64 bytes of 4-bit codes, Zen 4 7.5 (benchmarks/results/speed.md). Two tiles
-// at once, far apart, share the broadcasts (6.8 cycles), and long rows are read half as often. A few rows share the
+// at once, far apart, share the broadcasts (6.8 cycles), and long activations are read half as often. A few rows share the
 // unpacking, many go to linear_rows_avx2.cpp. Loops over sums are written out by pragmas, or GCC would keep the sums in memory.
 #include <immintrin.h>
 
@@ -401,8 +401,12 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
     });
 }
 
+bool pairs(const LinearShape& shape) {
+    return shape.type == WeightType::quantized && two_at_once(shape.bits, shape.activation_bits / 8);
+}
+
 constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step,
-                              prepare_part, linear, true};
+                              prepare_part, linear, true, pairs};
 
 }  // namespace
 

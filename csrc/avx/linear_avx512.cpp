@@ -445,8 +445,10 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
 }
 
 #ifdef __AVX512VNNI__
+bool pairs(const LinearShape& shape) { return shape.type == WeightType::quantized; }
+
 constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step,
-                              prepare_part, linear, true, 2, kPanelTiles};
+                              prepare_part, linear, true, pairs, 2, kPanelTiles};
 #else
 constexpr LinearKernels table{kTile, packed_bytes, pack, unpack, unpack_row, activation_bytes, prepare_step,
                               prepare_part, linear, true};

@@ -129,9 +129,14 @@ void saturated(const char* isa, int32_t bits, int32_t activation_bits) {
         for (float size : {3.0f, -3.0f}) {
             const std::vector<float> same(static_cast<size_t>(5 * weight.shape.k), size);
             for (int64_t rows : {1, 5}) product(isa, weight.shape, exact, packed, rows, 1e-12, same);
+            LinearShape pairs = weight.shape;
+            pairs.fetch = Fetch::none;
+            pairs.two_tiles = true;
+            product(isa, pairs, exact, packed, 1, 1e-12, same);
             std::vector<float> mixed = same;  // with others of the other sign, whose sums go the other way
             for (size_t i = 0; i < mixed.size(); i += 3) mixed[i] = -mixed[i];
             for (int64_t rows : {1, 5}) product(isa, weight.shape, exact, packed, rows, 1e-12, mixed);
+            product(isa, pairs, exact, packed, 1, 1e-12, mixed);
         }
     }
 }
