@@ -13,9 +13,9 @@
 namespace tinychat {
 namespace {
 
-constexpr size_t kTurns = 7;             // of each way
-constexpr size_t kRank = 2;              // so many turns are better than the one that counts: luck is rare, trouble is not
-constexpr int64_t kTurnBytes = 8 << 20;  // to read in a turn, or all there are,
+constexpr size_t kTurns = 7;               // of each way
+constexpr size_t kRank = 2;                // so many are better than the one that counts: luck is rare, trouble is not
+constexpr int64_t kTurnBytes = 8 << 20;    // to read in a turn, or all there are,
 constexpr int64_t kThreadBytes = 4 << 20;  // of which a thread has so many, to read in streams as long as in a step
 constexpr double kSame = 0.97;  // of a time: what is nearer to it is about as fast, and no reason to take a way that does more
 constexpr std::array kWays{Reading::none, Reading::two, Reading::near, Reading::far};
@@ -58,24 +58,26 @@ struct Decoder::Alike {
 std::vector<Decoder::Alike> Decoder::alike() {
     const DecoderShape& s = shape_;
     const ExpertsShape& e = s.experts;
-    const int64_t factor = s.gated ? 2 : 1;
     std::vector<Alike> all;
-    const auto add = [&](const char* name, int64_t n, int64_t k, PackedLinear Layer::* linear, bool of_experts) {
+    const auto add = [&](const char* name, int64_t n, int64_t k, PackedLinear Layer::* linear, const auto& has_it) {
         Alike some{name, n, k, {}};
         for (Layer& layer : layers_) {
-            const bool either = linear == &Layer::qkv || linear == &Layer::out;
-            if (either || of_experts == !layer.expert_up.empty()) some.linears.push_back(&(layer.*linear));
+            if (has_it(layer)) some.linears.push_back(&(layer.*linear));
         }
         if (!some.linears.empty()) all.push_back(std::move(some));
     };
-    add("qkv", s.qkv_size(), s.hidden_size, &Layer::qkv, false);
-    add("out", s.hidden_size, s.q_size(), &Layer::out, false);
-    add("up", s.up_size(), s.hidden_size, &Layer::up, false);
-    add("down", s.hidden_size, s.intermediate_size, &Layer::down, false);
-    const int64_t expert_up = s.experts.router_size() + factor * (e.shared_size + e.n_experts * e.intermediate_size);
-    add("experts' up", expert_up, s.hidden_size, &Layer::up, true);
-    add("experts' down", e.n_experts * s.hidden_size, e.intermediate_size, &Layer::down, true);
-    if (e.shared_size) add("shared down", s.hidden_size, e.shared_size, &Layer::shared_down, true);
+    const auto every = [](const Layer&) { return true; };
+    const auto plain = [](const Layer& layer) { return layer.expert_up.empty(); };
+    const auto mixture = [](const Layer& layer) { return !layer.expert_up.empty(); };
+    const auto shared = [&](const Layer& layer) { return mixture(layer) && e.shared_size > 0; };
+    add("qkv", s.qkv_size(), s.hidden_size, &Layer::qkv, every);
+    add("out", s.hidden_size, s.q_size(), &Layer::out, every);
+    add("up", s.up_size(), s.hidden_size, &Layer::up, plain);
+    add("down", s.hidden_size, s.intermediate_size, &Layer::down, plain);
+    const int64_t experts_up = e.router_size() + (s.gated ? 2 : 1) * (e.shared_size + e.n_experts * e.intermediate_size);
+    add("experts' up", experts_up, s.hidden_size, &Layer::up, mixture);
+    add("experts' down", e.n_experts * s.hidden_size, e.intermediate_size, &Layer::down, mixture);
+    add("shared down", s.hidden_size, e.shared_size, &Layer::shared_down, shared);
     all.push_back({"head", s.vocab_size, s.embed_size, {&head_}});
     return all;
 }
@@ -110,7 +112,10 @@ void Decoder::choose_readings() {
         return ns / bytes;
     };
     std::vector<bool> pairs;  // else `two` is `none`
-    for (const Alike& some : all) pairs.push_back(some.linears.front()->pairs(kernels_.linear));
+    for (const Alike& some : all) {
+        const auto obey = [&](const PackedLinear* linear) { return linear->pairs(kernels_.linear); };
+        pairs.push_back(std::any_of(some.linears.begin(), some.linears.end(), obey));
+    }
     const int64_t wanted = std::max(kTurnBytes, n_threads_ * kThreadBytes);
     std::vector<Times> together(all.size()), alone(all.size());
     Team one(1);
@@ -128,8 +133,8 @@ void Decoder::choose_readings() {
     }
     for (size_t i = 0; i < all.size(); ++i) {
         if (!pairs[i]) together[i][kTwo] = together[i][kNone], alone[i][kTwo] = alone[i][kNone];
+        settle(all[i], fastest(together[i], alone[i]));
     }
-    for (size_t i = 0; i < all.size(); ++i) settle(all[i], fastest(together[i], alone[i]));
 }
 
 void Decoder::read_as(Reading reading) {
