@@ -142,14 +142,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="one for each physical core")
     parser.add_argument("--repeats", type=int, default=5, help="of packing beside copying")
     args = parser.parse_args()
-    if args.layers < 2:
-        parser.error("--layers is at least 2: the first one is not timed")
+    if args.repeats < 1:
+        parser.error("--repeats is at least 1")
     threads = cpu.thread_count(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         path = args.model or Path(folder) / "model"
         if not args.model:
             write(path, args.layers, args.hidden_size, args.vocab_size)
         source = checkpoint.open(path)
+        if source.config.n_layers < 2:
+            parser.error("a model of two layers at least: the first one is not timed")
         result = {"file_bytes": source.file_bytes, "threads": threads, **run(LOAD, path, threads)}
         turns = run(PACK, path, threads, args.repeats)
     table, head = source.embed().nbytes, source.head()

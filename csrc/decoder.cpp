@@ -156,9 +156,9 @@ void Decoder::finish(const NormData& norm, const LinearData& head, std::optional
     norm_ = keep(norm);
     if (shape_.embed_size != shape_.hidden_size && project_in_.nbytes() == 0) refuse("the projections are missing");
     head_ = pack(head, shape_.vocab_size, shape_.embed_size);
-    if (reading) {
+    if (!layers_.empty() && reading) {
         read_as(*reading);
-    } else if (kernels_.linear.asks && !layers_.empty()) {
+    } else if (!layers_.empty() && kernels_.linear.asks) {
         choose_readings();
     }
     finished_ = true;

@@ -117,7 +117,7 @@ class Decoder {
     // sizes do not fit the shape.
     void add_layer(const LayerData& layer);
     void set_ends(const EndsData& ends);
-    // reading: of weights and cache; nothing: for each linear what is fastest is found out here, by a tenth of a second of it.
+    // reading: of weights and cache; nothing: what is fastest for each linear is found out here, in a tenth of a second.
     void finish(const NormData& norm, const LinearData& head, std::optional<Reading> reading);
     // The embedding, where the head's rows do not serve (tied): [vocab_size, embed_size] of a type other than quantized.
     // Not packed and not copied: rows are read there as long as the decoder lives.

@@ -89,7 +89,7 @@ void pack_piece(const uint32_t* words, int64_t stride, int64_t length, int64_t c
                 if (next) {  // both ends: in a file words begin anywhere in a line
                     const uint32_t* there = next + (k + kNibbleK[p]) * stride;
                     __builtin_prefetch(there, 0, 2);
-                    __builtin_prefetch(there + kColumns - 1, 0, 2);
+                    __builtin_prefetch(reinterpret_cast<const char*>(there) + kColumns * 4 - 1, 0, 2);
                 }
                 if (columns < kColumns) {  // not to read beyond the row's end
                     std::memset(room[p], 0, sizeof room[p]);

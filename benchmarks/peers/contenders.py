@@ -71,7 +71,7 @@ PEERS = (
     ),
     Contender(
         "openvino-int8",
-        "int4 g128, int8 activations",
+        "int4 g128, int8 activations in groups of 128",
         "openvino_worker.py",
         "openvino",
         "openvino",

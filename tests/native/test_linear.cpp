@@ -141,6 +141,21 @@ void saturated(const char* isa, int32_t bits, int32_t activation_bits) {
     }
 }
 
+// Which levels say that they take two tiles at once, and of what: results do not tell.
+void pairs(const std::string& isa) {
+    const bool vnni = isa == "avx512vnni" || isa == "avxvnni" || isa == "amx";
+    const auto obeyed = kernels(isa.c_str()).linear.pairs;
+    check((obeyed != nullptr) == (vnni || isa == "avx2"), isa + ": whether it has pairs of tiles");
+    if (!obeyed) return;
+    for (int32_t bits : {2, 3, 4, 8}) {
+        for (int32_t activation_bits : {16, 8}) {
+            const LinearShape shape{WeightType::quantized, 64, 64, 64, false, bits, activation_bits};
+            check(obeyed(shape) == (vnni || bits < 8 || activation_bits == 8), isa + ": pairs of tiles of these bits");
+        }
+    }
+    check(!obeyed({WeightType::f16, 64, 64, 0, false, 0, 0}), isa + ": no pairs of tiles of fp16");
+}
+
 // fp32, fp16 and bf16: unpacking gives the same bytes.
 void plain(const char* isa, WeightType type, int64_t n, int64_t k, Random& random) {
     const LinearKernels& kernels = tinychat::kernels(isa).linear;
@@ -201,6 +216,7 @@ void test_linear() {
         for (int32_t bits : {2, 3, 4, 8}) {
             for (int32_t activation_bits : {16, 8}) saturated(isa.c_str(), bits, activation_bits);
         }
+        pairs(isa);
         Random random(5);
         for (const WeightType type : {WeightType::f32, WeightType::f16, WeightType::bf16}) {
             for (const auto& [n, k, group] : kShapes) plain(isa.c_str(), type, n, k, random);
