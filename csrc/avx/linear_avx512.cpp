@@ -12,8 +12,8 @@
 //            of 8 bits are taken as two of 4, the upper widened with 16 in place of ones.
 //
 // All sums of a block are exact, so a row's result does not depend on the rows that are computed with it.
-// Speed: one row runs at the speed at which a thread reads memory on Zen 4, where codes must not be asked for ahead and two
-// tiles far apart are read at once; at 0.89 of it on Emerald Rapids, where codes must be asked for far ahead
+// Speed: one row runs at the speed at which a thread reads memory on Zen 4, where codes must not be asked for ahead and long
+// rows are read faster by two tiles far apart at once; at 0.89 of it on Emerald Rapids, where codes must be asked for far ahead
 // (benchmarks/linear.py). Several rows share the unpacking; with VNNI they go to linear_rows_avx512vnni.cpp.
 #include <immintrin.h>
 
