@@ -1,7 +1,6 @@
 #include "draw.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -31,19 +30,21 @@ bool finite(const float* values, int64_t n) {
     return !found;
 }
 
-// Of finite values, n > 0. In lanes, which a compiler may keep in vectors: the maximum of floats in a row it may not reorder.
+// Of finite values, n > 0. In lanes, as a compiler may not reorder the maximum of floats in a row.
 float largest_of(const float* values, int64_t n) {
-    std::array<float, 16> lanes;
-    lanes.fill(values[0]);
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        for (size_t lane = 0; lane < 16; ++lane) {
-            const float value = values[i + static_cast<int64_t>(lane)];
-            lanes[lane] = value > lanes[lane] ? value : lanes[lane];
-        }
+    typedef float Lanes __attribute__((vector_size(16)));
+    constexpr int64_t kLanes = 16;
+    const auto larger = [](Lanes a, Lanes b) { return a > b ? a : b; };
+    if (n < kLanes) return *std::max_element(values, values + n);
+    Lanes most[4], next[4];
+    std::memcpy(most, values, sizeof most);
+    int64_t i = kLanes;
+    for (; i + kLanes <= n; i += kLanes) {
+        std::memcpy(next, values + i, sizeof next);
+        for (int j = 0; j < 4; ++j) most[j] = larger(most[j], next[j]);
     }
-    for (; i < n; ++i) lanes[0] = std::max(lanes[0], values[i]);
-    return *std::max_element(lanes.begin(), lanes.end());
+    const Lanes last = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+    return std::max({last[0], last[1], last[2], last[3], *std::max_element(values + i - 1, values + n)});
 }
 
 // The k likeliest of n > k, from the likeliest down.

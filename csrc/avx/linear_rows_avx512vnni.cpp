@@ -206,6 +206,9 @@ __attribute__((noinline)) void set_of_tile(const Call& call, const Piece& piece,
     }
     for (Place place = piece.first; place.index < piece.last.index; place.next(layout)) {
         for (int64_t line = 0; line < lines_ahead; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+        // Where sums will go, a row with each block: rows of y lie far apart, and stores that find none of them wait.
+        const int64_t t = place.index - piece.first.index;
+        if (t < rows) _mm_prefetch(reinterpret_cast<const char*>(y + t * call.y_stride), _MM_HINT_T0);
         const char* scales = place.scales(layout, tile);
         const auto* zeros = reinterpret_cast<const __m128i*>(place.zeros(layout, tile));
         const Weights weights{tile + place.codes, place.length,
