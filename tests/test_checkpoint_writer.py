@@ -136,6 +136,27 @@ def test_targets_refused(tmp_path):
     with pytest.raises(CheckpointError, match="below cannot be written: "):
         CheckpointWriter(tmp_path / "file" / "below")
     assert left_in(tmp_path) == ["file", "full"] and left_in(tmp_path / "full") == ["notes.txt"]
+    if os.path.ismount("/proc"):
+        with pytest.raises(CheckpointError, match="is a mount point"):
+            CheckpointWriter("/proc", overwrite=True)
+
+
+def test_a_target_that_was_filled_meanwhile_is_refused_and_the_work_kept(tmp_path):
+    run, told = {"seed": 0}, r"exists and is not empty.*\.out\.partial: the same again goes on from it"
+    with (
+        pytest.raises(CheckpointError, match=told),
+        CheckpointWriter(tmp_path / "out", run=run) as writer,
+    ):
+        writer.add("a", np.arange(3, dtype=np.float32))
+        writer.commit({})
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "notes.txt").write_text("mine")
+        writer.finish({})
+    (tmp_path / "out" / "notes.txt").unlink()
+    with CheckpointWriter(tmp_path / "out", run=run) as writer:
+        assert writer.complete
+        writer.finish({})
+    assert left_in(tmp_path) == ["out"] and left_in(tmp_path / "out") == ["config.json", "model.safetensors"]
 
 
 def test_overwriting_replaces_the_whole_directory(tmp_path):

@@ -98,6 +98,10 @@ def test_generation_stops_where_the_task_says(model, llm):
         requests(("Hello", {}), ("Hello", {"until": [stop, ""]}), (long, {"max_gen_toks": 4, "until": None})), True
     )
     assert found[0] == plain and found[1] == plain[: plain.index(stop)] and found[2]
+    with pytest.warns(UserWarning, match="1 of 2 prompts lost their beginning"):
+        found = model.generate_until(requests((long, {"max_gen_toks": 99}), ("Hello", {"max_gen_toks": 6})), True)
+    ids = llm.prompt_tokens(long)[-(llm.ctx_size // 2) :]
+    assert found == [llm.generate(ids, max_tokens=99, temperature=0, ignore_eos=False).text, plain]
     options = model._options({"do_sample": True, "temperature": 0.5, "max_new_tokens": 99, "until": "x"})
     assert options["temperature"] == 0.5 and options["max_tokens"] == 47 and options["stop"] == ["x"]
     assert model._options({"do_sample": False, "temperature": 0.5})["temperature"] == 0

@@ -198,6 +198,7 @@ def test_too_little_memory_is_told_and_keeps_what_is_done(tmp_path, stops_once):
         stops_once(torch.cuda.OutOfMemoryError(said))
         with pytest.raises(BackendError, match=r"for a layer \(CUDA .* 2.00 GiB\): end what else uses it .*--restart"):
             in_files(tmp_path, "out", method="gptq")
+        assert (tmp_path / ".out.partial" / "state.json").exists()
         assert in_files(tmp_path, "out", method="gptq")[0] == expected
 
 

@@ -84,6 +84,7 @@ class Trial:
     def __init__(self, run: Experiment, name: str, source: WeightSource):
         assert run.words is not None
         self._name = name
+        self.cut = 0
         self._engine = Engine(
             run.runner(source, min(run.context, run.args.context)),
             run.words,
@@ -91,11 +92,13 @@ class Trial:
         )
 
     def answers(self, prompts: list[str], stop: list[str], max_tokens: int) -> list[str]:
-        """Greedy answers; a prompt longer than the context loses its beginning."""
-        found = []
+        """Greedy answers; a prompt longer than the context leaves room for loses its beginning: `cut` of them."""
+        found, self.cut = [], 0
+        room = max(self._engine.ctx_size - max_tokens, self._engine.ctx_size // 2)
         for i, prompt in enumerate(prompts, 1):
-            room = max(1, self._engine.ctx_size - max_tokens)
-            ids = self._engine.prompt_tokens(prompt)[-room:]
+            ids = self._engine.prompt_tokens(prompt)
+            self.cut += len(ids) > room
+            ids = ids[-room:]
             options = {"max_tokens": max_tokens, "temperature": 0.0, "repetition_penalty": 1.0, "stop": stop}
             found.append(self._engine.generate(ids, **options).text)
             print(f"\r{self._name}: {i} of {len(prompts)}", end="\n" * (i == len(prompts)), file=sys.stderr)
@@ -126,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     problems = gsm8k(records(args.gsm8k), args.shots)[: args.limit] if args.gsm8k else []
     tasks = mbpp(records(args.mbpp))[: args.limit] if args.mbpp else []
     scores: dict[str, dict[str, float]] = {}
+    cut: dict[str, str] = {}  # a word on the prompts that did not fit
     for method in args.methods:
         source = run.source if method == "original" else run.quantized(method)
         trial, found = Trial(run, method, source), scores.setdefault(method, {})
@@ -133,10 +137,12 @@ def main(argv: list[str] | None = None) -> None:
             found["perplexity"] = run.perplexity(method, source)
         if problems:
             said = trial.answers([prompt for prompt, _ in problems], ["Question:"], args.answer_tokens)
+            cut["gsm8k"] = f", {trial.cut} of which lost their beginning to fit" * bool(trial.cut)
             right = [number(text) == answer for text, (_, answer) in zip(said, problems, strict=True)]
             found["gsm8k"] = 100 * sum(right) / len(right)
         if tasks:
             written = trial.answers([prompt for prompt, _ in tasks], ["[DONE]", "\nTask:"], args.answer_tokens)
+            cut["mbpp"] = f", {trial.cut} of which lost their beginning to fit" * bool(trial.cut)
             found["mbpp_python"] = 100 * sum(map(is_python, written)) / len(tasks)
             if args.run_programs:
                 passed = [
@@ -155,9 +161,13 @@ def main(argv: list[str] | None = None) -> None:
                 rows[f"{method}: paper, {name} (INT4-g128)"] = [figure if key == table else None for key in columns]
     rows |= {f"{m}: ours, {run.name}": [found.get(key) for key in columns] for m, found in scores.items()}
     show(list(columns.values()), rows)
-    asked = [f"{len(problems)} of GSM8K after {args.shots} examples"] * bool(problems)
-    asked += [f"{len(tasks)} of MBPP{'' if args.run_programs else ', whose programs were not run (--run-programs)'}"]
-    print(f"problems: {'; '.join(asked if tasks else asked[:-1])}\n")
+    asked = []
+    if problems:
+        asked.append(f"{len(problems)} of GSM8K after {args.shots} examples{cut['gsm8k']}")
+    if tasks:
+        not_run = "" if args.run_programs else ", whose programs were not run (--run-programs)"
+        asked.append(f"{len(tasks)} of MBPP{cut['mbpp']}{not_run}")
+    print(f"problems: {'; '.join(asked)}\n")
     print(json.dumps(scores))
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,6 +147,18 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def is_mount(path: Path) -> bool:
+    """Whether something is mounted there, a part of the same file system too; such a directory cannot be renamed."""
+    if os.path.ismount(path):
+        return True
+    try:
+        table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return False
+    places = (line.split(" ")[4] for line in table.splitlines())
+    return any(re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place) == str(path) for place in places)
 
 
 def flush(file: IO[Any]) -> None:

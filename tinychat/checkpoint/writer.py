@@ -24,11 +24,11 @@ from typing import IO, Any
 import numpy as np
 
 from tinychat.checkpoint.layouts import WritableLayout
-from tinychat.checkpoint.partial import Partial, flush, remove
+from tinychat.checkpoint.partial import Partial, flush, is_mount, remove
 from tinychat.checkpoint.quoting import listing, quote
 from tinychat.checkpoint.safetensors_file import DTYPES
 from tinychat.checkpoint.shards import INDEX, SINGLE
-from tinychat.errors import CheckpointError, TinychatError
+from tinychat.errors import BackendError, CheckpointError, TinychatError
 
 SHARD_BYTES = 2 << 30
 _COPIED = (  # what belongs to a model besides its weights and its config.json
@@ -71,7 +71,8 @@ class CheckpointWriter:
     restart      throw away what an earlier run left
 
     Every failure is a `CheckpointError` and leaves what was there before as it was. What was committed is lost only by
-    a `TinychatError` within the context, which would come again, that of a full disk excepted.
+    a `TinychatError` within the context that would come again: not by one of the disk, of what lies in the target, or
+    of the device that computes (`BackendError`).
     """
 
     def __init__(
@@ -161,7 +162,12 @@ class CheckpointWriter:
                     self._copy_files(self._source)
                 self._write_json("config.json", config)
                 self._name_shards()
-                self._refuse_target(within=True)  # once more: quantizing takes hours
+                try:
+                    self._refuse_target(within=True)  # once more: quantizing takes hours
+                except CheckpointError as fault:
+                    kept = self._kept_words()
+                    self.suspend()
+                    raise CheckpointError(f"{fault}{kept}") from None
                 partial.publish()
             partial.discard()
             self._partial = None
@@ -187,7 +193,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
-        if kind is not None and issubclass(kind, TinychatError):
+        if kind is not None and issubclass(kind, TinychatError) and not issubclass(kind, BackendError):
             self.abort()
         else:
             self.suspend()
@@ -197,16 +203,15 @@ class CheckpointWriter:
         try:
             yield
         except OSError as fault:
-            kept = self.kept_in
+            kept = self._kept_words()
             self.suspend()
             raise CheckpointError(
-                f"{quote(str(self.directory))} {what}: {fault.strerror or fault}; nothing was changed there"
-                + (
-                    f", and what was finished is kept in {quote(str(kept))}: the same again goes on from it"
-                    if kept
-                    else ""
-                )
+                f"{quote(str(self.directory))} {what}: {fault.strerror or fault}; nothing was changed there{kept}"
             ) from None
+
+    def _kept_words(self) -> str:
+        kept = self.kept_in
+        return f"; what was finished is kept in {quote(str(kept))}: the same again goes on from it" if kept else ""
 
     def _in_use(self) -> Partial:
         if self._partial is None:
@@ -288,6 +293,10 @@ class CheckpointWriter:
             return
         if not self.directory.is_dir():
             raise CheckpointError(f"{where} is a file; give the directory to write")
+        if is_mount(self.directory):
+            raise CheckpointError(
+                f"{where} is a mount point, and a checkpoint appears by renaming its directory; give a directory in it"
+            )
         held = sorted(path.name for path in self.directory.iterdir()) if within else []
         if held and not self._overwrite:
             raise CheckpointError(f"{where} exists and is not empty; choose another directory, or overwrite it")

@@ -8,6 +8,7 @@ takes every option of `lm_eval`; in Python, `lm_eval.simple_evaluate(model=Tinyc
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,15 +101,23 @@ class TinychatLM(LM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """For each (context, options): what the model writes, up to the first of the strings in "until"."""
-        answers = []
+        answers, cut = [], 0
         for request in tqdm(requests, desc="generating", disable=disable_tqdm):
             context, given = request.args
             options = self._options(dict(given))
-            room = max(1, self.max_length - options["max_tokens"])  # a prompt loses its beginning before its answer
-            prompt = self._encode(context)[-room:] or [self.prefix_token_id]
-            answer = self.engine.generate(prompt, **options).text
+            # A prompt loses its beginning before its answer gets less room, but not more than half of the context.
+            room = max(self.max_length - options["max_tokens"], self.max_length // 2, 1)
+            prompt = self._encode(context) or [self.prefix_token_id]
+            cut += len(prompt) > room
+            answer = self.engine.generate(prompt[-room:], **options).text
             self.cache_hook.add_partial("generate_until", request.args, answer)
             answers.append(answer)
+        if cut:
+            warnings.warn(
+                f"{cut} of {len(requests)} prompts lost their beginning: with room for an answer they do not fit into "
+                f"the context of {self.max_length} tokens",
+                stacklevel=2,
+            )
         return answers
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

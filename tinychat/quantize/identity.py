@@ -15,13 +15,20 @@ from typing import Any
 import torch
 
 import tinychat
+from tinychat.backends import arithmetic
 from tinychat.errors import UsageError
 
 
 def run(source: Path, calibration: str | Path | None, options: dict[str, Any]) -> dict[str, Any]:
     """The identity of quantizing `source` with `options`, as plain values by the names that a user knows them by."""
     files = {path.name: _file(path) for path in sorted([source / "config.json", *source.glob("*.safetensors")])}
-    software = {"tinychat": tinychat.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    engine = arithmetic.engine()  # whose levels add in orders of their own
+    software = {
+        "tinychat": tinychat.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "kernels": engine.isa() if engine else "none",
+    }
     return {**files, **software, **options, "calibration": _text(calibration)}
 
 
