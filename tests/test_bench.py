@@ -259,6 +259,12 @@ def test_a_probe_that_cannot_be_the_limit_is_invalid(samples, fraction, least, s
     assert not verdict.valid and reason in verdict.reasons[0] and len(verdict.reasons) == 1
 
 
+def test_a_probe_that_a_cache_may_hold_is_invalid():
+    verdict = probe.judge([40.0] * 9, 1 << 30, None, buffer_bytes=256 << 20, cache_bytes=256 << 20)
+    assert verdict.reasons == ["for want of memory it walks through 256 MiB, much of which a cache of 256 MiB may hold"]
+    assert probe.judge([40.0] * 9, 1 << 30, None, buffer_bytes=256 << 20, cache_bytes=32 << 20).valid
+
+
 def test_caches_excuse_a_model_that_is_faster_than_the_probe():
     assert probe.judge([10.0], 1 << 30, fraction=None).valid
 
@@ -350,8 +356,8 @@ def test_lengths_that_cannot_be(limit, tokens, ctx_size, message):
         ("llama-3-8b", 64 << 30, (0, 2048, 8192, 32768)),
         ("llama-3-8b", 8 << 30, (0, 2048, 8192)),
         ("llama-3-8b", 4 << 30, ()),
-        ("llama-2-7b", 64 << 30, (0, 2048)),  # 4096 positions
-        ("tinyllama-1.1b", None, (0, 2016)),  # 2048
+        ("llama-2-7b", 64 << 30, (0, 2048, 8192)),  # of 4096 positions, every head with keys of its own
+        ("tinyllama-1.1b", None, (0, 2048, 8192, 32768)),  # of 2048
     ],
 )
 def test_default_contexts_are_those_that_fit(monkeypatch, shape, free, expected):
@@ -363,6 +369,7 @@ def test_default_contexts_are_those_that_fit(monkeypatch, shape, free, expected)
 def test_a_shape_goes_as_far_as_it_is_asked_and_a_model_does_not(tmp_path, tiny):
     assert contexts.chosen(Subject(Options(model=None, shape="tiny")), (500, 0, 500)) == (0, 500)
     path = write.write(TINY, tmp_path / "model")
+    assert contexts.chosen(Subject(Options(model=str(path))), None) == (0, 96)
     with pytest.raises(UsageError, match=r"the model has 128 positions, and 32 are kept .* at most 96"):
         contexts.chosen(Subject(Options(model=str(path))), (0, 97))
 
@@ -439,12 +446,28 @@ def test_a_shape_is_measured(tiny, capsys):
     assert found["bytes_per_token"] == pytest.approx(
         traffic.of(RandomWeights(*TINY.translate(), 32), head_bits=found["head"]).token(4 + 10), abs=1
     )
-    assert [c["context"] for c in found["contexts"]] == [0, 96]
+    assert [c["context"] for c in found["contexts"]] == [0, 2048, 8192, 32768]
     assert found["resident_bits_per_weight"] >= 4
     shown = "\n".join(text)
     for word in ("pp127", "pp64", "tg127", "first token", "decode", "overhead", "read probe", "█", "g32"):
         assert word in shown
     assert ("weights are" in shown) is bool(found["fetch"])
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [name for name, shape in shapes.SHAPES.items() if shape.group_size == 128])
+def test_a_weight_takes_at_most_4_3_bits_of_memory_padding_included(shape):
+    config, _ = shapes.SHAPES[shape].translate()
+    sizes = [
+        (config.q_size + 2 * config.kv_size, config.hidden_size),
+        (config.hidden_size, config.q_size),
+        (config.up_size, config.hidden_size),
+        (config.hidden_size, config.intermediate_size),
+    ]
+    _cpu = tinychat._cpu
+    for isa in _cpu.supported_isas().split():
+        made = [_cpu.LinearShape(_cpu.WeightType.quantized, n, k, 128) for n, k in sizes]
+        assert sum(_cpu.packed_bytes(isa, one) for one in made) * 8 <= 4.3 * sum(n * k for n, k in sizes)
 
 
 @needs_kernels
@@ -600,7 +623,7 @@ def test_no_kernels_no_probe(tiny, monkeypatch):
     found = measure.measure(subject, 1)
     assert found["probe_gb_s"] is None and not found["probe_valid"] and found["bandwidth_fraction"] is None
     assert found["isa"] is None and found["backend"] == "reference"
-    assert [c["context"] for c in found["contexts"]] == [0, 96]
+    assert [c["context"] for c in found["contexts"]] == [0, 2048, 8192, 32768]
     from tinychat.bench.report import report
 
     assert "no valid probe: there is none" in report(found)

@@ -15,7 +15,8 @@ activations). Weights are random: speed does not depend on them. On first use ea
 Every engine is loaded in a process of its own, with a given number of threads, and answers requests; while one is
 measured the others are stopped. In each round every engine decodes (a prompt of 4 tokens, 200 more, or what fits into
 --seconds; median latency) between two reads of memory with as many threads, and prefills 512 tokens. Reported are
-medians over the rounds with the least and the greatest, and ratios, which are taken within rounds. The last line is
+medians over the rounds with the least and the greatest, and ratios, which are taken within rounds. An engine that
+cannot be made or fails is named with the reason; its rounds before that count, and the others go on. The last line is
 JSON. An idle machine is worth more than many rounds.
 """
 
@@ -78,7 +79,7 @@ def main() -> None:
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     plan = measure.Plan(
-        contenders=[*contenders.tinychats(args.activations, args.head, args.unquantized), *args.peers],
+        contenders=[*contenders.tinychats(args.shape, args.activations, args.head, args.unquantized), *args.peers],
         models=contenders.Models(folder, args.shape),
         threads=args.threads,
         rounds=args.rounds,

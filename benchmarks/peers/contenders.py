@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import environments
+from process import WorkerError
 
 from tinychat import checkpoint
-from tinychat.bench import traffic
+from tinychat.bench import shapes, traffic
 
 HERE = Path(__file__).parent
 
@@ -42,7 +43,7 @@ class Contender:
         return self.environment is None
 
     def command(self, models: Models) -> list[str]:
-        """The worker's command; makes environment and model where they are missing."""
+        """The worker's command; makes environment and model where they are missing. WorkerError where that fails."""
         path, facts = models.find(self.model)
         interpreter = str(models.python(self.environment)) if self.environment else sys.executable
         return [interpreter, str(HERE / self.script), str(path), "--options", json.dumps(self.options | facts)]
@@ -80,13 +81,13 @@ PEERS = (
 )
 
 
-def tinychats(activations: list[int], head: int | None, unquantized: bool = False) -> list[Contender]:
+def tinychats(shape: str, activations: list[int], head: int | None, unquantized: bool = False) -> list[Contender]:
     """tinychat in its default setting, or once for each width of activations asked for; perhaps unquantized, too."""
     if unquantized:
         plain = Contender("tinychat-fp16", "fp16, unquantized", "tinychat_worker.py", None, "float", {"head": 16})
-        return [*tinychats(activations, head), plain]
+        return [*tinychats(shape, activations, head), plain]
     common = {} if head is None else {"head": head}
-    words = "AWQ 4-bit g128" + ("" if head is None else f", {head}-bit head")
+    words = f"AWQ 4-bit g{shapes.find(shape).group_size}" + ("" if head is None else f", {head}-bit head")
     if not activations:
         return [Contender("tinychat", words, "tinychat_worker.py", None, "awq", common)]
     return [
@@ -125,7 +126,7 @@ class Models:
     def _make_awq(self, path: Path, *options: str) -> dict[str, Any]:
         if not path.exists():
             write = [sys.executable, "-m", "tinychat", "bench", "--shape", self._shape, "--write", str(path), *options]
-            subprocess.run(write, stdout=subprocess.DEVNULL, check=True)
+            _output(write, path)
         return {}
 
     def _make_float(self, path: Path) -> dict[str, Any]:
@@ -150,10 +151,15 @@ class Models:
 
     def _run(self, environment: str, script: str, path: Path) -> dict[str, Any]:
         config = self.find("config")[0] / "config.json"
-        command = [str(self.python(environment)), str(HERE / script), str(config), str(path)]
-        log = path.with_name(f"{path.name}.log")
-        with log.open("wb") as out:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=out, text=True)
-        if done.returncode:
-            raise SystemExit(f"{script} failed: see {log}")
-        return json.loads(done.stdout.splitlines()[-1])
+        output = _output([str(self.python(environment)), str(HERE / script), str(config), str(path)], path)
+        return json.loads(output.splitlines()[-1])
+
+
+def _output(command: list[str], path: Path) -> str:
+    """What the command that makes the model at `path` prints. WorkerError where it fails, with its log's place."""
+    log = path.with_name(f"{path.name}.log")
+    with log.open("wb") as out:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=out, text=True)
+    if done.returncode:
+        raise WorkerError(f"making {path} failed: see {log}")
+    return done.stdout

@@ -11,9 +11,10 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from process import WorkerError
 
 HERE = Path(__file__).parent
 TORCH = "torch==2.13.0"
@@ -48,23 +49,23 @@ RECIPES = {
 
 
 def python(name: str, folder: Path) -> Path:
-    """The interpreter of the environment `name` below `folder`. SystemExit where pip fails, with its log's place."""
+    """The interpreter of the environment `name` below `folder`. WorkerError where pip fails, with its log's place."""
     home = folder / name
     interpreter = home / "bin" / "python"
     recipe = RECIPES[name]
     text = json.dumps([recipe.steps, recipe.variables.get("CMAKE_ARGS", "")])
     mark = {"recipe": hashlib.sha256(text.encode()).hexdigest()}
-    if (home / MARK).is_file() and json.loads((home / MARK).read_text()) == mark:
+    if interpreter.exists() and (home / MARK).is_file() and json.loads((home / MARK).read_text()) == mark:
         return interpreter
     print(f"making the environment of {name} in {home} (once; minutes) ...", file=sys.stderr, flush=True)
     shutil.rmtree(home, ignore_errors=True)
-    venv.create(home, with_pip=True)
+    home.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     log = home / "pip.log"
+    pip = [str(interpreter), "-m", "pip"]
     with log.open("wb") as out:
-        for step in recipe.steps:
-            command = [str(interpreter), "-m", "pip", *step]
+        for command in ([sys.executable, "-m", "venv", str(home)], *([*pip, *step] for step in recipe.steps)):
             if subprocess.run(command, env=environment | recipe.variables, stdout=out, stderr=out).returncode:
-                raise SystemExit(f"pip failed for {name}: see {log}")
+                raise WorkerError(f"{command[2]} failed for {name}: see {log}")
     (home / MARK).write_text(json.dumps(mark))
     return interpreter

@@ -3,7 +3,8 @@
     python gguf_model.py CONFIG.json OUT.gguf
 
 As llama.cpp's own quantizer does for Q4_0, the linears and the embedding become Q4_0 (blocks of 32: an fp16 scale and
-32 codes, 4.5 bits per weight) and the output head Q6_K (6.5625 bits). No vocabulary: prompts are token ids.
+32 codes, 4.5 bits per weight) and the output head Q6_K (6.5625 bits), or Q8_0 (8.5 bits, blocks of 32) where Q6_K's
+blocks of 256 do not divide its inputs. No vocabulary: prompts are token ids.
 The last line is JSON: the bytes read for one token, which are all but the embedding's.
 """
 
@@ -15,14 +16,17 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from gguf import GGMLQuantizationType as Kind
 
 
-def random_blocks(rng: np.random.Generator, quantization: gguf.GGMLQuantizationType, rows: int, k: int) -> np.ndarray:
+def random_blocks(rng: np.random.Generator, quantization: Kind, rows: int, k: int) -> np.ndarray:
     """Bytes [rows, bytes of a row] of random codes, scaled for outputs about as large as the inputs."""
     block, size = gguf.GGML_QUANT_SIZES[quantization]
     blocks = rng.integers(0, 256, (rows * k // block, size), np.uint8)
-    if quantization == gguf.GGMLQuantizationType.Q4_0:  # w = (code - 8) * d
+    if quantization == Kind.Q4_0:  # w = (code - 8) * d
         blocks[:, :2] = np.float16(1 / (4.6 * k**0.5)).reshape(1).view(np.uint8)
+    elif quantization == Kind.Q8_0:  # w = code * d
+        blocks[:, :2] = np.float16(1 / (73.9 * k**0.5)).reshape(1).view(np.uint8)
     else:  # Q6_K: 128 + 64 bytes of codes, 16 signed scales, d; w = (code - 32) * scale * d
         blocks[:, 192:208] = 64
         blocks[:, 208:] = np.float16(1 / (18.5 * 64 * k**0.5)).reshape(1).view(np.uint8)
@@ -50,7 +54,7 @@ def write(config: dict, path: Path) -> int:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     read = 0
 
-    def add(name: str, rows: int, k: int, quantization=gguf.GGMLQuantizationType.Q4_0) -> None:
+    def add(name: str, rows: int, k: int, quantization: Kind = Kind.Q4_0) -> None:
         nonlocal read
         blocks = random_blocks(rng, quantization, rows, k)
         writer.add_tensor(f"{name}.weight", blocks, raw_dtype=quantization)
@@ -71,7 +75,7 @@ def write(config: dict, path: Path) -> int:
         for name in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(hidden, np.float32))
     writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
-    add("output", config["vocab_size"], hidden, gguf.GGMLQuantizationType.Q6_K)
+    add("output", config["vocab_size"], hidden, Kind.Q8_0 if hidden % gguf.QK_K else Kind.Q6_K)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -2,6 +2,7 @@
 
 What changes on the machine from minute to minute changes a whole round, so engines are compared within rounds: a ratio
 is the median over the rounds of the quotients. Decoding lies between two reads of memory, and is compared with them.
+An engine that fails is out from there on; what it did before counts, and the others go on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ SLICES = 5  # of the probe, before a run and after it
 
 @dataclass
 class Run:
-    """One engine with one number of threads; a list has an entry for each round. Speeds are tokens per second.
+    """One engine with one number of threads; a list has an entry for each round, until one in which the engine failed.
+
+    Speeds are tokens per second.
 
     fraction  of the read bandwidth that decoding reached: bytes_per_token over the time, over the probes around it
     others    cores that other programs kept busy meanwhile; one is enough to stall an engine that spins at barriers
@@ -48,7 +51,10 @@ class Run:
 
 @dataclass
 class Start:
-    """Starts of one engine: seconds from the command to the first token, and of them those before the worker's code."""
+    """Starts of one engine: seconds from the command to the first token, and of them those before the worker's code.
+
+    A list has an entry for each round, until one in which the engine failed.
+    """
 
     contender: Contender
     threads: int
@@ -72,15 +78,14 @@ class Plan:
 
 
 def speeds(plan: Plan) -> tuple[list[Run], dict[str, str]]:
-    """A run for each engine and number of threads; and why engines are missing, by name."""
+    """A run for each engine and number of threads; and why engines are missing, or rounds of them, by name."""
     runs: list[Run] = []
-    missing: dict[str, str] = {}
-    commands = {contender.name: contender.command(plan.models) for contender in plan.contenders}
+    commands, missing = _commands(plan)
     for threads in plan.threads:
         probe = Probe(threads)
         with ExitStack() as stack:
             workers: list[tuple[Run, Worker]] = []
-            for contender in plan.contenders:
+            for contender in (contender for contender in plan.contenders if contender.name in commands):
                 try:
                     worker = stack.enter_context(
                         Worker(
@@ -92,8 +97,7 @@ def speeds(plan: Plan) -> tuple[list[Run], dict[str, str]]:
                         )
                     )
                 except WorkerError as error:
-                    missing[contender.name] = str(error)
-                    _say(f"{contender.name} does not run: {error}")
+                    missing[contender.name] = _failure(contender, error)
                     continue
                 about = worker.about | {"without_amx": worker.limited}
                 if contender.ours:
@@ -105,10 +109,36 @@ def speeds(plan: Plan) -> tuple[list[Run], dict[str, str]]:
             for number in range(plan.rounds):
                 turn = number % max(1, len(workers))
                 for run, worker in workers[turn:] + workers[:turn]:
-                    _measure(run, worker, probe, plan, number)
-            for run, worker in workers:
-                run.peak_rss_bytes = worker.ask({"do": "memory"})["peak_rss_bytes"]
-    return runs, missing
+                    try:
+                        _measure(run, worker, probe, plan, number)
+                    except WorkerError as error:
+                        missing[run.contender.name] = _failure(run.contender, error, number + 1)
+                        workers.remove((run, worker))
+    return [run for run in runs if run.decode], missing
+
+
+def _commands(plan: Plan) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The worker's command of each engine, its environment and model made; and why engines are missing, by name."""
+    commands: dict[str, list[str]] = {}
+    missing: dict[str, str] = {}
+    failed: dict[tuple[str | None, str], WorkerError] = {}  # what takes minutes to fail is not tried again
+    for contender in plan.contenders:
+        parts = contender.environment, contender.model
+        try:
+            if parts in failed:
+                raise failed[parts]
+            commands[contender.name] = contender.command(plan.models)
+        except WorkerError as error:
+            failed[parts] = error
+            missing[contender.name] = _failure(contender, error)
+    return commands, missing
+
+
+def _failure(contender: Contender, error: WorkerError, number: int = 0) -> str:
+    """Why an engine is missing, said at once."""
+    why = f"in round {number}: {error}" if number else str(error)
+    _say(f"{contender.name} failed: {why}")
+    return why
 
 
 def _measure(run: Run, worker: Worker, probe: Probe, plan: Plan, number: int) -> None:
@@ -123,12 +153,16 @@ def _measure(run: Run, worker: Worker, probe: Probe, plan: Plan, number: int) ->
     decode = {"do": "decode", "prompt": prompt(PROMPT), "tokens": plan.tokens, "seconds": plan.seconds}
     latency = statistics.median(worker.ask(decode)["latencies"])
     read = between(before, statistics.median(probe.read() for _ in range(SLICES)))
+    prefill = worker.ask({"do": "prefill", "prompt": prompt(PREFILL)})["seconds"]
+    others = _busy_seconds() - busy - (worker.cpu_seconds() - own) - 2 * probed * run.threads
+    seconds = time.perf_counter() - began
+    run.peak_rss_bytes = worker.ask({"do": "memory"})["peak_rss_bytes"]
+    # All answers are there: a round is in every list or in none.
     run.decode.append(1 / latency)
     run.probe_gb_s.append(read)
     run.fraction.append(run.about["bytes_per_token"] / latency / 1e9 / read)
-    run.prefill.append(PREFILL / worker.ask({"do": "prefill", "prompt": prompt(PREFILL)})["seconds"])
-    others = _busy_seconds() - busy - (worker.cpu_seconds() - own) - 2 * probed * run.threads
-    run.others.append(max(0.0, others / (time.perf_counter() - began)))
+    run.prefill.append(PREFILL / prefill)
+    run.others.append(max(0.0, others / seconds))
     _say(
         f"{run.threads} threads, round {number + 1}: {run.contender.name:<16} {run.decode[-1]:7.2f} tokens/s, "
         f"{run.fraction[-1]:.2f} of {read:.1f} GB/s; prefill {run.prefill[-1]:7.1f}"
@@ -142,25 +176,24 @@ def _busy_seconds() -> float:
 
 
 def starts(plan: Plan) -> tuple[list[Start], dict[str, str]]:
-    """Starts of each engine with the files in the page cache, interleaved; and why engines are missing."""
-    found, missing = [], {}
-    for contender in plan.contenders:
-        _read_once(plan.models.find(contender.model)[0])
-        found.append(Start(contender, plan.threads[-1]))
+    """Starts of each engine with the files in the page cache, interleaved; and why engines, or starts, are missing."""
+    commands, missing = _commands(plan)
+    found = [Start(contender, plan.threads[-1]) for contender in plan.contenders if contender.name in commands]
+    for start in found:
+        _read_once(plan.models.find(start.contender.model)[0])
     for number in range(plan.rounds):
         for start in [start for start in found if start.contender.name not in missing]:
             name = start.contender.name
             try:
                 answer = first_token(
-                    start.contender.command(plan.models),
+                    commands[name],
                     threads=start.threads,
                     context=PREFILL,
                     log=plan.logs / f"{name}.log",
                     variables=start.contender.variables(),
                 )
             except WorkerError as error:
-                missing[name] = str(error)
-                _say(f"{name} does not start: {error}")
+                missing[name] = _failure(start.contender, error, number + 1)
                 continue
             start.about = answer
             start.seconds.append(answer["seconds"])

@@ -17,8 +17,8 @@ WARM_UP = {"do": "decode", "prompt": [1, 2, 3, 4], "tokens": 4, "seconds": 5.0}
 WITHOUT_AMX = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}
 
 
-class WorkerError(Exception):
-    """A worker that died: how, and where its output is."""
+class WorkerError(SystemExit):
+    """An engine that cannot be measured: why, and where its output is. Uncaught, it ends the program with that."""
 
 
 class Worker:
@@ -71,7 +71,10 @@ class Worker:
 
     def cpu_seconds(self) -> float:
         """CPU time that the process has used."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it ended between two requests
+            raise self._death() from None
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _start(self) -> dict[str, Any]:
@@ -90,7 +93,7 @@ class Worker:
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout
         line = self._process.stdout.readline()
-        if not line:
+        if not line.endswith("\n"):
             raise self._death()
         return json.loads(line)
 
@@ -114,6 +117,6 @@ def first_token(
         line = process.stdout.readline()
         seconds = time.perf_counter() - began
         process.communicate()
-    if not line:
+    if not line.endswith("\n"):
         raise WorkerError(f"{' '.join(command)} ended before its first token; its output is in {log}")
     return {**json.loads(line), "seconds": seconds}

@@ -61,6 +61,7 @@ def _disturbance(runs: list[Run]) -> str:
 def ratios(runs: list[Run]) -> list[dict[str, Any]]:
     """tinychat's speed over each peer's, round by round: median, least and greatest for decode and for prefill.
 
+    Where one of the two failed, the rounds before that count: those that both have.
     Settings of one engine ("llama.cpp", "llama.cpp-repack") are also taken together: the faster one of each figure.
     """
     rows = []
@@ -85,14 +86,14 @@ def _family(run: Run) -> str:
 def _ratio(ours: Run, name: str, peers: list[Run]) -> dict[str, Any]:
     row: dict[str, Any] = {"ours": ours.contender.name, "threads": ours.threads, "peer": name}
     for figure, peer in zip(FIGURES, peers, strict=True):
-        values = [a / b for a, b in zip(getattr(ours, figure), getattr(peer, figure), strict=True)]
+        values = [a / b for a, b in zip(getattr(ours, figure), getattr(peer, figure), strict=False)]
         row[figure] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
         row[figure]["against"] = peer.contender.name
     return row
 
 
 def starts(found: list[Start]) -> str:
-    """The table of starts."""
+    """The table of starts; times over tinychat's are taken within rounds, over the rounds of both."""
     lines = [
         "| engine | setting | threads | from the command to the first token, s | of it before its own code, s "
         "| peak RSS, GB | time over tinychat's |",
@@ -100,7 +101,7 @@ def starts(found: list[Start]) -> str:
     ]
     ours = next((start for start in found if start.contender.ours), None)
     for start in found:
-        times = [a / b for a, b in zip(start.seconds, ours.seconds, strict=True)] if ours else []
+        times = [a / b for a, b in zip(start.seconds, ours.seconds, strict=False)] if ours else []
         cells = (
             start.contender.name,
             start.contender.what,
@@ -129,9 +130,9 @@ def heading(shape: str) -> str:
 
 
 def engines(abouts: Iterable[tuple[str, dict[str, Any]]], missing: dict[str, str]) -> str:
-    """Versions and what each engine says of itself, and who is missing and why."""
+    """Versions and what each engine says of itself, and who failed and why."""
     lines = {f"- {name}: {about['version']}; {about['setting']}": None for name, about in abouts}
-    return "\n".join([*lines, *(f"- {name} did not run: {why}" for name, why in missing.items())])
+    return "\n".join([*lines, *(f"- {name} failed: {why}" for name, why in missing.items())])
 
 
 def command() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,12 +37,13 @@ def chosen(subject: Subject, asked: tuple[int, ...] | None) -> tuple[int, ...]:
     (of a model too short for them, none and as long as it goes).
 
     UsageError where one that was asked for is beyond the model's limit. A shape has random weights, whose speed does
-    not end there: of it, any may be asked for. BackendError where the memory would not hold the longest.
+    not end there: it has no limit. BackendError where the memory would not hold the longest.
     """
-    config, limit, free = subject.config, subject.limit, subject.free
+    config, free = subject.config, subject.free
+    limit = subject.limit if subject.options.shape is None else sys.maxsize
     if asked is not None:
         beyond = [context for context in asked if context + MOST > limit]
-        if beyond and subject.options.shape is None:
+        if beyond:
             raise UsageError(
                 f"a context of {beyond[0]} cannot be measured: the model has {limit} positions, and {MOST} are kept to "
                 f"decode in; ask for at most {max(0, limit - MOST)} (--contexts)"

@@ -313,7 +313,8 @@ def _verdict(probe: Probe | None, fraction: float | None, in_cache: bool, option
         return {**nothing, "probe_reasons": ["there is none: the compiled kernels are missing"]}
     probe.complete()
     share = getattr(probe, "core_share", 1.0)  # a GPU's probe needs no core
-    verdict = judge(probe.samples, probe.bytes_read, None if in_cache else fraction, options.min_probe, share)
+    sizes = (probe.buffer_bytes, cpuinfo.last_level_cache()) if isinstance(probe, Probe) else ()
+    verdict = judge(probe.samples, probe.bytes_read, None if in_cache else fraction, options.min_probe, share, *sizes)
     return {
         "probe_gb_s": verdict.gb_s,
         "probe_quartiles": list(verdict.quartiles),

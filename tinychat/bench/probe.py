@@ -60,6 +60,11 @@ class Probe:
         return min(1.0, statistics.median(self._shares))
 
     @property
+    def buffer_bytes(self) -> int:
+        """What it walks through."""
+        return len(self._buffer)
+
+    @property
     def bytes_read(self) -> int:
         """So far."""
         return len(self.samples) * self._slice
@@ -92,12 +97,15 @@ def judge(
     fraction: float | None,
     min_gb_s: float | None = None,
     core_share: float = 1.0,
+    buffer_bytes: int = BUFFER_BYTES,
+    cache_bytes: int | None = None,
 ) -> Verdict:
     """The verdict on a probe's samples (GB/s, in order).
 
     fraction  of the probe's speed at which the model's weights were read; None where caches may have served them
     min_gb_s  below it the probe is invalid
     core_share  see `Probe.core_share`
+    buffer_bytes, cache_bytes  of the probe, and of the last cache, where it is known
     """
     median = statistics.median(samples)
     low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (median,) * 3
@@ -111,6 +119,11 @@ def judge(
         reasons.append(f"the weights were read {fraction:.2f} times as fast: the probe is not the machine's limit")
     if unsteadiness > UNSTEADY:
         reasons.append(f"a slice and the next differ by {unsteadiness:.0%}: something else uses the memory")
+    if cache_bytes is not None and buffer_bytes < 2 * cache_bytes:
+        reasons.append(
+            f"for want of memory it walks through {buffer_bytes >> 20} MiB, much of which a cache of "
+            f"{cache_bytes >> 20} MiB may hold"
+        )
     if core_share < CROWDED:
         reasons.append(f"its threads had a core {core_share:.0%} of the time: others use it, or they are too many")
     return Verdict(median, (low, high), unsteadiness, bytes_read, reasons)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tinychat import cpuinfo
 from tinychat.backends import cpu_linear
 from tinychat.bench.probe import Probe, judge
 from tinychat.qtensor import QTensor
@@ -40,7 +41,14 @@ def measure(threads: int, activations: int = 16) -> dict[str, Any]:
     """
     probe = Probe(threads)
     probe.complete()
-    verdict = judge(probe.samples, probe.bytes_read, None, core_share=probe.core_share)
+    verdict = judge(
+        probe.samples,
+        probe.bytes_read,
+        None,
+        core_share=probe.core_share,
+        buffer_bytes=probe.buffer_bytes,
+        cache_bytes=cpuinfo.last_level_cache(),
+    )
     return {
         "threads": threads,
         "gb_s": verdict.gb_s,
