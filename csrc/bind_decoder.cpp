@@ -284,6 +284,8 @@ void bind_decoder(py::module_& m) {
             "set_embed", [](Decoder& decoder, WeightType type, Address table) { decoder.set_embed(type, pointer(table)); },
             release())
         .def(
+            "set_embed", [](Decoder& decoder, const LinearArgs& table) { decoder.set_embed(linear_data(table)); }, release())
+        .def(
             "set_ends",
             [](Decoder& decoder, WeightType type, Address positions, int64_t n_positions, const NormArgs& norm,
                const LinearArgs& project_in, const LinearArgs& project_out) {

@@ -181,6 +181,8 @@ void Decoder::set_embed(WeightType type, const void* table) {
     table_ = table;
 }
 
+void Decoder::set_embed(const LinearData& table) { packed_table_ = pack(table, shape_.vocab_size, shape_.embed_size); }
+
 // ---- a step ----------------------------------------------------------------------------------------------------------
 
 void Decoder::step(const Step& step) {
@@ -439,7 +441,8 @@ void Decoder::embed(const Step& step, int64_t row, float* x) const {
     if (table_) {
         widen(table_type_, table_, step.tokens[row] * width, width, x);
     } else {
-        head_.unpack_row(kernels_.linear, step.tokens[row], x);
+        const PackedLinear& rows = packed_table_.nbytes() ? packed_table_ : head_;
+        rows.unpack_row(kernels_.linear, step.tokens[row], x);
     }
     if (shape_.embed_scale != 1) {
         for (int64_t i = 0; i < width; ++i) x[i] *= shape_.embed_scale;

@@ -122,6 +122,8 @@ class Decoder {
     // The embedding, where the head's rows do not serve (tied): [vocab_size, embed_size] of a type other than quantized.
     // Not packed and not copied: rows are read there as long as the decoder lives.
     void set_embed(WeightType type, const void* table);
+    // The same of a table of codes, which is packed.
+    void set_embed(const LinearData& table);
 
     const DecoderShape& shape() const { return shape_; }
     int64_t weight_bytes() const { return weight_bytes_; }
@@ -222,7 +224,8 @@ class Decoder {
     int64_t weight_bytes_ = 0;
 
     WeightType table_type_ = WeightType::f32;
-    const void* table_ = nullptr;  // [vocab_size, embed_size]; null: rows of the head serve, and are held once
+    const void* table_ = nullptr;  // [vocab_size, embed_size]; null: rows of packed_table_, if any, or of the head serve
+    PackedLinear packed_table_;
     std::vector<Layer> layers_;
     WeightType positions_type_ = WeightType::f32;
     const void* positions_ = nullptr;  // [n_positions_, hidden_size]

@@ -15,7 +15,7 @@ from tiny_models import tiny
 from tokenizer_files import PIECES, SEPARATOR
 
 from tinychat import checkpoint, rope
-from tinychat.backends import reference
+from tinychat.backends import cpu, reference
 from tinychat.bench import traffic
 from tinychat.checkpoint.gguf_file import GgufFile
 from tinychat.config import Rope, RopeScaling
@@ -53,10 +53,11 @@ STORED = {
 }
 
 
-def write(path, family, config, tensors, stored=STORED["F32"], extra=(), raw=None):
+def write(path, family, config, tensors, stored=STORED["F32"], extra=(), raw=None, widened=True):
     """A file as llama.cpp's converter makes it, of Hugging Face's tensors. Returns what its tensors stand for.
 
     extra  more metadata; raw: tensors to write as they are, by llama.cpp's name
+    widened  a table of codes stands for what it is widened to, fp16; the cpu backend looks rows up in the codes
     """
     writer = gguf.GGUFWriter(path, family)
     writer.add_context_length(config["max_position_embeddings"])
@@ -88,8 +89,8 @@ def write(path, family, config, tensors, stored=STORED["F32"], extra=(), raw=Non
         data = gguf.quants.quantize(values, kind)
         writer.add_tensor(f"{block}{name}.{ending}", data, raw_dtype=kind)
         values = gguf.quants.dequantize(data, kind)
-        if name == "token_embd" and kind in (Kind.Q4_0, Kind.Q8_0):
-            values = values.astype(np.float16)  # as a table of which rows are looked up is kept
+        if name == "token_embd" and kind in (Kind.Q4_0, Kind.Q8_0) and widened:
+            values = values.astype(np.float16)
         if family == "llama" and name in heads:
             values = values.reshape(heads[name], -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         meant[theirs_name] = torch.tensor(values.astype(np.float32))
@@ -102,12 +103,12 @@ def write(path, family, config, tensors, stored=STORED["F32"], extra=(), raw=Non
     return meant
 
 
-def written(path, family="llama", stored="F32", extra=(), raw=None, **changes):
+def written(path, family="llama", stored="F32", extra=(), raw=None, widened=True, **changes):
     """(transformers' model with the weights of the file, its config), and the file is there."""
     model, config = tiny(family, **{**SIZES, **changes})
     tied = config["tie_word_embeddings"]
     state = {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
-    meant = write(path, family, config, state, STORED[stored], extra, raw)
+    meant = write(path, family, config, state, STORED[stored], extra, raw, widened)
     model.load_state_dict(meant, strict=False)
     model.tie_weights()
     return model, config
@@ -117,7 +118,7 @@ def written(path, family="llama", stored="F32", extra=(), raw=None, **changes):
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_logits_equal_transformers(family, stored, backend, tmp_path):
-    model, config = written(tmp_path / "a.gguf", family, stored)
+    model, config = written(tmp_path / "a.gguf", family, stored, widened=backend is reference)
     found = checkpoint.open(tmp_path / "a.gguf")
     text = tokens(23, config["vocab_size"])
     want, y = theirs(model, text), ours(found, text, [9, 1, 1, 12], backend)
@@ -133,6 +134,14 @@ def test_logits_equal_transformers(family, stored, backend, tmp_path):
         each, of_head = {"Q4_0": (4.5, 8.5), "Q8_0": (8.5, 16)}[stored]
         assert need.quantized == linears * each / 8 and need.head == 97 * 64 * of_head / 8
     assert traffic.of(found, head_bits=8).head == 97 * 64 * (8.5 / 8 if stored == "Q4_0" else 1 + 2 / 128)
+
+
+@pytest.mark.skipif(cpu.available() is not None, reason="the compiled kernels are not built")
+def test_a_table_of_codes_is_not_widened(tmp_path, monkeypatch):
+    written(tmp_path / "a.gguf", stored="Q4_0")
+    found = checkpoint.open(tmp_path / "a.gguf")
+    monkeypatch.setattr(type(found), "embed", lambda self: pytest.fail("the table as floats"))
+    assert cpu.build(found, ctx_size=16).weight_bytes
 
 
 @every_backend

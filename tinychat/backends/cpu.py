@@ -179,7 +179,9 @@ class CpuRunner:
         config = self.config
         vocab, hidden, width = config.vocab_size, config.hidden_size, config.table_width
         self._add_embedding_ends(source.ends(), keep)
-        head, table = source.head(), source.embed()  # head None where it is tied, once a stored copy is found equal
+        head = source.head()  # None where it is tied, once a stored copy is found equal
+        # Rows are looked up in the codes where a file holds these (`Checkpoint.table`); a head is rounded from floats.
+        table: Weight = source.embed() if head is None else getattr(source, "table", source.embed)()
         if table.shape != (vocab, width):
             raise ValueError(f"the embedding table is {table.shape}, expected {(vocab, width)}")
         tied = head is None
@@ -194,6 +196,9 @@ class CpuRunner:
         vectors = _vector(norm, hidden, "norm", keep), _vector(norm_bias, hidden, "norm's bias", keep)
         self._decoder.finish(vectors, packed, self._reading)
         if tied:
+            return
+        if not isinstance(table, np.ndarray):
+            self._decoder.set_embed(self._linear(Linear((table,)), vocab, width, "embedding", keep))
             return
         self._table = _lasting(table)
         self._decoder.set_embed(_float_type(self._table), self._table.ctypes.data)

@@ -148,6 +148,10 @@ class GgufCheckpoint(Checkpoint):
         """See `Checkpoint`."""
         return _tokenizer(self._tensors.file)
 
+    def table(self) -> Weight:
+        """See `Checkpoint`; codes where they are stored."""
+        return self._tensors.quantized(_EMBED) if self._tensors.kind(_EMBED) else self.embed()
+
     def _weight(self, segment: Segment) -> Weight:
         name = f"{segment.module}.weight"
         return self._tensors.quantized(name) if segment.module in self.quantized else self._read(name)

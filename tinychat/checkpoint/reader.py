@@ -85,6 +85,10 @@ class Checkpoint:
         self.shards.release()  # looked through whole; a reader may want few rows of it
         return table
 
+    def table(self) -> Weight:
+        """The embedding table as it is stored: that of `embed`, but where a file holds codes."""
+        return self.embed()
+
     def layer(self, index: int) -> Layer:
         """Block `index`. Weights are read-only on the mapped file, as they lie there."""
         if not 0 <= index < self.config.n_layers:
