@@ -93,9 +93,11 @@ void test_arena();
 void test_attention();
 void test_block();
 void test_clip();
+void test_decoder();
 void test_draw();
 void test_linear();
 void test_macos();
+void test_packing();
 void test_team();
 
 }  // namespace tinychat::test

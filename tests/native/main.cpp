@@ -1,7 +1,8 @@
 // The native tests: kernels, threads and the lowered decoder without Python, for sanitizers and cross builds.
 //
 //     cmake -S . -B build/native -DTINYCHAT_NATIVE_TESTS=ON [-DTINYCHAT_SANITIZE=address,undefined]
-//     cmake --build build/native && build/native/native_tests [arena] [attention] [block] [clip] [draw] [linear] [macos] [team]
+//     cmake --build build/native && build/native/native_tests
+//         [arena] [attention] [block] [clip] [decoder] [draw] [linear] [macos] [packing] [team]
 //
 // TINYCHAT_ISA names the one level to test. For ARM, emulated: cmake/aarch64-linux-gnu.cmake.
 #include <chrono>
@@ -42,9 +43,11 @@ int main(int argc, char** argv) {
     run("attention", test_attention);
     run("block", test_block);
     run("clip", test_clip);
+    run("decoder", test_decoder);
     run("draw", test_draw);
     run("linear", test_linear);
     run("macos", test_macos);
+    run("packing", test_packing);
     run("team", test_team);
     std::printf("results: %016llx\n", static_cast<unsigned long long>(digest));
     return failures ? 1 : 0;

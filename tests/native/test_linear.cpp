@@ -1,33 +1,8 @@
 // Every linear of every level: packing is undone by unpacking, products agree with float64, nothing beyond is touched.
-#include <cmath>
-
-#include "check.h"
-#include "half.h"
-#include "kernels.h"
+#include "weights.h"
 
 namespace tinychat::test {
 namespace {
-
-struct Quantized {
-    LinearShape shape;
-    int64_t groups;
-    std::vector<uint8_t> codes, zeros;
-    std::vector<uint16_t> scales;
-
-    Quantized(int64_t n, int64_t k, int64_t group, int32_t bits, int32_t activation_bits, Random& random)
-        : shape{WeightType::quantized, n, k, group, false, bits, activation_bits}, groups((k + group - 1) / group) {
-        for (int64_t i = 0; i < n * k; i++) codes.push_back(static_cast<uint8_t>(random.below(1 << bits)));
-        for (int64_t i = 0; i < n * groups; i++) {
-            zeros.push_back(static_cast<uint8_t>(bits == 8 ? 128 : random.below(1 << bits)));
-            scales.push_back(to_half(static_cast<float>(0.01 + 0.01 * random.uniform())));
-        }
-    }
-    WeightData data() { return {codes.data(), scales.data(), zeros.data(), Source::codes}; }
-    double weight(int64_t row, int64_t k) const {
-        const auto at = static_cast<size_t>(row * groups + k / shape.group);
-        return (codes[static_cast<size_t>(row * shape.k + k)] - zeros[at]) * static_cast<double>(from_half(scales[at]));
-    }
-};
 
 std::string name(const char* isa, const LinearShape& s, int64_t rows) {
     return std::string(isa) + " [" + std::to_string(s.n) + ", " + std::to_string(s.k) + "] group " +
@@ -59,23 +34,13 @@ void packing(const char* isa, Quantized& weight, const Memory& packed) {
 // The codes as streams of bits, in words by rows and by columns, in their own order and in the reverse one: the same bytes.
 void streams(const char* isa, Quantized& weight, const Memory& packed) {
     const LinearKernels& kernels = tinychat::kernels(isa).linear;
-    const int64_t n = weight.shape.n, k = weight.shape.k, bits = weight.shape.bits, words = (k * bits + 31) / 32;
-    const int64_t tiles = (n + kernels.tile - 1) / kernels.tile, bytes = kernels.packed_bytes(weight.shape);
+    const int64_t tiles = (weight.shape.n + kernels.tile - 1) / kernels.tile, bytes = kernels.packed_bytes(weight.shape);
     std::vector<int32_t> reverse;
-    for (int64_t i = 0; i < k; i++) reverse.push_back(static_cast<int32_t>(k - 1 - i));
+    for (int64_t i = weight.shape.k; i-- > 0;) reverse.push_back(static_cast<int32_t>(i));
     for (bool reversed : {false, true}) {
         for (bool by_rows : {false, true}) {
-            const int64_t row_stride = by_rows ? words : 1, word_stride = by_rows ? 1 : n;
-            std::vector<uint32_t> stream(static_cast<size_t>(n * words));
-            for (int64_t row = 0; row < n; row++) {
-                for (int64_t i = 0; i < k * bits; i++) {
-                    const int64_t at = i / bits, column = reversed ? k - 1 - at : at;
-                    const uint32_t bit = weight.codes[static_cast<size_t>(row * k + column)] >> i % bits & 1u;
-                    stream[static_cast<size_t>(row * row_stride + i / 32 * word_stride)] |= bit << i % 32;
-                }
-            }
-            const WeightData data{stream.data(), weight.scales.data(), weight.zeros.data(), Source::stream, row_stride,
-                                  word_stride, reversed ? reverse.data() : nullptr};
+            Stream stream(weight, by_rows, reversed ? reverse : std::vector<int32_t>{});
+            const WeightData data = stream.data(weight);
             const Memory found(bytes);
             for (int64_t tile = 0; tile < tiles; tile++) kernels.pack(weight.shape, data, found.data(), tile, tile + 1);
             check(std::memcmp(found.data(), packed.data(), static_cast<size_t>(bytes)) == 0,
