@@ -7,7 +7,7 @@
 // one more for where each row is. Registers hold 16 sums: 16 rows of 8 bits, or 8 of 16. Fewer rows go in smaller sets.
 //
 // On Zen 4 a block of 128 k takes 512 products for 16 sums and 48 other instructions of the same units (of 16 bits 24): 0.91 and
-// 0.95 of their peak are all there is. Found: 0.84 and 0.90 (benchmarks/results/speed.md).
+// 0.95 of their peak are all there is. Found: 0.86 and 0.90 (benchmarks/results/speed.md).
 #include <immintrin.h>
 
 #include "levels.h"
