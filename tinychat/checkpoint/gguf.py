@@ -135,8 +135,8 @@ class GgufCheckpoint(Checkpoint):
         for name in {_EMBED, _HEAD} & kinds.keys():  # as memory.estimate knows tables: in 16 bits
             info = tensors.info(name)
             self.file_bytes += table - (info.end - info.begin)
-        if kinds.pop(_EMBED, None) and not config.tied_head:
-            self.file_bytes += table  # it is not mapped
+        if (kind := kinds.pop(_EMBED, None)) and not config.tied_head:  # not mapped but packed
+            self.file_bytes += int(table / 16 * (kind.bits + 2 * (kind.bits == 6) + 40 / kind.group_size))
         self.quantized = {name.rpartition(".")[0] for name in kinds}
         self.n_quantized = sum(math.prod(tensors.info(name).shape) for name in kinds)
         if kinds:
