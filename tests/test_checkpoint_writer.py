@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tinychat import checkpoint
 from tinychat.checkpoint import AwqFormat, CheckpointWriter, awq
+from tinychat.checkpoint.partial import is_mount
 from tinychat.errors import CheckpointError
 from tinychat.qtensor import QTensor, bfloat16
 
@@ -139,10 +140,13 @@ def test_targets_refused(tmp_path):
     if os.path.ismount("/proc"):
         with pytest.raises(CheckpointError, match="is a mount point"):
             CheckpointWriter("/proc", overwrite=True)
+    (tmp_path / "mounts").write_text(f"36 35 98:0 /x {tmp_path}/a\\040\\134b rw - ext4 /dev/vda rw\n")
+    assert is_mount(tmp_path / "a \\b", tmp_path / "mounts") and not is_mount(tmp_path / "a", tmp_path / "mounts")
+    (tmp_path / "mounts").unlink()
 
 
 def test_a_target_that_was_filled_meanwhile_is_refused_and_the_work_kept(tmp_path):
-    run, told = {"seed": 0}, r"exists and is not empty.*\.out\.partial: the same again goes on from it"
+    run, told = {"seed": 0}, r"exists and is not empty.*\.out\.partial: clear the target, and the same again goes on"
     with (
         pytest.raises(CheckpointError, match=told),
         CheckpointWriter(tmp_path / "out", run=run) as writer,

@@ -440,6 +440,7 @@ def parts(monkeypatch, tmp_path):
         n_parameters=260_000,
         bits=4,
         file_bytes=1001,
+        table_bytes=None,
         tokenizer=ByteTokenizer,
     )
 

@@ -162,14 +162,21 @@ def test_shapes_of_llama(changes, backend, tmp_path):
 
 @every_backend
 def test_codes_of_six_bits(backend, tmp_path):
-    """The gguf package writes none: linears of any bytes."""
+    """The gguf package writes none: linears and a table of any bytes."""
     rng, raw, meant = np.random.default_rng(0), {}, {}
+
+    def codes(name, n, largest):
+        blocks = rng.integers(0, 256, (n, 210), np.uint8)
+        blocks[:, 208:] = (rng.random((n, 1)) * largest).astype(np.float16).view(np.uint8)
+        raw[name] = blocks, Kind.Q6_K
+        return torch.tensor(gguf.quants.dequantize(blocks, Kind.Q6_K))
+
     for layer in range(2):
-        for name, n in (("gate_proj", 96), ("up_proj", 96)):
-            blocks = rng.integers(0, 256, (n, 210), np.uint8)
-            blocks[:, 208:] = (rng.random((n, 1)) * 6e-5).astype(np.float16).view(np.uint8)
-            raw[f"blk.{layer}.ffn_{name.removesuffix('_proj')}.weight"] = blocks, Kind.Q6_K
-            meant[f"model.layers.{layer}.mlp.{name}.weight"] = torch.tensor(gguf.quants.dequantize(blocks, Kind.Q6_K))
+        for name in ("gate", "up"):
+            made = codes(f"blk.{layer}.ffn_{name}.weight", 96, 6e-5)
+            meant[f"model.layers.{layer}.mlp.{name}_proj.weight"] = made
+    table = codes("token_embd.weight", 97, 1e-3)
+    meant["model.embed_tokens.weight"] = table.half().float() if backend is reference else table
     model, config = tiny("llama", **{**SIZES, "hidden_size": 256})
     rest = {name: tensor for name, tensor in model.state_dict().items() if name not in meant}
     write(tmp_path / "a.gguf", "llama", config, rest, raw=raw)

@@ -200,8 +200,8 @@ def test_engines_that_fail_leave_the_others_and_what_they_did_before(module, tmp
     assert missing.keys() == {"unbuilt", "unbuilt too", "dies at once", "dies in a prefill"}
     assert missing["unbuilt"] == missing["unbuilt too"] == "pip failed: see pip.log"
     assert asked.models.tries == 1
-    assert missing["dies at once"].startswith("in round 1: ")
-    assert missing["dies in a prefill"].startswith("in round 2: ")
+    assert missing["dies at once"].startswith("--threads 1, round 1: ")
+    assert missing["dies in a prefill"].startswith("--threads 1, round 2: ")
     assert missing["dies in a prefill"].endswith(str(tmp_path / "dies in a prefill.log"))
     assert [row["peer"] for row in report.ratios(runs)] == ["dies in a prefill", "steady"]
     assert "| dies in a prefill | fake | 1 |" in report.speeds(runs)

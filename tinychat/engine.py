@@ -87,7 +87,10 @@ def load(
     sizes = config, source.file_bytes, source.n_quantized, module.FOOTPRINT, size
     head = head or (8 if source.n_quantized else 16)
     itemsize = KV_ITEMSIZE[kv_dtype]
-    needed = memory.estimate(*sizes, bits=source.bits, n_slots=n_slots, kv_itemsize=itemsize, head=head)
+    table = source.table_bytes
+    needed = memory.estimate(
+        *sizes, bits=source.bits, n_slots=n_slots, kv_itemsize=itemsize, head=head, table_bytes=table
+    )
     memory.check(needed, size, getattr(module, "free_bytes", memory.available)())
     words = source.tokenizer()
     runner = module.build(

@@ -62,6 +62,7 @@ def gather(
                 bits=source.bits,
                 kv_itemsize=engine.KV_ITEMSIZE[kv_dtype],
                 head=8 if source.n_quantized else 16,
+                table_bytes=source.table_bytes,
             ),
             "available": getattr(module, "free_bytes", memory.available)(),
         },

@@ -27,7 +27,8 @@ class Footprint:
     program     bytes of interpreter, libraries and buffers
     widths      bits that codes are kept in: the least of these that holds them
     step_bytes  of a weight while a step computes with it, one part of the model at a time; 0: it is used as it is kept
-    maps        codes are packed from the mapped words, and an embedding table that is not the head is read in its file
+    maps        codes are packed from the mapped words, and an embedding table that is not the head is read in its file,
+                where it is one of floats
     """
 
     program: int
@@ -54,6 +55,7 @@ def estimate(
     n_slots: int = 1,
     kv_itemsize: int = 2,
     head: int = 16,
+    table_bytes: int | None = None,
 ) -> dict[str, int]:
     """Bytes that a running model occupies: 'weights', 'kv_cache', 'working', 'overhead', and their sum as 'total'.
 
@@ -61,6 +63,7 @@ def estimate(
     n_quantized  weights of `bits` among them
     kv_itemsize  bytes of one number in the KV cache
     head         bits of the output head: 16 as it is stored, or 8
+    table_bytes  of an embedding table that is not the head, where it is not of the config's floats
 
     Weights take what they take in the files, codes what the backend keeps them in; a tied head shares the embedding's.
     While one part is packed (a layer, the table, a head of its own) its source is in memory too: as it is mapped, or
@@ -79,7 +82,8 @@ def estimate(
         weights -= itemsize * table
     in_words = footprint.maps and n_quantized > 0
     of_words = (bits + (0.4 if bits == 4 else 1.5)) / 8  # scales and zeros of other layouts than AWQ's are copied
-    source = max((of_words if in_words else itemsize) * block, itemsize * table)
+    of_table = table_bytes if footprint.maps and table_bytes is not None else itemsize * table
+    source = max((of_words if in_words else itemsize) * block, of_table)
     parts = {
         "weights": weights,
         "kv_cache": kv_cache,

@@ -2,7 +2,7 @@
 
 What changes on the machine from minute to minute changes a whole round, so engines are compared within rounds: a ratio
 is the median over the rounds of the quotients. Decoding lies between two reads of memory, and is compared with them.
-An engine that fails is out from there on; what it did before counts, and the others go on.
+An engine that fails is out from there on, with that number of threads; what it did before counts, and the others go on.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def speeds(plan: Plan) -> tuple[list[Run], dict[str, str]]:
                         )
                     )
                 except WorkerError as error:
-                    missing[contender.name] = _failure(contender, error)
+                    _miss(missing, contender, error, f"--threads {threads}")
                     continue
                 about = worker.about | {"without_amx": worker.limited}
                 if contender.ours:
@@ -112,7 +112,7 @@ def speeds(plan: Plan) -> tuple[list[Run], dict[str, str]]:
                     try:
                         _measure(run, worker, probe, plan, number)
                     except WorkerError as error:
-                        missing[run.contender.name] = _failure(run.contender, error, number + 1)
+                        _miss(missing, run.contender, error, f"--threads {threads}, round {number + 1}")
                         workers.remove((run, worker))
     return [run for run in runs if run.decode], missing
 
@@ -130,15 +130,15 @@ def _commands(plan: Plan) -> tuple[dict[str, list[str]], dict[str, str]]:
             commands[contender.name] = contender.command(plan.models)
         except WorkerError as error:
             failed[parts] = error
-            missing[contender.name] = _failure(contender, error)
+            _miss(missing, contender, error)
     return commands, missing
 
 
-def _failure(contender: Contender, error: WorkerError, number: int = 0) -> str:
-    """Why an engine is missing, said at once."""
-    why = f"in round {number}: {error}" if number else str(error)
+def _miss(missing: dict[str, str], contender: Contender, error: WorkerError, when: str = "") -> None:
+    """Note why an engine is missing, and say it at once."""
+    why = f"{when}: {error}" if when else str(error)
+    missing[contender.name] = "; ".join(filter(None, (missing.get(contender.name), why)))
     _say(f"{contender.name} failed: {why}")
-    return why
 
 
 def _measure(run: Run, worker: Worker, probe: Probe, plan: Plan, number: int) -> None:
@@ -193,7 +193,7 @@ def starts(plan: Plan) -> tuple[list[Start], dict[str, str]]:
                     variables=start.contender.variables(),
                 )
             except WorkerError as error:
-                missing[name] = _failure(start.contender, error, number + 1)
+                _miss(missing, start.contender, error, f"in round {number + 1}")
                 continue
             start.about = answer
             start.seconds.append(answer["seconds"])

@@ -94,7 +94,7 @@ struct Plan {
     std::vector<Form> forms;
     int32_t prompt = 9, activation_bits = 16;
     bool biases = false, tied = false, embed_norm = false, positions = false;
-    bool added_norms = false, qk_norm = false, act_scale = false;
+    bool added_norms = false, qk_norm = false, act_scale = false, table_of_codes = false;
     DecoderShape shape{50, 72, 4, 2, 16, 104, 16, false, 1e-5f, NormType::rms, Activation::silu, true, BlockType::sequential,
                        false, 0, 0.25f, 0, 1, 72, 1, 0, {0, 0}, {0, 0}, {}, {}};
 };
@@ -136,7 +136,9 @@ class Model {
         if (s.embed_size != hidden) project_out_ = linear(hidden, {s.embed_size});
         head_.k = s.embed_size;
         head_.add(Form::rounded, s.vocab_size, plan.activation_bits, random_);
-        table_.resize(index(plan.tied ? 0 : s.vocab_size * s.embed_size));
+        coded_table_.k = s.embed_size;
+        if (plan.table_of_codes) coded_table_.add(Form::codes, s.vocab_size, plan.activation_bits, random_);
+        table_.resize(index(plan.tied || plan.table_of_codes ? 0 : s.vocab_size * s.embed_size));
         for (uint16_t& value : table_) value = to_half(random_.normal());
     }
 
@@ -151,7 +153,8 @@ class Model {
                              l.shared_down.data});
         }
         made->finish(norm_.data(), head_.data, reading);
-        if (!plan_.tied) made->set_embed(WeightType::f16, table_.data());
+        if (plan_.table_of_codes) made->set_embed(coded_table_.data);
+        else if (!plan_.tied) made->set_embed(WeightType::f16, table_.data());
         return made;
     }
 
@@ -253,9 +256,10 @@ class Model {
     }
     Numbers embedded(const Row& row) const {
         const int64_t width = shape_.embed_size, hidden = shape_.hidden_size;
+        const Numbers& coded = (plan_.tied ? head_ : coded_table_).weights;
         Numbers x;
         for (int64_t i = row.token * width; i < (row.token + 1) * width; i++) {
-            x.push_back(shape_.embed_scale * (plan_.tied ? head_.weights[index(i)] : from_half(table_[index(i)])));
+            x.push_back(shape_.embed_scale * (coded.empty() ? from_half(table_[index(i)]) : coded[index(i)]));
         }
         if (project_in_.k) x = project_in_(x);
         if (plan_.positions) {
@@ -360,7 +364,7 @@ class Model {
     Random random_;
     size_t next_ = 0;  // of the forms
     std::vector<Layer> layers_;
-    Linear head_, project_in_, project_out_;
+    Linear head_, coded_table_, project_in_, project_out_;
     Norm norm_, embed_norm_;
     std::vector<float> positions_;
     std::vector<uint16_t> table_;
@@ -389,7 +393,7 @@ std::vector<Plan> plans() {
     });
     add("ALiBi over pieces of entries, clipped", {Form::codes}, [](Plan& plan, DecoderShape& s) {
         s.n_kv_heads = 1, s.ropes = {-1, -1}, s.slopes = {0.5f, 0.25f, 0.0625f, 0.0078125f}, s.clip_qkv = 1;
-        plan.embed_norm = true, plan.prompt = 140;
+        plan.embed_norm = plan.table_of_codes = true, plan.prompt = 140;
     });
     add("windows, two rotations, norms of all kinds, caps", mixed, [](Plan& plan, DecoderShape& s) {
         s.windows = {3, 0}, s.ropes = {1, 0}, s.attention_cap = 2, s.logit_cap = 3, s.embed_scale = 3, s.residual_scale = 0.5f;

@@ -166,15 +166,16 @@ class CpuRunner:
             self._add_layer(index, source.layer(index))
             if progress:
                 progress(index + 1, config.n_layers)
-        self._add_ends(source, head)
+        self.weight_bytes: int = self._add_ends(source, head)
         source.release()
-        self.weight_bytes: int = self._decoder.weight_bytes
         self.fetch: dict[str, str] | None = None  # of each linear, where there are several ways
         if _cpu.asks(isa):
             self.fetch = {linear: way.name for linear, way in self._decoder.readings.items()}
 
-    def _add_ends(self, source: WeightSource, bits: int) -> None:
-        """The final norm, the head in `bits`, and the embedding: rows of a tied head, or the table, read in place."""
+    def _add_ends(self, source: WeightSource, bits: int) -> int:
+        """The final norm, the head in `bits`, and the embedding: rows of a tied head, or the table, read in place, or
+        packed where it is one of codes. Returns the bytes of all weights but the table.
+        """
         keep: list[np.ndarray] = []
         config = self.config
         vocab, hidden, width = config.vocab_size, config.hidden_size, config.table_width
@@ -195,13 +196,13 @@ class CpuRunner:
         packed = self._linear(head, vocab, width, "head", keep, bits)
         vectors = _vector(norm, hidden, "norm", keep), _vector(norm_bias, hidden, "norm's bias", keep)
         self._decoder.finish(vectors, packed, self._reading)
-        if tied:
-            return
-        if not isinstance(table, np.ndarray):
+        weight_bytes: int = self._decoder.weight_bytes
+        if not tied and isinstance(table, np.ndarray):
+            self._table = _lasting(table)
+            self._decoder.set_embed(_float_type(self._table), self._table.ctypes.data)
+        elif not tied:
             self._decoder.set_embed(self._linear(Linear((table,)), vocab, width, "embedding", keep))
-            return
-        self._table = _lasting(table)
-        self._decoder.set_embed(_float_type(self._table), self._table.ctypes.data)
+        return weight_bytes
 
     def _add_embedding_ends(self, ends: Ends, keep: list[np.ndarray]) -> None:
         config = self.config

@@ -121,8 +121,7 @@ def judge(
         reasons.append(f"a slice and the next differ by {unsteadiness:.0%}: something else uses the memory")
     if cache_bytes is not None and buffer_bytes < 2 * cache_bytes:
         reasons.append(
-            f"for want of memory it walks through {buffer_bytes >> 20} MiB, much of which a cache of "
-            f"{cache_bytes >> 20} MiB may hold"
+            f"it walks through {buffer_bytes >> 20} MiB, much of which a cache of {cache_bytes >> 20} MiB may hold"
         )
     if core_share < CROWDED:
         reasons.append(f"its threads had a core {core_share:.0%} of the time: others use it, or they are too many")

@@ -6,13 +6,11 @@ norms and biases, and the keys and values of the positions that the token sees.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from tinychat import checkpoint
 from tinychat.bench.random_weights import RandomWeights
 from tinychat.checkpoint.inventory import segments
-from tinychat.checkpoint.safetensors_file import DTYPES
 from tinychat.config import ModelConfig
 from tinychat.engine import KV_ITEMSIZE
 from tinychat.qtensor import HEAD_GROUP
@@ -80,8 +78,7 @@ def _of_files(source: checkpoint.Checkpoint, head_bits: int) -> tuple[float, flo
     infos = {name: shards.info(name) for name in shards.names}
     sizes = {name: info.end - info.begin for name, info in infos.items()}
     sizes.pop(f"{names.embed}.weight")
-    embed = infos[f"{names.embed}.weight"]
-    table = math.prod(embed.shape) * DTYPES[embed.dtype].itemsize  # as it is held: in GGUF it may be stored otherwise
+    table = source.table_bytes
     sizes.pop(f"{names.positions}.weight", None)  # one row is read
     head_bias = sizes.pop(f"{names.head}.bias", 0)
     stored = sum(sizes.pop(name) for name in list(sizes) if name.startswith(f"{names.head}."))

@@ -135,8 +135,8 @@ class GgufCheckpoint(Checkpoint):
         for name in {_EMBED, _HEAD} & kinds.keys():  # as memory.estimate knows tables: in 16 bits
             info = tensors.info(name)
             self.file_bytes += table - (info.end - info.begin)
-        if (kind := kinds.pop(_EMBED, None)) and not config.tied_head:  # not mapped but packed
-            self.file_bytes += int(table / 16 * (kind.bits + 2 * (kind.bits == 6) + 40 / kind.group_size))
+        if kinds.pop(_EMBED, None) and not config.tied_head:
+            self.file_bytes += self.table_bytes  # it is not mapped
         self.quantized = {name.rpartition(".")[0] for name in kinds}
         self.n_quantized = sum(math.prod(tensors.info(name).shape) for name in kinds)
         if kinds:
@@ -151,6 +151,15 @@ class GgufCheckpoint(Checkpoint):
     def table(self) -> Weight:
         """See `Checkpoint`; codes where they are stored."""
         return self._tensors.quantized(_EMBED) if self._tensors.kind(_EMBED) else self.embed()
+
+    @property
+    def table_bytes(self) -> int:
+        """See `Checkpoint`; a table that is the head too is widened."""
+        kind = self._tensors.kind(_EMBED)
+        if kind is None or self.config.tied_head:
+            return super().table_bytes
+        bits = {4: 4, 6: 8, 8: 8}[kind.bits] + (40 if kind.name == "Q6_K" else 24) / kind.group_size  # scale and zero
+        return int(math.prod(self._tensors.info(_EMBED).shape) * bits / 8)
 
     def _weight(self, segment: Segment) -> Weight:
         name = f"{segment.module}.weight"

@@ -9,8 +9,8 @@ What is read is what a `QTensor` expresses exactly: in blocks along a row,
     Q8_0  32 codes of 8 bits, w = q s              s fp16; as a QTensor q + 128 with a zero of 128
     Q6_K  16 codes of 6 bits, w = (q - 32) (d s)   d fp16 for 16 scales s of 8 bits: the product fits fp32
 
-and F32, F16 and BF16; only a table of which rows are looked up is rounded, to fp16. The minima of Q4_1 and its kin
-are real numbers, which no zero is: they are refused by name.
+and F32, F16 and BF16; only a table of which rows are looked up is rounded, to fp16, where it is asked for as floats.
+The minima of Q4_1 and its kin are real numbers, which no zero is: they are refused by name.
 It knows no model.
 """
 

@@ -149,15 +149,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def is_mount(path: Path) -> bool:
+def is_mount(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
     """Whether something is mounted there, a part of the same file system too; such a directory cannot be renamed."""
     if os.path.ismount(path):
         return True
     try:
-        table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+        table = mounts.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return False
-    places = (line.split(" ")[4] for line in table.splitlines())
+    places = (line.split(" ")[4] for line in table.split("\n") if line)
     return any(re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place) == str(path) for place in places)
 
 

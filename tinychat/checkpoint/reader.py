@@ -10,6 +10,7 @@ It knows no model family (`architectures/` translates) and no device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tinychat.checkpoint.json_file import read_object
 from tinychat.checkpoint.layouts import Layout
 from tinychat.checkpoint.locate import GGUF
 from tinychat.checkpoint.quoting import quote
+from tinychat.checkpoint.safetensors_file import DTYPES
 from tinychat.checkpoint.shards import Shards
 from tinychat.checkpoint.vectors import ends, vectors
 from tinychat.config import Block, ModelConfig
@@ -88,6 +90,12 @@ class Checkpoint:
     def table(self) -> Weight:
         """The embedding table as it is stored: that of `embed`, but where a file holds codes."""
         return self.embed()
+
+    @property
+    def table_bytes(self) -> int:
+        """Of the table as `table` gives it; of codes, packed."""
+        info = self.shards.info(f"{self.names.embed}.weight")
+        return math.prod(info.shape) * DTYPES[info.dtype].itemsize
 
     def layer(self, index: int) -> Layer:
         """Block `index`. Weights are read-only on the mapped file, as they lie there."""

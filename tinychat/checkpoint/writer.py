@@ -165,7 +165,7 @@ class CheckpointWriter:
                 try:
                     self._refuse_target(within=True)  # once more: quantizing takes hours
                 except CheckpointError as fault:
-                    kept = self._kept_words()
+                    kept = self._kept_words("clear the target, and the same again goes on from it")
                     self.suspend()
                     raise CheckpointError(f"{fault}{kept}") from None
                 partial.publish()
@@ -209,9 +209,9 @@ class CheckpointWriter:
                 f"{quote(str(self.directory))} {what}: {fault.strerror or fault}; nothing was changed there{kept}"
             ) from None
 
-    def _kept_words(self) -> str:
+    def _kept_words(self, advice: str = "the same again goes on from it") -> str:
         kept = self.kept_in
-        return f"; what was finished is kept in {quote(str(kept))}: the same again goes on from it" if kept else ""
+        return f"; what was finished is kept in {quote(str(kept))}: {advice}" if kept else ""
 
     def _in_use(self) -> Partial:
         if self._partial is None:

@@ -43,7 +43,8 @@ class Sized:
         """See `memory.estimate`."""
         source = self.source
         sizes = source.config, source.file_bytes, source.n_quantized, self.footprint, context
-        return memory.estimate(*sizes, bits=source.bits, kv_itemsize=self.itemsize, head=self.head)
+        table = getattr(source, "table_bytes", None)  # a shape has one of floats
+        return memory.estimate(*sizes, bits=source.bits, kv_itemsize=self.itemsize, head=self.head, table_bytes=table)
 
     def longest(self, free: int | None) -> int | None:
         """The longest context that `free` bytes hold; None where it would be less than is worthwhile, the model's own
