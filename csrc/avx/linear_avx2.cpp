@@ -393,7 +393,9 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
         return;
     }
 #endif
-    const Call call{QuantizedLayout(shape), shape.wide_scales, shape.fetch, shape.two_tiles, shape.n, y_stride};
+    // Tiles that pairs leave, all of a short part, are asked for shortly ahead: with nothing asked for they are read a third slower.
+    const Fetch fetch = shape.two_tiles ? Fetch::near : shape.fetch;
+    const Call call{QuantizedLayout(shape), shape.wide_scales, fetch, shape.two_tiles, shape.n, y_stride};
     const char *at = static_cast<const char*>(packed), *x = static_cast<const char*>(activations);
     with_bits(shape.bits, [&](auto bits) {
         const auto work = shape.activation_bits == 8 ? run<bits.value, 1> : run<bits.value, 2>;
