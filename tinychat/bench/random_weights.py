@@ -64,6 +64,11 @@ class RandomWeights:
             return np.frombuffer(self._rng.bytes(4 * (self._largest // awq.PER_WORD + PLACES)), np.int32)
         return np.frombuffer(self._rng.bytes(self._largest + PLACES), np.uint8) >> 8 - self.bits
 
+    @property
+    def table_bytes(self) -> int:
+        """Of the embedding table, in fp16."""
+        return self.config.vocab_size * self.config.table_width * 2
+
     def embed(self) -> np.ndarray:
         """See `WeightSource`. Of an untied model one array is embedding and head: a backend keeps the first and packs
         the second, so that the source of the head takes no memory of its own, as that in a file would not. A tied one

@@ -104,7 +104,7 @@ class Subject:
         """See `memory.estimate`."""
         source, itemsize = self.source, engine.KV_ITEMSIZE[self.options.kv_dtype]
         sizes = self.config, source.file_bytes, source.n_quantized, self.backend.FOOTPRINT, ctx_size
-        table = getattr(source, "table_bytes", None)  # a shape has one of floats
+        table = source.table_bytes
         return memory.estimate(*sizes, bits=source.bits, kv_itemsize=itemsize, head=self.head, table_bytes=table)
 
     def load(self, ctx_size: int, threads: int | None, progress: Progress | None = None) -> engine.Engine:

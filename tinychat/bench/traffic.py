@@ -67,7 +67,7 @@ def of(source: RandomWeights | checkpoint.Checkpoint, *, head_bits: int = 16, kv
 def _of_random(source: RandomWeights, head_bits: int) -> tuple[float, float, float, float, float]:
     """See `_of_files`."""
     c = source.config
-    table = c.vocab_size * c.table_width * 2
+    table = source.table_bytes
     body = source.file_bytes - table * (1 if c.tied_head else 2)
     return body, source.quantized_bytes, _plain_head(c, head_bits, table), table, source.expert_bytes
 

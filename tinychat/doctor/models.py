@@ -43,7 +43,7 @@ class Sized:
         """See `memory.estimate`."""
         source = self.source
         sizes = source.config, source.file_bytes, source.n_quantized, self.footprint, context
-        table = getattr(source, "table_bytes", None)  # a shape has one of floats
+        table = source.table_bytes
         return memory.estimate(*sizes, bits=source.bits, kv_itemsize=self.itemsize, head=self.head, table_bytes=table)
 
     def longest(self, free: int | None) -> int | None:
