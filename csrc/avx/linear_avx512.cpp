@@ -54,12 +54,27 @@ constexpr int64_t kPanelTiles = 4;
 
 __m512i add_pairs(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
-// Of 2 bits, 4 times what unpacked() gives of an odd h: for a shift less.
-template <class V>
-__attribute__((always_inline)) inline V lifted(const char* at, int h) {
-    V lanes;
-    std::memcpy(&lanes, at, sizeof lanes);
-    return lanes >> (h - 1) * 2 & 0x0c0c0c0cu;
+// The registers of a unit of 2 bits; of those with odd numbers 4 times the codes, for a shift less.
+__attribute__((always_inline)) inline void unpack_lifted(const char* at, Lanes (&q)[4]) {
+    Lanes lower;
+    std::memcpy(&lower, at, sizeof lower);
+    asm("" : "+v"(lower));  // or each AND would load it anew
+    const Lanes upper = lower >> 4;
+    q[0] = lower & 0x03030303u;
+    q[1] = lower & 0x0c0c0c0cu;
+    q[2] = upper & 0x03030303u;
+    q[3] = upper & 0x0c0c0c0cu;
+}
+
+// sum + q x, of 4 bytes x for all rows.
+template <int bits>
+__attribute__((always_inline)) inline __m512i with_products(__m512i sum, __m512i q, const char* x) {
+    if constexpr (bits == 2) {  // waits for instructions: this is one less
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(q), "m"(*reinterpret_cast<const char(*)[4]>(x)));
+        return sum;
+    } else {  // waits for memory, of which more is on the way if factors are loaded early
+        return _mm512_dpbusd_epi32(sum, q, broadcast(x));
+    }
 }
 
 // sums[p][t] += sum over k of q x for plane p and row t, in `length` k.
@@ -82,20 +97,15 @@ __attribute__((always_inline)) inline void dot(const char* codes, int64_t ahead,
         for (int i = 0; i < count; i++) {
             const char *at = codes + (first + i) * unit_bytes(bits), *factors = x + (first + i) * unit_length(bits);
             fetch_unit<bits, fetch>(at, ahead);
+            Lanes lifted[4];
+            if constexpr (kLifts) unpack_lifted(at, lifted);
 #pragma GCC unroll 8
             for (int h = 0; h < kFours; h++) {
-                const auto q = (__m512i)(kLifts && h % 2 ? lifted<Lanes>(at, h) : unpacked<bits, Lanes>(at, h));
+                const auto q = (__m512i)(kLifts ? lifted[h] : unpacked<bits, Lanes>(at, h));
                 for (int t = 0; t < R; t++) {
                     for (int p = 0; p < planes; p++) {
                         __m512i& sum = chains[(i * kFours + h) % kChains][p][t];
-                        const char* factor = factors + t * stride + p * length + h * 4;
-                        if constexpr (bits == 2) {  // waits for instructions: this is one less
-                            asm("vpdpbusd %2%{1to16%}, %1, %0"
-                                : "+v"(sum)
-                                : "v"(q), "m"(*reinterpret_cast<const char(*)[4]>(factor)));
-                        } else {  // waits for memory, of which more is on the way if factors are loaded early
-                            sum = _mm512_dpbusd_epi32(sum, q, broadcast(factor));
-                        }
+                        sum = with_products<bits>(sum, q, factors + t * stride + p * length + h * 4);
                     }
                 }
             }
@@ -283,6 +293,7 @@ template <int bits, int planes, bool split>
 __attribute__((always_inline)) inline void dot_two(const char* const (&codes)[2], const char* x, int64_t length,
                                                    __m512i (&sums)[2][planes]) {
     constexpr int kFours = unit_length(bits) / 4;
+    constexpr bool kLifts = bits == 2 && split;
     __m512i second[2][planes];
     for (auto& of_tile : second) {
         for (__m512i& sum : of_tile) sum = _mm512_setzero_si512();
@@ -290,21 +301,26 @@ __attribute__((always_inline)) inline void dot_two(const char* const (&codes)[2]
     const int64_t end = divide_up(length, unit_length(bits));
 #pragma GCC unroll 32
     for (int64_t i = 0; i < end; i++) {
+        const char* at[2] = {codes[0] + i * unit_bytes(bits), codes[1] + i * unit_bytes(bits)};
+        Lanes lifted[2][4];
+        for (int j = 0; kLifts && j < 2; j++) unpack_lifted(at[j], lifted[j]);
 #pragma GCC unroll 8
         for (int h = 0; h < kFours; h++) {
             __m512i q[2];
-            for (int j = 0; j < 2; j++) q[j] = (__m512i)unpacked<bits, Lanes>(codes[j] + i * unit_bytes(bits), h);
+            for (int j = 0; j < 2; j++) q[j] = (__m512i)(kLifts ? lifted[j][h] : unpacked<bits, Lanes>(at[j], h));
             for (int p = 0; p < planes; p++) {
-                const __m512i factor = broadcast(x + p * length + i * unit_length(bits) + h * 4);
                 for (int j = 0; j < 2; j++) {
                     __m512i& sum = split && h % 2 ? second[j][p] : sums[j][p];
-                    sum = _mm512_dpbusd_epi32(sum, q[j], factor);
+                    sum = with_products<bits>(sum, q[j], x + p * length + i * unit_length(bits) + h * 4);
                 }
             }
         }
     }
     for (int j = 0; split && j < 2; j++) {
-        for (int p = 0; p < planes; p++) sums[j][p] = _mm512_add_epi32(sums[j][p], second[j][p]);
+        for (int p = 0; p < planes; p++) {
+            const __m512i sum = kLifts ? _mm512_srai_epi32(second[j][p], 2) : second[j][p];
+            sums[j][p] = _mm512_add_epi32(sums[j][p], sum);
+        }
     }
 }
 
@@ -340,6 +356,8 @@ __attribute__((noinline)) void row_of_two_tiles(const Call& call, const char* co
                 }
                 if (length == kBlock) {
                     dot_two<bits, planes, true>(at, x, kBlock, products);
+                } else if (bits == 2 && length == kBlock / 2) {  // the usual group of 2 bits
+                    dot_two<bits, planes, true>(at, x, kBlock / 2, products);
                 } else {
                     dot_two<bits, planes, false>(at, x, length, products);
                 }
