@@ -140,6 +140,9 @@ def test_version(capsys):
         ("generate a b -m c", "'b' is one argument too many"),
         ("generate pebble", "no prompt"),
         ("generate", "no prompt"),
+        ("generate a.gguf", "no prompt"),
+        ("doctor -c 512", "a context (-c) and the bits of a head (--head) are a model's; name a MODEL"),
+        ("doctor --device fpga", "there is no device 'fpga'; choose one of auto, "),
         ("generate hi --logprobs 2", "--logprobs shows nothing without --json"),
         ("generate hi --system x", "--system needs --chat"),
         ("quantize a", "the following arguments are required: -o/--output"),
@@ -272,13 +275,14 @@ def test_an_empty_prompt_is_refused_before_the_model_is_loaded(fake, stdin, caps
     assert not fake.loaded
 
 
-def test_a_directory_with_a_model_is_a_model(fake, stdin, tmp_path, monkeypatch):
+def test_a_directory_is_a_model(fake, stdin, tmp_path, monkeypatch):
     stdin(b"text")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    assert run("generate", "mine") == 0 and fake.loaded[-1][0] == "pebble"  # a folder, but no model: a prompt
-    (tmp_path / "mine" / "config.json").write_text("{}")
-    assert run("generate", "mine") == 0 and fake.loaded[-1][0] == "mine"
+    (tmp_path / "notes").write_text("a file")
+    assert run("generate", "notes") == 0 and fake.loaded[-1][0] == "pebble"  # a prompt
+    (tmp_path / "mine").mkdir()  # what it lacks is said by who opens it; another model would answer as if it were right
+    for name in ("mine", "absent.gguf"):
+        assert run("generate", name) == 0 and fake.loaded[-1][0] == name
 
 
 def test_options_reach_the_engine(fake, stdin):

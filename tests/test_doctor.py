@@ -24,7 +24,14 @@ def ours(supported, **changed):
     """What tinychat would say of itself where these levels run."""
     used = supported.split()[0]
     found = {"backend": "cpu", "description": f"cpu ({used}, 4 threads)", "reason": "the fastest available"}
-    found |= {"used": used, "supported": supported.split(), "threads": None, "forced": {}, "device_memory": None}
+    found |= {
+        "used": used,
+        "supported": supported.split(),
+        "threads": None,
+        "forced": {},
+        "device_memory": None,
+        "asked": "auto",
+    }
     return {**found, **changed}
 
 

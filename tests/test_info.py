@@ -73,7 +73,9 @@ def model(tmp_path):
 def backend(monkeypatch):
     """A backend that is always there."""
     made = SimpleNamespace(
-        __name__="tinychat.backends.paper", describe=lambda: "paper: by hand", FOOTPRINT=memory.Footprint(program=1000)
+        __name__="tinychat.backends.paper",
+        describe=lambda threads: "paper: by hand",
+        FOOTPRINT=memory.Footprint(program=1000),
     )
     monkeypatch.setattr(backends, "choose", lambda device: (made, f"{device} was asked for"))
 
@@ -110,6 +112,8 @@ def test_memory_follows_the_context(model):
     assert small == 4096 * 2 * LAYERS * KV_HEADS * (HEAD_DIM + 4)  # codes, and a scale for each entry
     assert 0 < more["memory"]["weights"] == facts["memory"]["weights"] <= facts["file_bytes"]  # its table stays a file
     assert more["memory"]["total"] - facts["memory"]["total"] == 8192 * per_token * 2 - 4096 * per_token
+    whole, rounded = (info.gather(str(model), head=bits)["memory"]["weights"] for bits in (16, 8))
+    assert rounded == facts["memory"]["weights"] < whole
     with pytest.raises(UsageError, match="8192"):
         info.gather(str(model), ctx_size=8193)
 
@@ -125,7 +129,7 @@ def test_the_command_prints_a_table_or_json(model, capsys):
         "1000 of at most 8192 tokens",
         "fp16, 0.375 KiB a token",
         "none: takes token ids only",
-        "'tinychat chat' does not",
+        "not read without a tokenizer: neither 'tinychat generate' nor 'tinychat chat' works",
         "paper: by hand (auto was asked for)",
     ):
         assert fact in text, fact

@@ -13,7 +13,7 @@ import tokenizer_files
 from safetensors.numpy import load_file
 
 import tinychat
-from tinychat import checkpoint
+from tinychat import checkpoint, cli
 from tinychat import quantize as package
 from tinychat.backends import cpu, reference
 from tinychat.cache import Rows
@@ -21,7 +21,7 @@ from tinychat.cli import main
 from tinychat.errors import CheckpointError, ConfigError, TinychatError, TokenizerError, UsageError
 from tinychat.evaluation import likelihood
 from tinychat.qtensor import QTensor, canonical
-from tinychat.quantize import calibration, quantize, quantize_in_memory, rtn
+from tinychat.quantize import calibration, progress, quantize, quantize_in_memory, rtn
 from tinychat.weights import LINEARS
 
 SMALL = {"n_sequences": 4, "length": 24, "progress": False}
@@ -263,7 +263,7 @@ def test_weights_that_fp16_cannot_hold(tmp_path):
 
 
 def test_methods_are_the_files_that_transform():
-    assert package.methods() == ["awq", "awq+gptq", "gptq", "rtn"]
+    assert package.methods() == [*cli.METHODS] == ["awq", "awq+gptq", "gptq", "rtn"]
 
 
 def with_inner(size):
@@ -312,8 +312,8 @@ def test_start_tokens():
     assert calibration.start_tokens({}, {"eos_token_id": None}) == []
 
 
-def read(path, model, n=4, length=16):
-    return calibration.from_file(path, model, n_sequences=n, length=length)
+def read(path, model, n=4, length=16, seed=0):
+    return calibration.from_file(path, model, n_sequences=n, length=length, seed=seed)
 
 
 def test_text_files(data_dir, tmp_path):
@@ -326,6 +326,8 @@ def test_text_files(data_dir, tmp_path):
     decoded = [tokenizer.decode(s).strip() for s in found]
     places = [text.replace("\n", " ").find(d.replace("\n", " ")[:12]) for d in decoded]
     assert places[-1] > 10000 and places == sorted(places)
+    others = [read(tmp_path / "long.txt", model, seed=seed) for seed in (1, 2, 1)]
+    assert others[0] == others[2] != others[1] and found not in others and all(map(len, others))
     (tmp_path / "short.txt").write_text("Once upon a time there was a cat.")
     found = read(tmp_path / "short.txt", model, length=512)
     assert len(found) == 1 and tokenizer.decode(found[0]).strip() == "Once upon a time there was a cat."
@@ -414,3 +416,17 @@ def test_awq_beats_rounding_on_real_weights(data_dir):
     assert scores["original"].perplexity < 4.4
     assert likelihood.compare(scores["awq"], scores["original"]).high < 0
     assert likelihood.compare(scores["awq"], scores["rtn"]).low > 0
+
+
+def test_the_time_that_is_left(monkeypatch, capsys):
+    now = iter((0.0, 300.0, 900.0, 901.0))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    shown = progress.Progress(6, 1)
+    for _ in range(2):
+        shown.doing("awq")
+        shown.done()
+    assert capsys.readouterr().err.splitlines() == [
+        "going on after layer 1 of 6, which an earlier run finished",
+        "quantizing: layer 2 of 6 done; 5 min a layer, about 20 min left",
+        "quantizing: layer 3 of 6 done; 8 min a layer, about 22 min left",
+    ]

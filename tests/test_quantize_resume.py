@@ -1,5 +1,6 @@
 """A quantization that is killed, told to stop, out of disk or not alone: nothing is half there, nothing is lost."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import tiny_checkpoints as tiny
 from quantizer_process import Quantizers
 
 from tinychat import checkpoint
-from tinychat.checkpoint import CheckpointWriter
+from tinychat.checkpoint import CheckpointWriter, partial
 from tinychat.errors import CheckpointError
 from tinychat.quantize import quantize
 
@@ -128,13 +129,43 @@ def test_another_run_does_not_go_on_with_it(quantizers, work):
         assert quantizers.run(*command(work, *more)) == 1
         assert expected in quantizers.log and "(--restart)" in quantizers.log
         assert "an unfinished run that differs from this one" in quantizers.log
-    changed = work / "source" / "model.safetensors"
-    stat = changed.stat()
-    os.utime(changed, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert quantizers.run(*command(work)) == 1 and "model.safetensors was" in quantizers.log
+    for name in ("model.safetensors", "config.json"):
+        changed = work / "source" / name
+        stat = changed.stat()
+        os.utime(changed, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+        assert quantizers.run(*command(work)) == 1 and f"{name} was" in quantizers.log
     assert {**contents(work / ".out.partial"), "lock": before["lock"]} == before
     assert quantizers.run(*command(work, "--restart", "--seed", "1")) == 0 and "going on" not in quantizers.log
     assert names(work) == ["out", "source", "text.jsonl"]
+
+
+def test_killed_between_two_renames(work):
+    """What was there before lies in the hidden directory, and perhaps someone has made a new one since."""
+    out, hidden = work / "out", work / ".out.partial"
+    for there in ({}, {"notes.txt": b"mine"}):
+        shutil.rmtree(out, ignore_errors=True)
+        (hidden / "replaced").mkdir(parents=True)
+        (hidden / "replaced" / "config.json").write_bytes(b"old")
+        out.mkdir()
+        for name, content in there.items():
+            (out / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match="exists and is not empty"):
+            CheckpointWriter(out)
+        assert contents(out) == (there or {"config.json": b"old"})
+    shutil.rmtree(out)
+    quantize(work / "source", out, method="rtn", group_size=32, progress=False, overwrite=True)
+    assert names(work) == ["out", "source"]
+
+
+def test_a_full_disk_at_the_first_commit_promises_nothing(work, monkeypatch):
+    def full(file):
+        if file.name.endswith("state.json.new"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(partial, "flush", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device; nothing was changed there$"):
+        quantize(work / "source", work / "out", group_size=32, n_sequences=2, length=8, progress=False)
+    assert names(work) == ["source"]
 
 
 def test_two_at_once(work):

@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from tinychat.evaluation import command as evaluation
 if TYPE_CHECKING:
     from tinychat.engine import Engine
 
+METHODS = "awq", "awq+gptq", "gptq", "rtn"  # tinychat.quantize.methods(), which would import PyTorch
 INTERNAL_ERROR = 70  # sysexits: EX_SOFTWARE
 INTERRUPTED, CLOSED_PIPE, TERMINATED = 130, 141, 143  # 128 + SIGINT, SIGPIPE, SIGTERM
 
@@ -57,7 +58,7 @@ def build_parser() -> Parser:
   tinychat bench --shape llama-2-7b                 how fast such a model would run here
   tinychat doctor                                   what this machine is good for, and what holds it back
 
-A MODEL is a directory, an id on the Hugging Face hub, or 'pebble'. TINYCHAT_DEBUG=1 shows tracebacks.
+A MODEL is a directory, a GGUF file, an id on the Hugging Face hub, or 'pebble'. TINYCHAT_DEBUG=1 shows tracebacks.
 'tinychat COMMAND --help' tells more.""",
     )
     parser.add_argument(
@@ -103,7 +104,7 @@ def _generate_options(parser: Parser) -> None:
     parser.epilog = """examples:
   tinychat generate pebble "Once upon a time" -n 64 --temp 0
   tinychat generate "Once upon a time"              one argument is the prompt, for pebble, ...
-  cat story.txt | tinychat generate ./my-model      ... unless it names a model (a directory, org/name, 'pebble')
+  cat story.txt | tinychat generate ./my-model      ... unless it names a model (a path, org/name, 'pebble')
   tinychat generate --chat "Where is Paris?" --json | tail -n 1 | python -m json.tool
 
 The prompt is taken as it is, without a chat template, unless --chat asks for it; '-' or none reads it from stdin.
@@ -133,18 +134,6 @@ The text is written as the model makes it; a terminal is shielded from escape se
     add_source(parser)
 
 
-class _Methods:
-    """The quantizer's methods for argparse, looked up when they are asked for: that imports PyTorch."""
-
-    def __iter__(self) -> Iterator[str]:
-        from tinychat.quantize import methods
-
-        return iter(methods())
-
-    def __contains__(self, name: object) -> bool:
-        return name in list(self)
-
-
 def _quantize_options(parser: Parser) -> None:
     parser.usage = "%(prog)s SRC -o DST [options]"
     parser.epilog = """examples:
@@ -166,7 +155,7 @@ writes the same bytes; what it needs for that lies in .DST.partial beside DST un
     form = parser.add_argument_group("what comes out")
     form.add_argument(
         "--method",
-        choices=_Methods(),
+        choices=METHODS,
         default="awq",
         metavar="NAME",
         help="how weights are rounded: %(choices)s (default: %(default)s)",
@@ -215,7 +204,8 @@ def _info_options(parser: Parser) -> None:
   tinychat info ./my-model --json
   tinychat info --supported                                 which model families there are
 
-Reads the config and the headers of the weight files, never the weights."""
+Reads the config and the headers of the weight files, never the weights; a hub id that is not in the cache is downloaded
+first, whole, as to run it."""
     add_model(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--supported", action="store_true", help="the model families, and how each is tested")
@@ -247,11 +237,11 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def names_model(word: str) -> bool:
-    """Whether a lone argument of `generate` is a model and not a prompt: 'pebble', org/name, or a path."""
-    if word == DEFAULT_MODEL or re.fullmatch(r"[\w.-]+/[\w.-]+|[.~]*/\S+", word):
+    """Whether a lone argument of `generate` is a model and not a prompt: 'pebble', org/name, a path, a GGUF file."""
+    if word == DEFAULT_MODEL or re.fullmatch(r"[\w.-]+/[\w.-]+|[.~]*/\S+|\S+\.gguf", word):
         return True
     try:
-        return (Path(word) / "config.json").is_file()
+        return Path(word).is_dir()
     except OSError:  # too long for a path
         return False
 
@@ -359,6 +349,8 @@ def _info(args: argparse.Namespace) -> int:
         device=args.device,
         ctx_size=args.ctx_size,
         kv_dtype=args.kv_type,
+        head=args.head,
+        threads=args.threads,
         **source_options(args),
     )
     print(json.dumps(facts) if args.json else info.table(facts))

@@ -32,11 +32,16 @@ def gather(
     device: str = "auto",
     ctx_size: int | None = None,
     kv_dtype: str = "fp16",
+    head: int | None = None,
+    threads: int | None = None,
     revision: str | None = None,
     offline: bool = False,
     ignore_config: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The facts about `model` under names that `tinychat info --json` prints; bytes and counts are plain numbers."""
+    """The facts about `model` under names that `tinychat info --json` prints; bytes and counts are plain numbers.
+
+    The options are those of `engine.load`.
+    """
     path = checkpoint.locate(model, revision=revision, offline=offline)
     source = checkpoint.open(path, ignore_config=ignore_config)
     c = source.config
@@ -61,14 +66,14 @@ def gather(
                 *sizes,
                 bits=source.bits,
                 kv_itemsize=engine.KV_ITEMSIZE[kv_dtype],
-                head=8 if source.n_quantized else 16,
+                head=head or (8 if source.n_quantized else 16),
                 table_bytes=source.table_bytes,
             ),
             "available": getattr(module, "free_bytes", memory.available)(),
         },
         **_text(source),
         "backend": module.__name__.rpartition(".")[2],
-        "backend_description": module.describe(),
+        "backend_description": module.describe(threads),
         "backend_reason": why,
     }
 
@@ -136,10 +141,18 @@ def table(facts: dict[str, Any]) -> str:
         ),
         ("", f"{memory.megabytes(need['overhead'])} program and buffers"),
         ("tokenizer", f.get("tokenizer_error") or ("yes" if f["tokenizer"] else "none: takes token ids only")),
-        ("template", "yes" if f["chat_template"] else "none: 'tinychat generate' works, 'tinychat chat' does not"),
+        ("template", _template(f)),
         ("backend", f"{f['backend_description']} ({f['backend_reason']})"),
     ]
     return "\n".join(f"{left:<14}{right}" for left, right in rows)
+
+
+def _template(facts: dict[str, Any]) -> str:
+    if facts["chat_template"]:
+        return "yes"
+    if not facts["tokenizer"]:
+        return "not read without a tokenizer: neither 'tinychat generate' nor 'tinychat chat' works"
+    return "none: 'tinychat generate' works, 'tinychat chat' does not"
 
 
 def _precision_rows(weights: dict[str, Any]) -> list[tuple[str, str]]:

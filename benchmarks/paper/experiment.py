@@ -73,7 +73,13 @@ class Experiment:
     def sequences_of(self, calibration: Path, n_sequences: int | None = None) -> list[list[int]]:
         """Calibration sequences, spread over the file."""
         length = min(self.args.length, self.context)
-        return from_file(calibration, self.source.path, n_sequences=n_sequences or self.args.sequences, length=length)
+        return from_file(
+            calibration,
+            self.source.path,
+            n_sequences=n_sequences or self.args.sequences,
+            length=length,
+            seed=self.args.seed,
+        )
 
     def quantized(self, method: str, *, sequences: list[list[int]] | None = None, **options: Any) -> WeightSource:
         """The model through the product's quantizer, in memory."""
@@ -112,7 +118,7 @@ class Experiment:
 
     def finish(self) -> None:
         """The last line: JSON of method -> perplexity."""
-        print(json.dumps({name: _finite(value) for name, value in self.found.items()}))
+        print(json.dumps({name: finite(value) for name, value in self.found.items()}))
 
 
 def show(columns: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> None:
@@ -132,5 +138,6 @@ def _cell(value: Any) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:.0f}" if value < 1e6 else f"{value:.2e}"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """For JSON, which has no infinity."""
     return value if not isinstance(value, float) or math.isfinite(value) else None

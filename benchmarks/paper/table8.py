@@ -23,7 +23,7 @@ from typing import Any
 
 import programs
 import published
-from experiment import Experiment, parser, show
+from experiment import Experiment, finite, parser, show
 
 from tinychat.engine import Engine
 from tinychat.weights import WeightSource
@@ -63,10 +63,7 @@ def mbpp(tasks: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
 
     solved = "".join(f"{asked(by_id[i])}{by_id[i]['code'].strip()}\n[DONE]\n\n" for i in EXAMPLES if i in by_id)
     chosen = [task for i, task in sorted(by_id.items()) if FIRST <= i <= LAST]
-    return [
-        (solved + asked(t), [t.get("test_setup_code", ""), *t["test_list"], *t.get("challenge_test_list", [])])
-        for t in chosen
-    ]
+    return [(solved + asked(t), [t.get("test_setup_code", ""), *t["test_list"]]) for t in chosen]
 
 
 def is_python(program: str) -> bool:
@@ -168,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         not_run = "" if args.run_programs else ", whose programs were not run (--run-programs)"
         asked.append(f"{len(tasks)} of MBPP{cut['mbpp']}{not_run}")
     print(f"problems: {'; '.join(asked)}\n")
-    print(json.dumps(scores))
+    print(json.dumps({method: {key: finite(x) for key, x in found.items()} for method, found in scores.items()}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Backends: one file per device, found by its name; each turns a `WeightSource` into a `Runner`.
 
-A backend module has `available() -> str | None` (None, or why it cannot be used), `describe() -> str` (one line: what
-runs and why), `FOOTPRINT` (what it takes in memory, see `memory`) and `build(source, **options) -> Runner`. One of a
+A backend module has `available() -> str | None` (None, or why it cannot be used), `describe(threads) -> str` (one line:
+what runs), `FOOTPRINT` (what it takes in memory, see `memory`) and `build(source, **options) -> Runner`. One of a
 device that most machines lack has `present() -> bool` (whether it seems to be there), one with memory of its own
 `free_bytes() -> int | None`. `reference` is the specification; the others are checked against it, op by op and model by
 model.

@@ -52,9 +52,9 @@ def available() -> str | None:
     return None
 
 
-def describe() -> str:
+def describe(threads: int | None = None) -> str:
     """One line: the instruction set and threads, as 'cpu (avx512vnni, 2 threads)'."""
-    return _describe(_cpu.isa(), thread_count(None))
+    return _describe(_cpu.isa(), thread_count(threads))
 
 
 def thread_count(threads: int | None) -> int:

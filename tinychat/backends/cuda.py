@@ -64,8 +64,8 @@ def available() -> str | None:
     return None
 
 
-def describe() -> str:
-    """One line: the GPU, as 'cuda (NVIDIA H200, sm_90)'."""
+def describe(threads: int | None = None) -> str:
+    """One line: the GPU, as 'cuda (NVIDIA H200, sm_90)'; threads are the cpu backend's."""
     found = _device()
     major, minor = found["capability"]
     shared = ", memory shared with the CPU" if found["integrated"] else ""

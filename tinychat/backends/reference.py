@@ -35,9 +35,10 @@ def available() -> str | None:
     return _missing
 
 
-def describe() -> str:
+def describe(threads: int | None = None) -> str:
     """One line: what runs."""
-    return f"reference: PyTorch {torch.__version__}, {torch.get_num_threads()} threads; the specification, not fast"
+    n = threads or torch.get_num_threads()
+    return f"reference: PyTorch {torch.__version__}, {n} threads; the specification, not fast"
 
 
 def build(

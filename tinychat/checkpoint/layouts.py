@@ -102,9 +102,10 @@ def parse(raw: Mapping[str, Any], where: str) -> Layout:
         if layout.recognises(raw):
             found: Layout = layout.parse(raw, where)
             return found
+    known = ", ".join(name.replace("_", "-") for name in _layouts())
     raise ConfigError(
-        f"{where} says quant_method {quote(raw.get('quant_method'))}; supported are {', '.join(_layouts())}, "
-        f"and checkpoints that are not quantized"
+        f"{where} says quant_method {quote(raw.get('quant_method'))}; supported are {known}, and checkpoints that are "
+        f"not quantized"
     )
 
 

@@ -59,14 +59,15 @@ class Partial:
             with (self / f"kept-{serial}.{tag}").open("wb") as file:
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                 flush(file)
-        self.state = {**state, "version": VERSION, "serial": serial, "kept": {}}
-        self.state["kept"] = {tag: [array.dtype.str, array.shape] for tag, array in arrays.items()}
+        kept = {tag: [array.dtype.str, array.shape] for tag, array in arrays.items()}
+        committed = {**state, "version": VERSION, "serial": serial, "kept": kept}
         new = self / f"{STATE}.new"
         with new.open("w", encoding="utf-8") as text:
-            json.dump(self.state, text, ensure_ascii=False)
+            json.dump(committed, text, ensure_ascii=False)
             flush(text)
         flush_directory(self.path)  # the names of the files that the state counts on
         new.replace(self / STATE)
+        self.state = committed  # not before: what is told of it must be true on a full disk
         flush_directory(self.path)
         for path in self.path.glob("kept-*"):
             if not path.name.startswith(f"kept-{serial}."):
@@ -84,13 +85,13 @@ class Partial:
         return found
 
     def sweep(self, counted: set[str]) -> None:
-        """Remove all but the lock, the state, its arrays and the files `counted`."""
+        """Remove all but the lock, the state, its arrays, the files `counted`, and what was NAME before."""
         if self.state is None:
             (self / STATE).unlink(missing_ok=True)
         else:
             counted = counted | {STATE} | {f"kept-{self.state['serial']}.{tag}" for tag in self.state["kept"]}
         for path in self.path.iterdir():
-            if path.name not in counted | {"lock"}:
+            if path.name not in counted | {"lock", "replaced"}:
                 remove(path)
 
     def publish(self) -> None:
@@ -99,6 +100,7 @@ class Partial:
         flush_directory(whole)
         exchanged = self.target.exists() and any(self.target.iterdir())
         if exchanged:
+            remove(replaced)  # of a run that was killed here, since when something else has become NAME
             self.target.rename(replaced)
         try:
             whole.rename(self.target)
@@ -123,8 +125,10 @@ class Partial:
             self.discard()
 
     def _restore_replaced(self) -> None:
-        if (self / "replaced").exists() and not self.target.exists():
-            (self / "replaced").rename(self.target)
+        if not (self / "replaced").exists() or (self.target.exists() and not self.target.is_dir()):
+            return
+        if not self.target.exists() or not any(self.target.iterdir()):
+            (self / "replaced").rename(self.target)  # over an empty directory too
 
     def _read_state(self) -> dict[str, Any] | None:
         if not (self / STATE).exists():

@@ -212,6 +212,11 @@ def open(path: Path | str, *, ignore_config: Collection[str] = ()) -> Checkpoint
     if not path.is_dir():
         what = f"is a file; give the directory that holds it, or a {GGUF} file" if path.exists() else "does not exist"
         raise CheckpointError(f"{quote(str(path))} {what}")
+    if not (path / "config.json").exists():
+        raise ConfigError(
+            f"{quote(str(path / 'config.json'))} is missing; give the directory of a checkpoint in Hugging Face's "
+            f"layout, which has it beside *.safetensors, or a {GGUF} file"
+        )
     hf_config = read_object(path / "config.json", ConfigError, MAX_CONFIG_BYTES)
     config, names = translate(hf_config, ignore_config)
     return Checkpoint(path, hf_config, config, names)

@@ -69,6 +69,7 @@ class CheckpointWriter:
     run          what determines the bytes written, as plain values by name: makes `commit` possible, and this writer
                  go on where one with an equal `run` was stopped (`note` and `arrays` are then what that one committed)
     restart      throw away what an earlier run left
+    way_out      what a user may do about a target that holds files, as ", or ..."
 
     Every failure is a `CheckpointError` and leaves what was there before as it was. What was committed is lost only by
     a `TinychatError` within the context that would come again: not by one of the disk, of what lies in the target, or
@@ -84,7 +85,9 @@ class CheckpointWriter:
         overwrite: bool = False,
         run: Mapping[str, Any] | None = None,
         restart: bool = False,
+        way_out: str = "",
     ):
+        self._way_out = way_out
         self.directory = Path(directory).resolve()
         self.note: dict[str, Any] | None = None
         self.arrays: dict[str, np.ndarray] = {}
@@ -299,7 +302,7 @@ class CheckpointWriter:
             )
         held = sorted(path.name for path in self.directory.iterdir()) if within else []
         if held and not self._overwrite:
-            raise CheckpointError(f"{where} exists and is not empty; choose another directory, or overwrite it")
+            raise CheckpointError(f"{where} exists and is not empty; choose another directory{self._way_out}")
         foreign = [name for name in held if not any(Path(name).match(pattern) for pattern in _WRITTEN)]
         if foreign:
             raise CheckpointError(

@@ -34,7 +34,7 @@ def _kernels(facts: dict[str, Any]) -> Iterator[str]:
     if asked := kernels["forced"].get("TINYCHAT_ISA"):
         if kernels["supported"] and asked != kernels["supported"][0]:
             yield f"TINYCHAT_ISA asks for {asked}: unset it, and the kernels take {kernels['supported'][0]}."
-    elif kernels["unused"]:
+    elif kernels["unused"] and kernels["asked"] in ("auto", "cpu"):
         level = kernels["unused"][0]
         yield (
             f"The processor could run the kernels of level {level} and they are not used: this build of tinychat has "

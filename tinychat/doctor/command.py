@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinychat.arguments import add_device, add_source, source_options
+from tinychat.errors import UsageError
 
 CANNOT_RUN = 1  # a model: the one asked for, or any
 
@@ -22,7 +23,8 @@ def fill(parser: argparse.ArgumentParser) -> None:
   tinychat doctor --json                            for a bug report
 
 Decoding reads every weight once a token: memory sets one limit of its speed, the kernels' arithmetic the other. Both
-are measured here, for a second or two; 'tinychat bench' measures the real thing. Nothing is loaded or changed."""
+are measured here, for a second or two; 'tinychat bench' measures the real thing. Nothing is loaded or changed, but a
+hub id that is not in the cache is downloaded first, whole, as to run it."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a directory, GGUF file or hub id to judge as well")
     parser.add_argument("--no-probe", action="store_true", help="measure nothing: no speeds, but at once")
     parser.add_argument("--boards", action="store_true", help="only which models fit boards of 1 to 8 GB, as Markdown")
@@ -41,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from tinychat.doctor.report import report
 
+    if args.model is None and (args.ctx_size or args.head):
+        raise UsageError("a context (-c) and the bits of a head (--head) are a model's; name a MODEL")
     facts = gather(
         model=args.model,
         device=args.device,

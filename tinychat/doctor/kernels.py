@@ -8,7 +8,7 @@ from typing import Any
 
 from tinychat import backends, cpuinfo
 from tinychat.doctor import machine
-from tinychat.errors import TinychatError
+from tinychat.errors import TinychatError, UsageError
 
 # What a level needs, under Linux' names; best first. csrc/isa.cpp asks the processor itself.
 LEVELS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -32,7 +32,12 @@ def here(device: str = "auto") -> dict[str, Any]:
     threads                       that it would run; None where it is not the cpu backend
     device_memory                 bytes that are free on a device with memory of its own, else None
     forced                        environment variables that decide in its place
+    asked                         `device`
+
+    UsageError where there is no backend of that name.
     """
+    if device not in (known := ("auto", *backends.PREFERENCE)):
+        raise UsageError(f"there is no device {device!r}; choose one of {', '.join(known)}")
     found: dict[str, Any] = {"backend": None, "description": None, "used": None, "supported": [], "threads": None}
     found["device_memory"] = None
     found["forced"] = {n: v for n in ("TINYCHAT_ISA", "TINYCHAT_FETCH", "TINYCHAT_THREADS") if (v := os.environ.get(n))}
@@ -49,6 +54,7 @@ def here(device: str = "auto") -> dict[str, Any]:
         found |= {"backend": name, "description": module.describe()}
     except TinychatError as error:
         found["reason"] = str(error)
+    found["asked"] = device
     return found
 
 

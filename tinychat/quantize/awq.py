@@ -2,10 +2,12 @@
 
 For each scaling group: s = s_x ** alpha (equation 5) with s_x = mean|x|, alpha among i / 20 for i = 0 .. 20: the s is
 kept whose rounding, Q(W diag(s)) diag(s)^-1, disturbs the output of the block around the group least (equation 4).
-alpha = 0 is the identity, plain rounding to nearest. Then the scaled weights are clipped: see `clip`.
+Every fourth alpha is tried, 0 and 1 among them, and then the neighbours of the best: the loss falls and rises once, or
+nearly so. alpha = 0 is the identity, plain rounding to nearest. Then the scaled weights are clipped: see `clip`.
 
 Scales and limits are found on `Observed.samples` and kept only where they disturb the output of the block around the
-group less on `Observed.held_out` too, so that no group ends up worse than rounding to nearest by either measure.
+group less on `Observed.held_out` too, so that no group ends up worse than rounding to nearest by either measure. (One
+sequence, or an expert that no held-out token went to, leaves the first alone.)
 Statistics are of all tokens; an expert's are of the tokens that went to it, and one that no sampled token went to keeps
 plain rounding. Everything is fp32.
 

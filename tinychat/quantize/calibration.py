@@ -75,7 +75,7 @@ def load(
         sequences = from_hub(origin, source.path, n_sequences=n_sequences, length=length)
     else:
         origin = str(calibration)
-        sequences = from_file(calibration, source.path, n_sequences=n_sequences, length=length)
+        sequences = from_file(calibration, source.path, n_sequences=n_sequences, length=length, seed=seed)
     check_ids(sequences, source.config.vocab_size)
     described = describe(sequences, origin)
     if (n_tokens := sum(map(len, sequences))) < min(ENOUGH_TOKENS, n_sequences * length):
@@ -103,16 +103,18 @@ def describe(sequences: Sequence[Sequence[int]], origin: str) -> str:
     return f"{origin}, {len(sequences)} sequences of {span}, {sum(lengths):,} tokens"
 
 
-def from_file(path: str | Path, model: Path, *, n_sequences: int, length: int) -> list[list[int]]:
+def from_file(path: str | Path, model: Path, *, n_sequences: int, length: int, seed: int = 0) -> list[list[int]]:
     """Sequences of at most `length` tokens from a text file, or from JSON lines (*.jsonl).
 
     A line is {"text": ...}, or {"messages": [...]}, rendered with the chat template of the checkpoint in `model`; where
-    there are more lines than sequences, short ones are joined. What is taken lies evenly over the file. Each sequence
-    begins with the tokenizer's beginning token, where it has one; shorter ones are taken where full ones are too few.
-    Raises UsageError for a file that is not such text, TokenizerError where the checkpoint has no tokenizer.
+    there are more lines than sequences, short ones are joined. What is taken lies evenly over the file: where stretches
+    of equal length begin, or, with a `seed` other than 0, as far into each as that says. Each sequence begins with the
+    tokenizer's beginning token, where it has one; shorter ones are taken where full ones are too few. Raises UsageError
+    for a file that is not such text, TokenizerError where the checkpoint has no tokenizer.
     """
     loaded = _tokenizer(model)
-    texts = _texts(Path(path), loaded, n_sequences, PIECE_CHARACTERS * length)
+    shift = np.random.default_rng(seed).random() if seed else 0.0
+    texts = _texts(Path(path), loaded, n_sequences, PIECE_CHARACTERS * length, shift)
     return _sequences(texts, loaded, n_sequences, length, str(path))
 
 
@@ -122,7 +124,8 @@ def from_hub(name: str, model: Path, *, n_sequences: int, length: int) -> list[l
     name  hf:org/name[/configuration][:split[:column]]; the split is train where none is named, the column the first of
           `messages`, `text` and `content` that there is
 
-    Records shorter than a sequence are joined. Needs the package `datasets`, and a network. Raises as `from_file`.
+    Records shorter than a sequence are joined; no seed chooses among them. Needs the package `datasets`, and a network.
+    Raises as `from_file`.
     """
     loaded = _tokenizer(model)
     path, _, rest = name.removeprefix(HUB).partition(":")
@@ -255,7 +258,7 @@ def _sequences(
     return _evenly(full if len(full) >= n_sequences else sequences, n_sequences)
 
 
-def _texts(path: Path, loaded: tokenizers.Tokenizer, count: int, characters: int) -> Iterator[str]:
+def _texts(path: Path, loaded: tokenizers.Tokenizer, count: int, characters: int, shift: float) -> Iterator[str]:
     try:
         content = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -267,7 +270,7 @@ def _texts(path: Path, loaded: tokenizers.Tokenizer, count: int, characters: int
         lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
 
         def rendered(n: int) -> Iterator[str]:
-            return (_record(line, f"{path}, line {number}", loaded) for number, line in _evenly(lines, n))
+            return (_record(line, f"{path}, line {number}", loaded) for number, line in _evenly(lines, n, shift))
 
         if len(lines) <= count:
             yield from rendered(count)
@@ -280,10 +283,10 @@ def _texts(path: Path, loaded: tokenizers.Tokenizer, count: int, characters: int
         return
     n_pieces = min(count, -(-len(content) // characters))
     for i in range(n_pieces):
-        start = i * len(content) // n_pieces
-        if i:  # begin at a word
+        start, end = i * len(content) // n_pieces, (i + 1) * len(content) // n_pieces
+        start += int(shift * max(0, end - start - characters))
+        if start:  # begin at a word
             start = next((j for j in range(start, min(start + 100, len(content))) if content[j].isspace()), start)
-        end = (i + 1) * len(content) // n_pieces
         yield content[start : min(start + characters, end)]
 
 
@@ -333,8 +336,8 @@ def _joined(texts: Iterable[str], count: int, characters: int) -> Iterator[str]:
         yield "\n\n".join(pieces)
 
 
-def _evenly(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of the items, spread over all of them."""
+def _evenly(items: Sequence[Any], count: int, shift: float = 0.0) -> list[Any]:
+    """At most `count` of the items, spread over all of them: those `shift` of the way to the next, 0 to less than 1."""
     if len(items) <= count:
         return list(items)
-    return [items[i * len(items) // count] for i in range(count)]
+    return [items[(i * len(items) + int(shift * len(items))) // count] for i in range(count)]

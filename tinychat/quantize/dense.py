@@ -79,7 +79,8 @@ class Dense:
             weight = piece.of_rows(slice(None))
             if piece.quantized:
                 self.grid.round_trip(weight, piece.modules[0], piece.limits, self.reading, made[rows])
-            else:
+            else:  # it will be written in fp16
+                weight = weight.half().float()
                 made[rows] = weight if self.reading is None else weight / self.reading
         return made
 

@@ -10,7 +10,8 @@ scales of the weights as they were, so that nothing but the order of updates cha
 result. "free" makes groups of columns that follow each other in that order, so that inputs of like activity share a
 scale: what is written then has a `permutation`, and limits, which are of other groups, have no say.
 
-Each row keeps what rounding to nearest, in the groups that are written, makes of it where that has the lower loss.
+Each row keeps what rounding to nearest, in the groups that are written, makes of it where that has the lower loss. A
+linear whose free groups lose more than rounding to nearest in the file's own gets those: it is done as "static".
 """
 
 from __future__ import annotations
@@ -73,74 +74,82 @@ class Solver:
     def __init__(self, gram: torch.Tensor, act_order: str | None = None, name: str = "weight"):
         """`gram` fp32 [K, K] is H. CheckpointError, with `name`, where it is not finite."""
         self.gram = gram
-        self.free = act_order == "free"
+        free = act_order == "free"
         diagonal = gram.diagonal()
         if not torch.isfinite(torch.stack(gram.aminmax())).all():
             raise CheckpointError(f"{name}: its inputs, multiplied with each other, go beyond fp32's range")
         self.order = diagonal.argsort(descending=True, stable=True) if act_order else None
-        self.back = self.permutation = None
-        if self.order is not None and self.free:
-            self.back = self.order.argsort()
-            self.permutation = self.order.to(torch.int32).cpu().numpy()
+        self.back = self.order.argsort() if self.order is not None and free else None  # of free groups
         self.factor = Factor(gram, self.order, name)
 
     def quantize(self, part: Dense, grid: Grid) -> tuple[QTensor, tuple[float, float, float]]:
         """(a linear of one segment on the grid; the loss rounded to nearest, the loss of this, the loss of zeros)."""
+        made, losses = self._in_pieces(part, grid, self.back)
+        if self.back is not None and losses[1] > losses[0]:
+            made, losses = self._in_pieces(part, grid, None)
+        return made, losses
+
+    def _in_pieces(
+        self, part: Dense, grid: Grid, back: torch.Tensor | None
+    ) -> tuple[QTensor, tuple[float, float, float]]:
+        """The same; `back` is the file's order of columns by that of free groups, None where groups are the file's."""
         made, losses = [], []
         for _, piece in part.slices(NUMBERS):
-            found, loss = self._quantize(piece, grid)
+            found, loss = self._quantize(piece, grid, back)
             made.append(found)
             losses.append(loss)
         nearest, after, power = (float(x.sum()) for x in torch.cat(losses, dim=1))
         return stacked(made), (nearest, after, power)
 
-    def _quantize(self, part: Dense, grid: Grid) -> tuple[QTensor, torch.Tensor]:
+    def _quantize(self, part: Dense, grid: Grid, back: torch.Tensor | None) -> tuple[QTensor, torch.Tensor]:
         """The same of a few rows; their losses, fp64 [3, N]."""
         weight, name = part.weight, part.modules[0]
         power = _quadratic(weight, self.gram)
-        grouped, scales, zeros = grid.fitted(weight, name, None if self.free else part.limits)
+        grouped, scales, zeros = grid.fitted(weight, name, part.limits if back is None else None)
         n, k = weight.shape
         nearest = grid.codes(grouped, scales, zeros).reshape(n, -1)[:, :k]
-        before = plain = _quadratic(self._error(weight, nearest, scales, zeros, grid), self.gram)
-        if self.back is not None:  # what is written has other groups than plain rounding
+        before = plain = self._loss(weight, nearest, scales, zeros, grid, None)
+        permutation = None
+        if back is not None and self.order is not None:  # what is written has other groups than plain rounding
+            permutation = self.order.to(torch.int32).cpu().numpy()
             weight = weight[:, self.order]
             grouped, scales, zeros = grid.fitted(weight, name)
             nearest = grid.codes(grouped, scales, zeros).reshape(n, -1)[:, :k]
-            before = self._loss(weight, nearest, scales, zeros, grid)
-        codes, new_scales, new_zeros = self._solve(part, grid, scales, zeros)
-        after = self._loss(weight, codes, new_scales, new_zeros, grid)
+            before = self._loss(weight, nearest, scales, zeros, grid, back)
+        codes, new_scales, new_zeros = self._solve(part, grid, scales, zeros, free=back is not None)
+        after = self._loss(weight, codes, new_scales, new_zeros, grid, back)
         better = after < before  # false for NaN
         losses = torch.stack((plain, torch.where(better, after, before), power))
         codes = torch.where(better[:, None], codes, nearest)
         scales, zeros = (torch.where(better[:, None], *of) for of in ((new_scales, scales), (new_zeros, zeros)))
-        return replace(grid.tensor(codes, scales, zeros, k), permutation=self.permutation), losses.double()
+        return replace(grid.tensor(codes, scales, zeros, k), permutation=permutation), losses.double()
 
     def _loss(
-        self, weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, grid: Grid
+        self,
+        weight: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor,
+        grid: Grid,
+        back: torch.Tensor | None,
     ) -> torch.Tensor:
-        """tr(E H E^T), row by row: [N]. Columns in the order in which they are written."""
-        error = self._error(weight, codes, scales, zeros, grid)
-        return _quadratic(error if self.back is None else error[:, self.back], self.gram)
-
-    @staticmethod
-    def _error(
-        weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, grid: Grid
-    ) -> torch.Tensor:
+        """tr(E H E^T), row by row: [N]. Columns in the order in which they are written; `back` as above."""
         groups = torch.arange(weight.shape[1]) // grid.width(weight.shape[1])
-        return (codes - zeros[:, groups]).mul_(scales[:, groups]).sub_(weight)
+        error = (codes - zeros[:, groups]).mul_(scales[:, groups]).sub_(weight)
+        return _quadratic(error if back is None else error[:, back], self.gram)
 
     def _solve(
-        self, part: Dense, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor
+        self, part: Dense, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor, *, free: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(codes [N, K], scales, zeros), in the columns' own order, or in the free one."""
         n, k = part.shape
         width = grid.width(k)
-        static = not self.free and (self.order is not None or part.limits is not None)
+        static = not free and (self.order is not None or part.limits is not None)
         order = torch.arange(k) if self.order is None else self.order
         weight = part.weight.T[order]  # [K, N], a copy: a column's numbers lie together
         codes = torch.empty_like(weight)
         scales, zeros = scales.T.contiguous(), zeros.T.contiguous()  # [groups, N]
-        group_of = ((torch.arange(k) if self.free else order) // width).tolist()
+        group_of = ((torch.arange(k) if free else order) // width).tolist()
         for first, last in _blocks(k, BLOCK if static else width):
             errors = torch.empty(last - first, n)
             factor = self.factor.rows(first, last)
@@ -156,7 +165,7 @@ class Solver:
                 weight[j + 1 : last].addr_(factor[i, i + 1 : last - first], error, alpha=-1)
                 errors[i] = error
             weight[last:].addmm_(factor[:, last - first :].T, errors, alpha=-1)
-        if not self.free:
+        if not free:
             codes[order] = codes.clone()
         return codes.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous()
 

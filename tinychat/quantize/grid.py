@@ -37,8 +37,8 @@ class Grid:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise UsageError(f"{self.bits} bits: weights can be quantized to 2, 3, 4, 5, 6, 7 or 8 bits")
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise UsageError(f"{self.bits!r} bits: weights can be quantized to 2, 3, 4, 5, 6, 7 or 8 bits")
         if self.group_size != -1 and self.group_size < 1:
             raise UsageError(f"group size {self.group_size}: give a number of inputs, or -1 for one group per row")
 

@@ -2,12 +2,14 @@
 
 A file of the source is told by its size and the time of its last change, to the nanosecond. A hash of its header would
 not see new values in old shapes, as fine-tuning writes them, and one of all its bytes would read 140 GB at each start;
-the price is that a source that was copied anew does not continue the quantization of the first copy.
+the price is that a source that was copied anew does not continue the quantization of the first copy. The program is
+told by its files, as a version lasts for many of them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,30 @@ import tinychat
 from tinychat.backends import arithmetic
 from tinychat.errors import UsageError
 
+_KINDS = "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"  # that are read, or copied
+
 
 def run(source: Path, calibration: str | Path | None, options: dict[str, Any]) -> dict[str, Any]:
     """The identity of quantizing `source` with `options`, as plain values by the names that a user knows them by."""
-    files = {path.name: _file(path) for path in sorted([source / "config.json", *source.glob("*.safetensors")])}
+    files = {path.name: _file(path) for path in sorted(path for kind in _KINDS for path in source.glob(kind))}
     engine = arithmetic.engine()  # whose levels add in orders of their own
     software = {
-        "tinychat": tinychat.__version__,
-        "torch": torch.__version__,
+        "tinychat": f"{tinychat.__version__}, sha256 {_program()}",
+        "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "kernels": engine.isa() if engine else "none",
     }
     return {**files, **software, **options, "calibration": _text(calibration)}
+
+
+def _program() -> str:
+    folder = Path(__file__).parents[1]
+    native = importlib.util.find_spec("tinychat._cpu")
+    files = [*folder.rglob("*.py"), *([Path(native.origin)] if native and native.origin else [])]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _file(path: Path) -> str:

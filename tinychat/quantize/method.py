@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from tinychat.config import ModelConfig
@@ -88,6 +88,9 @@ class Method:
         if self.transformation is not None:
             how = self.act_scales, not self.permutes  # limits are of the file's groups
             layer, results = self.transformation.transform(config, layer, index, observed, grid, *how)
+            if self.rounding is not rtn:  # and these are losses of scales and limits rounded to nearest
+                alone = self.name.partition("+")[0]
+                results = [replace(found, group=f"{found.group}, {alone} alone") for found in results]
         if observed is not None:  # rounding has no use for samples, and needs the room
             observed.samples.clear()
             observed.held_out.clear()

@@ -80,7 +80,8 @@ def quantize(
     revision, offline, ignore_config  of the source: see `checkpoint.locate` and `checkpoint.open`
 
     In memory are one layer as the source has it and in codes, parts of it in fp32, and the calibration activations:
-    less than two layers in fp32. (Text that is sampled takes the packed model while it is written: see `rounded`.)
+    less than two layers in fp32, or about 1.1 GB where that is more. (Text that is sampled takes the packed model while
+    it is written: see `rounded`.)
     Raises UsageError for arguments that cannot be, CheckpointError for what is wrong with the source or the output,
     which then is as it was before.
     """
@@ -105,7 +106,10 @@ def quantize(
     options |= {"symmetric": symmetric, "act-order": act_order or False, "device": devices.describe(where)}
     options |= {"sequences": n_sequences, "length": length, "ignored keys": sorted(ignore_config)}
     run = identity.run(opened.path, calibration, options)
-    with CheckpointWriter(output, source=opened.path, overwrite=overwrite, run=run, restart=restart) as writer:
+    way_out = ", or have it replaced (--overwrite)"
+    with CheckpointWriter(
+        output, source=opened.path, overwrite=overwrite, run=run, restart=restart, way_out=way_out
+    ) as writer:
         state = _State(writer, Report(method, bits, made.group_size, bytes_before=opened.file_bytes), began)
         if writer.note is None:
             kept = n_sequences * length * opened.config.hidden_size * 4 if chosen.needs_calibration else 0

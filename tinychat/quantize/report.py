@@ -22,7 +22,7 @@ class GroupResult:
     """What was found for one group of one layer. Losses are relative: mean error^2 over mean output^2.
 
     `alpha` is 0 where no scales were better; where there is none to find, as of the whole block (group `BLOCK`, all
-    groups together, in one sample), it is None.
+    groups together, in one sample), it is None. "awq alone" is what that leaves rounded to nearest, before GPTQ.
     """
 
     layer: int
@@ -104,14 +104,15 @@ class Report:
         names = list(dict.fromkeys(result.group for result in self.groups))
         if names:
             lines.append("")
-            lines.append(f"{'relative loss, all layers':<28}{'rtn':>11}{self.method:>11}{'change':>9}   alpha")
+            width = max(28, 4 + max(map(len, names)))
+            lines.append(f"{'relative loss, all layers':<{width}}{'rtn':>11}{self.method:>11}{'change':>9}   alpha")
         for name in names:
             found = [result for result in self.groups if result.group == name]
             before = float(np.mean([result.loss_rtn for result in found]))
             after = float(np.mean([result.loss for result in found]))
             change = f"{after / before - 1:+.1%}" if before else "0"
             alphas = [result.alpha for result in found if result.alpha is not None]
-            lines.append(f"  {name:<26}{before:>11.3e}{after:>11.3e}{change:>9}   {_spread(alphas)}".rstrip())
+            lines.append(f"  {name:<{width - 2}}{before:>11.3e}{after:>11.3e}{change:>9}   {_spread(alphas)}".rstrip())
         if names:
             lines.append("")
         if self.rounding:
