@@ -276,12 +276,12 @@ def test_an_empty_prompt_is_refused_before_the_model_is_loaded(fake, stdin, caps
 
 
 def test_a_directory_is_a_model(fake, stdin, tmp_path, monkeypatch):
-    stdin(b"text")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes").write_text("a file")
     assert run("generate", "notes") == 0 and fake.loaded[-1][0] == "pebble"  # a prompt
     (tmp_path / "mine").mkdir()  # what it lacks is said by who opens it; another model would answer as if it were right
     for name in ("mine", "absent.gguf"):
+        stdin(b"text")
         assert run("generate", name) == 0 and fake.loaded[-1][0] == name
 
 
