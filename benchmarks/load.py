@@ -38,11 +38,13 @@ began = time.perf_counter()
 with tinychat.load(sys.argv[1], device="cpu", ctx_size=512, threads=int(sys.argv[2])) as llm:
     seconds, used = time.perf_counter() - began, os.times()
     llm.logits([1])
+    first = time.perf_counter() - began
+    llm.logits([1] * 512)  # a cache that nobody has written to takes no memory
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     runner = llm._runner
     print(json.dumps({
         "load_s": seconds,
-        "first_token_s": time.perf_counter() - began,
+        "first_token_s": first,
         "user_s": used.user,
         "system_s": used.system,
         "packed_bytes": runner.weight_bytes,

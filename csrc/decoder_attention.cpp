@@ -120,7 +120,7 @@ void Decoder::merge(const Piece& piece, int64_t head, float* mixed) const {
         float largest = -INFINITY, sum = 0;
         for (int64_t i = 0; i < piece.count; ++i) {
             const float maximum = partial_of(piece, head, i).maximum[query];
-            if (!(maximum <= largest)) largest = maximum;  // NaN stays
+            if (!(maximum <= largest)) largest = maximum;
         }
         std::fill(out, out + dim, 0.0f);
         for (int64_t i = 0; i < piece.count; ++i) {

@@ -604,15 +604,24 @@ def test_bytes_in_words(n, words):
 
 
 def test_memory_limits_of_control_groups(tmp_path):
-    (tmp_path / "proc").write_text("1:name=systemd:/\n0::/a/b\n")
-    inner = tmp_path / "a" / "b"
-    inner.mkdir(parents=True)
-    for name, text in {"memory.max": "max", "memory.current": "5", "memory.stat": "inactive_file 1"}.items():
-        (inner / name).write_text(text + "\n")
-    assert memory._cgroup_v2(tmp_path / "proc", tmp_path) is None
-    for name, text in {"memory.max": "1000", "memory.current": "700", "memory.stat": "inactive_file 50"}.items():
-        (tmp_path / "a" / name).write_text(text + "\n")
-    assert memory._cgroup_v2(tmp_path / "proc", tmp_path) == 350
+    groups = tmp_path / "sys/fs/cgroup"
+
+    def write(group, **files):
+        (groups / group).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (groups / group / f"memory.{name}").write_text(f"{text}\n")
+
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("1:name=systemd:/\n9:cpu,memory:/slurm/job\n0::/a/b\n")
+    write("a/b", max="max", current="5", stat="inactive_file 1")
+    assert memory.group_room(tmp_path) is None
+    write("a", max="1000", current="700", stat="inactive_file 50")
+    assert memory.group_room(tmp_path) == 350
+    write("memory/slurm/job", limit_in_bytes=1 << 62, usage_in_bytes=5, stat="")
+    write("memory/slurm", limit_in_bytes=800, usage_in_bytes=600, stat="total_active_file 70")
+    assert memory.group_room(tmp_path) == 270
+    write("memory", limit_in_bytes=100, usage_in_bytes=90, stat="")  # as a container sees its own
+    assert memory.group_room(tmp_path) == 10
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -482,6 +482,19 @@ def test_physical_cores_of_two_kinds_and_the_quota_of_cgroup_1(tmp_path, monkeyp
     assert physical_cores(tmp_path) == 2
 
 
+@pytest.mark.parametrize("name", ["core_cpus_list", "thread_siblings_list"])
+def test_physical_cores_whose_numbers_start_anew_in_each_cluster(name, tmp_path, monkeypatch):
+    """An RK3588 under Linux 6: clusters of four, two and two; and the first core with a second thread."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(9)), raising=False)
+    for number, core in enumerate([0, 1, 2, 3, 0, 1, 0, 1, 0]):
+        topology = tmp_path / f"sys/devices/system/cpu/cpu{number}/topology"
+        topology.mkdir(parents=True)
+        (topology / "physical_package_id").write_text("0\n")
+        (topology / "core_id").write_text(f"{core}\n")
+        (topology / name).write_text("0,8\n" if number in (0, 8) else f"{number}\n")
+    assert physical_cores(tmp_path) == 8
+
+
 def test_helpers_sleep_while_no_step_runs():
     runner = build(model(), threads=4)
     runner.step(Rows.of([1], 0))

@@ -139,8 +139,15 @@ def number(path: Path) -> int | None:
 
 
 def _core(root: Path, cpu: int) -> tuple[str, ...]:
-    """What tells a physical core from others; the CPU's own number where the system does not say."""
+    """What tells a physical core from others; the CPU's own number where the system does not say.
+
+    That is its threads, by whichever name this Linux has for them: on ARM a core's number may be another's of another
+    cluster too.
+    """
     topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+    for name in ("core_cpus_list", "thread_siblings_list"):
+        if threads := cpu_list(read(topology / name)):
+            return tuple(map(str, sorted(threads)))
     place = tuple(read(topology / name).strip() for name in ("physical_package_id", "core_id"))
     return place if all(place) else (str(cpu),)
 

@@ -104,7 +104,19 @@ def available(root: Path = _ROOT) -> int | None:
 
 def group_room(root: Path = _ROOT) -> int | None:
     """Bytes that the control group still grants; None where there is no limit."""
-    rooms = _cgroup_v2(root / "proc/self/cgroup", root / "sys/fs/cgroup"), _cgroup_v1(root / "sys/fs/cgroup/memory")
+    try:
+        lines = (root / "proc/self/cgroup").read_text(errors="replace").splitlines()
+    except (OSError, ValueError):
+        lines = []
+    base = root / "sys/fs/cgroup"
+    rooms = [_v2_room(base), _v1_room(base / "memory")]  # of a container that sees its own group as the root
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":
+            rooms += map(_v2_room, _up_to(base, path))
+        elif "memory" in controllers.split(","):
+            rooms += map(_v1_room, _up_to(base / "memory", path))
     return min((room for room in rooms if room is not None), default=None)
 
 
@@ -186,26 +198,22 @@ def _room(limit: int | None, usage: int | None, reclaimable: int) -> int | None:
     return max(0, limit - usage + reclaimable)
 
 
-def _cgroup_v2(proc: Path, root: Path) -> int | None:
-    try:
-        lines = proc.read_text(errors="replace").splitlines()
-    except (OSError, ValueError):
-        return None
-    group = next((root / line[3:].lstrip("/") for line in lines if line.startswith("0::")), root)
-    rooms = []
-    for folder in (group, *group.parents):  # a limit on any ancestor binds
-        stat = _fields(folder / "memory.stat")
-        cached = stat.get("inactive_file", 0) + stat.get("active_file", 0)
-        rooms.append(_room(_number(folder / "memory.max"), _number(folder / "memory.current"), cached))
-        if folder == root:
-            break
-    return min((room for room in rooms if room is not None), default=None)
+def _up_to(base: Path, path: str) -> list[Path]:
+    """The group `path` below `base` and those around it: a limit on any of them binds."""
+    group = base / path.lstrip("/")
+    return [folder for folder in (group, *group.parents) if base in folder.parents]
 
 
-def _cgroup_v1(root: Path) -> int | None:
-    stat = _fields(root / "memory.stat")
+def _v2_room(group: Path) -> int | None:
+    stat = _fields(group / "memory.stat")
+    cached = stat.get("inactive_file", 0) + stat.get("active_file", 0)
+    return _room(_number(group / "memory.max"), _number(group / "memory.current"), cached)
+
+
+def _v1_room(group: Path) -> int | None:
+    stat = _fields(group / "memory.stat")
     cached = stat.get("total_inactive_file", 0) + stat.get("total_active_file", 0)
-    return _room(_number(root / "memory.limit_in_bytes"), _number(root / "memory.usage_in_bytes"), cached)
+    return _room(_number(group / "memory.limit_in_bytes"), _number(group / "memory.usage_in_bytes"), cached)
 
 
 def _address_space() -> int | None:

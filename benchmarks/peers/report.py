@@ -14,6 +14,8 @@ from typing import Any
 
 from measure import PREFILL, Run, Start
 
+from tinychat.bench.probe import TOO_SLOW
+
 GB = 1e9
 QUIET = 0.1  # cores
 
@@ -31,7 +33,7 @@ def speeds(runs: list[Run]) -> str:
             run.contender.what + (", AMX off" if run.about["without_amx"] else ""),
             str(run.threads),
             _spread(run.decode, ".1f"),
-            f"{statistics.median(run.fraction):.2f}",
+            _fraction(run),
             _spread(run.probe_gb_s, ".1f"),
             _spread(run.prefill, ".0f"),
             f"{run.peak_rss_bytes / GB:.2f}",
@@ -42,6 +44,11 @@ def speeds(runs: list[Run]) -> str:
         cells = (row["ours"], str(row["threads"]), row["peer"], _times(row["decode"]), _times(row["prefill"]))
         compared.append(f"| {' | '.join(cells)} |")
     return "\n".join([*measured, "", *compared, "", _disturbance(runs)])
+
+
+def _fraction(run: Run) -> str:
+    fraction = statistics.median(run.fraction)
+    return f"{fraction:.2f}" + " (the probe was disturbed)" * (fraction > TOO_SLOW)
 
 
 def _disturbance(runs: list[Run]) -> str:

@@ -394,7 +394,7 @@ void linear(const LinearShape& shape, const void* packed, const void* activation
     }
 #endif
     // Tiles that pairs leave, all of a short part, are asked for shortly ahead: with nothing asked for they are read a third slower.
-    const Fetch fetch = shape.two_tiles ? Fetch::near : shape.fetch;
+    const Fetch fetch = shape.two_tiles && rows == 1 ? Fetch::near : shape.fetch;
     const Call call{QuantizedLayout(shape), shape.wide_scales, fetch, shape.two_tiles, shape.n, y_stride};
     const char *at = static_cast<const char*>(packed), *x = static_cast<const char*>(activations);
     with_bits(shape.bits, [&](auto bits) {

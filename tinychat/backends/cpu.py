@@ -65,7 +65,7 @@ def thread_count(threads: int | None) -> int:
         name, given = "threads", str(threads)
     if not given:
         return min(physical_cores(), MAX_THREADS)
-    if not given.isascii() or not given.isdigit() or not 1 <= int(given) <= MAX_THREADS:
+    if not given.isascii() or not given.isdigit() or len(given) > 9 or not 1 <= int(given) <= MAX_THREADS:
         raise UsageError(f"{name} is {given!r}; expected a number from 1 to {MAX_THREADS}")
     return int(given)
 

@@ -65,7 +65,13 @@ instruction set. Other programs at work on the machine spoil every figure; the f
         "(default: 0, 2048, 8192 and 32768, as model and memory allow; the last under grouped queries only)",
     )
     what.add_argument(
-        "--min-probe", type=float, metavar="GB/S", help="the least that the probe has to read to be valid"
+        "--min-probe",
+        type=float,
+        metavar="GB/S",
+        help="the least that the probe has to read to be valid (default: it must only be steady)",
+        type=float,
+        metavar="GB/S",
+        help="the least that the probe has to read to be valid (default: nothing; it must only be steady)",
     )
     what.add_argument("--json", action="store_true", help="one JSON object more, on the last line")
     out = parser.add_argument_group("instead of measuring")

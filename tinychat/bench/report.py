@@ -29,7 +29,8 @@ def _title(r: dict[str, Any]) -> str:
 
 
 def _speeds(r: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [("load", f"{r['load_s']:.2f} s")]
+    made = ", in which its weights were drawn too" if r["weights"].startswith("random") else ""
+    rows = [("load", f"{r['load_s']:.2f} s{made}")]
     for name in sorted((n for n in r if n[:2] in ("pp", "tg") and n[2:].isdigit()), key=lambda n: (n[:2], -int(n[2:]))):
         rows.append((name, f"{_rate(r[name]['median'])} tokens/s{_range(r[name])}"))
     first = f"{1000 * r['time_to_first_token_s']:.3g} ms after a prompt of {r['decode_prompt']}"

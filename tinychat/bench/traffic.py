@@ -85,7 +85,7 @@ def _of_files(source: checkpoint.Checkpoint, head_bits: int) -> tuple[float, flo
     head: float = table if source.config.tied_head else stored
     if names.head not in source.quantized:
         head = _plain_head(source.config, head_bits, head)
-    body = {name: size for name, size in sizes.items() if not name.endswith(names.ignored)}
+    body = {name: size for name, size in sizes.items() if not name.endswith((*names.ignored, ".g_idx"))}
     parts = (name for name in body if not name.endswith(".bias"))
     quantized = sum(body[name] for name in parts if name.rpartition(".")[0] in source.quantized)
     sparse = source.config.experts.layers if source.config.experts else ()
