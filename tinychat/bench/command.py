@@ -69,9 +69,6 @@ instruction set. Other programs at work on the machine spoil every figure; the f
         type=float,
         metavar="GB/S",
         help="the least that the probe has to read to be valid (default: it must only be steady)",
-        type=float,
-        metavar="GB/S",
-        help="the least that the probe has to read to be valid (default: nothing; it must only be steady)",
     )
     what.add_argument("--json", action="store_true", help="one JSON object more, on the last line")
     out = parser.add_argument_group("instead of measuring")
