@@ -456,7 +456,8 @@ def test_a_shape_is_measured(tiny, capsys):
 
 @needs_kernels
 @pytest.mark.parametrize("shape", [name for name, shape in shapes.SHAPES.items() if shape.group_size == 128])
-def test_a_weight_takes_at_most_4_3_bits_of_memory_padding_included(shape):
+@pytest.mark.parametrize(("bits", "group", "most"), [(4, 128, 4.3), (3, 128, 3.3), (2, 64, 2.4)])
+def test_what_a_weight_takes_of_memory_padding_included(shape, bits, group, most):
     config, _ = shapes.SHAPES[shape].translate()
     sizes = [
         (config.q_size + 2 * config.kv_size, config.hidden_size),
@@ -466,8 +467,8 @@ def test_a_weight_takes_at_most_4_3_bits_of_memory_padding_included(shape):
     ]
     _cpu = tinychat._cpu
     for isa in _cpu.supported_isas().split():
-        made = [_cpu.LinearShape(_cpu.WeightType.quantized, n, k, 128) for n, k in sizes]
-        assert sum(_cpu.packed_bytes(isa, one) for one in made) * 8 <= 4.3 * sum(n * k for n, k in sizes)
+        made = [_cpu.LinearShape(_cpu.WeightType.quantized, n, k, group, bits=bits) for n, k in sizes]
+        assert sum(_cpu.packed_bytes(isa, one) for one in made) * 8 <= most * sum(n * k for n, k in sizes)
 
 
 @needs_kernels
