@@ -106,7 +106,8 @@ class Worker:
 def first_token(
     command: list[str], *, threads: int, context: int, log: Path, variables: dict[str, str]
 ) -> dict[str, Any]:
-    """A fresh process from its start to its first token: what it answers, and `seconds` by the clock on the wall."""
+    """A fresh process from its start to its first token: what it answers, and `seconds` by the clock on the wall; then
+    to the end of its context: `peak_rss_bytes`."""
     command = [*command, "--threads", str(threads), "--context", str(context), "--first-token"]
     with log.open("ab") as out:
         began = time.perf_counter()
@@ -116,7 +117,8 @@ def first_token(
         assert process.stdout
         line = process.stdout.readline()
         seconds = time.perf_counter() - began
-        process.communicate()
-    if not line.endswith("\n"):
-        raise WorkerError(f"{' '.join(command)} ended before its first token; its output is in {log}")
-    return {**json.loads(line), "seconds": seconds}
+        memory, _ = process.communicate()
+    if not line.endswith("\n") or not memory.endswith("\n"):
+        when = "with its context full" if line.endswith("\n") else "before its first token"
+        raise WorkerError(f"{' '.join(command)} ended {when}; its output is in {log}")
+    return {**json.loads(line), **json.loads(memory), "seconds": seconds}

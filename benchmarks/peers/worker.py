@@ -50,10 +50,10 @@ def run(load: Callable[[argparse.Namespace], Peer]) -> None:
     if args.first_token:
         peer.generate([1, 2, 3, 4], lambda: False)
         hello["first_token_s"] = time.perf_counter() - began
-        # A cache that nobody has written to takes no memory, so the whole context is.
-        peer.generate([1 + i % 99 for i in range(args.context - 1)], lambda: False)
-        hello |= _memory()
     _answer(answers, hello)
+    if args.first_token:  # a cache that nobody has written to takes no memory, so the whole context is
+        peer.generate([1 + i % 99 for i in range(args.context - 1)], lambda: False)
+        _answer(answers, _memory())
     for line in [] if args.first_token else sys.stdin:
         request = json.loads(line)
         _answer(answers, REQUESTS[request.pop("do")](peer, **request))
