@@ -410,6 +410,7 @@ def test_awq_beats_rounding_on_real_weights(data_dir):
     windows = likelihood.windows(encode((data_dir / "text" / "tinystories_val.txt").read_text())[:20_000], 512)
     sequences = read(data_dir / "text" / "tinystories_train.txt", source.path, 128, 256)
     scored = {"original": likelihood.score(backends.choose()[0].build(source, ctx_size=512, kv_dtype="fp32"), windows)}
+    assert scored["original"].perplexity < 4.4
     for bits, goal in ((3, 0.40), (4, 0.80)):  # of what rounding adds to the perplexity
         for method in ("rtn", "awq"):
             made, _ = quantize_in_memory(source, method=method, bits=bits, group_size=64, sequences=sequences)

@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "tinychat"
 # Arrows point down only: a unit may import the units of the floors below it, and what lies inside itself.
 FLOORS = [
     {"errors"},
-    {"config", "qtensor", "cache", "results", "progress"},
+    {"config", "qtensor", "cache", "results", "progress", "cpuinfo"},
     {"alibi", "rope", "weights", "sampling", "memory", "prompt"},
-    {"architectures", "tokenizer", "text_stream", "cpuinfo", "settings"},
+    {"architectures", "tokenizer", "text_stream", "settings"},
     {"checkpoint", "decoder"},
     {"backends"},
     {"quantize", "engine"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 _MOST_CPUS = 1 << 16
@@ -83,24 +84,28 @@ def last_level_cache(root: Path = Path("/")) -> int | None:
 
 def quota(root: Path = Path("/")) -> float | None:
     """CPUs granted by the strictest cgroup above this process, version 2 or 1; None where there is no limit."""
-    limits = []
+    limits = (_quota_v1(group) if version == 1 else _quota_v2(group) for version, group in control_groups("cpu", root))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def control_groups(controller: str, root: Path = Path("/")) -> Iterator[tuple[int, Path]]:
+    """(version, directory) of the cgroups in which `controller` may limit this process: its own and those around it.
+
+    Not all need exist: a container may see its own group as the root.
+    """
     for line in read(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if controllers == "":
-            base, granted = root / "sys/fs/cgroup", _quota_v2
-        elif "cpu" in controllers.split(","):
-            base, granted = root / "sys/fs/cgroup/cpu", _quota_v1
-        else:
+        base = root / "sys/fs/cgroup"
+        if controllers and controller not in controllers.split(","):
             continue
+        if controllers:
+            base /= controller
         group = base / path.lstrip("/")
-        while True:  # a container may see its own group as the root: look at every level that exists
-            limits.append(granted(group))
-            if group == base or base not in group.parents:
+        for folder in (group, *group.parents):
+            yield 1 if controllers else 2, folder
+            if folder == base:
                 break
-            group = group.parent
-    found = [limit for limit in limits if limit is not None]
-    return min(found) if found else None
 
 
 def cpu_list(text: str) -> set[int]:

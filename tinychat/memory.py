@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinychat.config import ModelConfig
+from tinychat.cpuinfo import control_groups
 from tinychat.errors import BackendError
 from tinychat.qtensor import HEAD_GROUP
 
@@ -104,19 +105,8 @@ def available(root: Path = _ROOT) -> int | None:
 
 def group_room(root: Path = _ROOT) -> int | None:
     """Bytes that the control group still grants; None where there is no limit."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text(errors="replace").splitlines()
-    except (OSError, ValueError):
-        lines = []
-    base = root / "sys/fs/cgroup"
-    rooms = [_v2_room(base), _v1_room(base / "memory")]  # of a container that sees its own group as the root
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers == "":
-            rooms += map(_v2_room, _up_to(base, path))
-        elif "memory" in controllers.split(","):
-            rooms += map(_v1_room, _up_to(base / "memory", path))
+    groups = control_groups("memory", root)
+    rooms = (_v1_room(group) if version == 1 else _v2_room(group) for version, group in groups)
     return min((room for room in rooms if room is not None), default=None)
 
 
@@ -196,12 +186,6 @@ def _room(limit: int | None, usage: int | None, reclaimable: int) -> int | None:
     if limit is None or usage is None or limit >= 1 << 60:  # v1 writes "no limit" as a huge number
         return None
     return max(0, limit - usage + reclaimable)
-
-
-def _up_to(base: Path, path: str) -> list[Path]:
-    """The group `path` below `base` and those around it: a limit on any of them binds."""
-    group = base / path.lstrip("/")
-    return [folder for folder in (group, *group.parents) if base in folder.parents]
 
 
 def _v2_room(group: Path) -> int | None:

@@ -22,7 +22,8 @@ class GroupResult:
     """What was found for one group of one layer. Losses are relative: mean error^2 over mean output^2.
 
     `alpha` is 0 where no scales were better; where there is none to find, as of the whole block (group `BLOCK`, all
-    groups together, in one sample), it is None. "awq alone" is what that leaves rounded to nearest, before GPTQ.
+    groups together, in one sample), it is None. A group "..., awq alone" is of what AWQ finds, rounded to
+    nearest: before GPTQ.
     """
 
     layer: int
