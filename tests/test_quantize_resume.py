@@ -152,6 +152,7 @@ def test_killed_between_two_renames(work):
         with pytest.raises(CheckpointError, match="exists and is not empty"):
             CheckpointWriter(out)
         assert contents(out) == (there or {"config.json": b"old"})
+    assert contents(hidden / "replaced") == {"config.json": b"old"}
     shutil.rmtree(out)
     quantize(work / "source", out, method="rtn", group_size=32, progress=False, overwrite=True)
     assert names(work) == ["out", "source"]

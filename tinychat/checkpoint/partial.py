@@ -118,8 +118,8 @@ class Partial:
         self._lock.release()
 
     def leave(self) -> None:
-        """Keep what was committed for a later run."""
-        if (self / STATE).exists():
+        """Keep what was committed for a later run, and what was NAME before."""
+        if (self / STATE).exists() or (self / "replaced").exists():
             self._lock.leave()
         else:
             self.discard()
