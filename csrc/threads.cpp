@@ -27,19 +27,36 @@ constexpr microseconds kSpinCrowded{20}, kSpin{100}, kBetweenSteps{100}, kStuck{
 
 // A share is cut in half, and what is left of it again, into so many parts: all threads end with small ones, and so at
 // about the same time, for few claims.
-constexpr int kParts = 8;
+constexpr uint64_t kParts = 8;
 
-// Parts of n items, or of n pieces of several.
-int parts_of(int64_t n) {
-    int parts = 0;
-    while (parts < kParts && n >> parts) ++parts;
-    return parts;
-}
+// How often a thread that has done its own share asks whether the round is over, before it looks for parts of the others'
+// shares to do: to look there takes a line of cache from its owner, who most often is about to end.
+constexpr int kPatience = 24;
 
-// Where part i of n begins.
-int64_t cut(int64_t n, int i) { return i < kParts ? n - (n >> i) : n; }
+// A round and the next part of a share in it, as one number that grows with both.
+constexpr uint64_t kPartBits = 4;
+static_assert(kParts < 1 << kPartBits);
+uint64_t next_part(uint64_t round, uint64_t part) { return round << kPartBits | part; }
 
-int64_t pieces(Range items, int64_t least) { return (items.end - items.begin + least - 1) / least; }
+// What one thread of `size` begins with of `items`, cut in parts of `least` items and more.
+class Share {
+  public:
+    Share(int64_t items, int64_t least, int thread, int size)
+        : begin_(items * thread / size), end_(items * (thread + 1) / size), least_(least),
+          pieces_((end_ - begin_ + least - 1) / least) {
+        while (parts_ < kParts && pieces_ >> parts_) ++parts_;
+    }
+
+    uint64_t parts() const { return parts_; }
+    Range part(uint64_t i) const { return {cut(i), std::min(cut(i + 1), end_)}; }
+
+  private:
+    // Where part i begins.
+    int64_t cut(uint64_t i) const { return begin_ + (i < kParts ? pieces_ - (pieces_ >> i) : pieces_) * least_; }
+
+    int64_t begin_, end_, least_, pieces_;
+    uint64_t parts_ = 0;
+};
 
 void pause_briefly() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -69,7 +86,8 @@ int64_t this_process() {
 }
 
 Team::Team(int n_threads, int granted)
-    : size_(n_threads), granted_(granted), process_(this_process()), shares_(static_cast<size_t>(n_threads)) {
+    : size_(n_threads), granted_(granted), process_(this_process()), next_(static_cast<size_t>(n_threads)),
+      done_(static_cast<size_t>(n_threads)) {
     try {
         for (int thread = 1; thread < size_; ++thread) helpers_.emplace_back([this, thread] { help(thread); });
     } catch (...) {
@@ -98,17 +116,22 @@ void Team::wake() {
 // Whether `ready` came true before it was time to sleep.
 template <class Ready>
 bool Team::soon(const Ready& ready) const {
-    const auto begin = Clock::now();
-    for (;;) {
+    const auto spun = [&] {
         for (int i = 0; i < 8; ++i) {
             if (ready()) return true;
             pause_briefly();
         }
+        return false;
+    };
+    if (spun()) return true;  // most often, before there is need of a clock
+    const auto begin = Clock::now();
+    while (!spun()) {
         const auto waited = Clock::now() - begin;
         const bool crowded = crowded_.load(std::memory_order_relaxed), awake = awake_.load(std::memory_order_relaxed);
         if (waited > (crowded ? kSpinCrowded : awake ? kStuck : kBetweenSteps)) return ready();
         if (waited > kSpin) std::this_thread::yield();
     }
+    return true;
 }
 
 template <class Work>
@@ -117,7 +140,7 @@ void Team::timed(int thread, const Work& work) {
     const auto begin = Clock::now();
     work();
     const auto spent = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
-    shares_[static_cast<size_t>(thread)].busy_ns.fetch_add(spent, std::memory_order_relaxed);
+    done_[static_cast<size_t>(thread)].busy_ns.fetch_add(spent, std::memory_order_relaxed);
 }
 
 void Team::run(Job job) {
@@ -127,61 +150,84 @@ void Team::run(Job job) {
         });
         return;
     }
-    job_ = job;
-    int parts = 0;
-    for (int thread = 0; thread < size_; ++thread) {
-        Share& share = shares_[static_cast<size_t>(thread)];
-        share.items = {job.items * thread / size_, job.items * (thread + 1) / size_};
-        share.parts = parts_of(pieces(share.items, job.least));
-        parts += share.parts;
-    }
-    unfinished_.store(parts, std::memory_order_relaxed);
-    for (Share& share : shares_) share.left.store(share.parts);
-    rounds_.fetch_add(1);
-    take_parts(0);
-    const auto finished = [&] { return unfinished_.load() == 0; };
-    if (finished() || soon(finished)) return;
+    const uint64_t round = post_.round.load(std::memory_order_relaxed) + 2;
+    // Each store is seen after those before it: who reads the same even round before and after the job has it whole.
+    post_.round.store(round - 1, std::memory_order_relaxed);
+    post_.work.store(job.work, std::memory_order_release);
+    post_.call.store(job.call, std::memory_order_release);
+    post_.items.store(job.items, std::memory_order_release);
+    post_.least.store(job.least, std::memory_order_release);
+    post_.round.store(round, std::memory_order_release);
+    for (int thread = 0; thread < size_; ++thread) parts_ += Share(job.items, job.least, thread, size_).parts();
+    take_parts(round, job, 0);
+    const auto ended = [this] { return finished(); };
+    if (ended() || soon(ended)) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    // Of this store and the load in finished(), and of those in take_parts(), one order for all threads: either the last
+    // Of this store and the loads in finished(), and of those in take_parts(), one order for all threads: either the last
     // part's thread sees the sleeper, or the sleeper sees that it is done.
     caller_sleeps_.store(true);
-    finished_.wait(lock, finished);
+    ended_.wait(lock, ended);
     caller_sleeps_.store(false);
 }
 
-void Team::take_parts(int thread) {
-    int done = 0;
-    timed(thread, [&] { done = do_parts(thread); });
-    if (done && unfinished_.fetch_sub(done) == done && caller_sleeps_.load()) {
-        { std::lock_guard<std::mutex> lock(mutex_); }
-        finished_.notify_one();
-    }
+// Whether a job was read whole, and of which round it is.
+bool Team::read_post(uint64_t& round, Job& job) const {
+    round = post_.round.load(std::memory_order_acquire);
+    job.work = post_.work.load(std::memory_order_acquire);
+    job.call = post_.call.load(std::memory_order_acquire);
+    job.items = post_.items.load(std::memory_order_acquire);
+    job.least = post_.least.load(std::memory_order_acquire);
+    return round % 2 == 0 && post_.round.load(std::memory_order_relaxed) == round;
 }
 
-// Claims parts and does them, the thread's own first, until none is left; how many. All are of one job: the next begins
-// when take_parts() has told of them.
-int Team::do_parts(int thread) {
-    int done = 0;
-    for (int i = 0; i < size_; ++i) {
-        Share& share = shares_[static_cast<size_t>((thread + i) % size_)];
-        for (int left = share.left.load(); left > 0;) {
-            if (thread == 0 && sleepers_.load() > 0) call_helpers();
-            if (!share.left.compare_exchange_weak(left, left - 1)) continue;
-            const int part = share.parts - left;
-            const int64_t n = pieces(share.items, job_.least);
-            const int64_t begin = share.items.begin + cut(n, part) * job_.least;
-            const int64_t end = share.items.begin + cut(n, part + 1) * job_.least;
-            job_.call(job_.work, {begin, std::min(end, share.items.end)}, thread);
-            ++done;
-            left = share.left.load();
-        }
+// Whether all parts of all rounds are done.
+bool Team::finished() const {
+    uint64_t parts = 0;
+    for (const Done& done : done_) parts += done.parts.load();
+    return parts == parts_;
+}
+
+// Parts of the thread's own share until none is left, then, where the round is not over soon, of the others'.
+void Team::take_parts(uint64_t round, const Job& job, int thread) {
+    take_share(round, job, thread, thread);
+    const auto over = [&] { return thread == 0 ? finished() : post_.round.load(std::memory_order_relaxed) != round; };
+    for (int i = 0; i < kPatience; ++i) {
+        if (over()) return;
+        pause_briefly();
     }
-    return done;
+    for (int i = 1; i < size_; ++i) take_share(round, job, (thread + i) % size_, thread);
+}
+
+// Claims and does what is left of the share that thread `owner` began with. Of a round that is over nothing is left: its
+// last claims still stand, or later ones.
+void Team::take_share(uint64_t round, const Job& job, int owner, int thread) {
+    const Share share(job.items, job.least, owner, size_);
+    std::atomic<uint64_t>& next = next_[static_cast<size_t>(owner)].part;
+    uint64_t done = 0;
+    timed(thread, [&] {
+        for (uint64_t seen = next.load();;) {
+            const uint64_t claimed = std::max(seen, next_part(round, 0));
+            const uint64_t part = claimed - next_part(round, 0);
+            if (part >= share.parts()) break;
+            if (thread == 0 && sleepers_.load() > 0) call_helpers();
+            if (!next.compare_exchange_weak(seen, claimed + 1)) continue;
+            job.call(job.work, share.part(part), thread);
+            ++done;
+            seen = claimed + 1;
+        }
+    });
+    if (!done) return;
+    std::atomic<uint64_t>& parts = done_[static_cast<size_t>(thread)].parts;
+    parts.store(parts.load(std::memory_order_relaxed) + done);
+    if (thread != 0 && caller_sleeps_.load()) {
+        { std::lock_guard<std::mutex> lock(mutex_); }
+        ended_.notify_one();
+    }
 }
 
 int64_t Team::busy_ns() const {
     int64_t sum = 0;
-    for (const Share& share : shares_) sum += share.busy_ns.load(std::memory_order_relaxed);
+    for (const Done& done : done_) sum += done.busy_ns.load(std::memory_order_relaxed);
     return sum;
 }
 
@@ -197,12 +243,13 @@ void Team::call_helpers() {
 }
 
 void Team::help(int thread) {
-    uint64_t calls = 0, rounds = 0;
-    const auto next_round = [&] { return rounds_.load() != rounds; };
+    uint64_t calls = 0, done_round = 0, round = 0;
+    Job job{};
+    const auto next_round = [&] { return read_post(round, job) && round != done_round; };
     for (;;) {
         while (soon(next_round)) {
-            rounds = rounds_.load();
-            take_parts(thread);
+            take_parts(round, job, thread);
+            done_round = round;
         }
         std::unique_lock<std::mutex> lock(mutex_);
         sleepers_.fetch_add(1);

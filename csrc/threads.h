@@ -64,24 +64,39 @@ class Team {
   private:
     using Clock = std::chrono::steady_clock;
 
-    // What thread i begins with of job_, in parts: parts - left is the next, while any is left.
-    struct alignas(64) Share {
-        std::atomic<int> left{0};
-        int parts = 0;                    // this and the items: read only by a thread that has claimed one of the parts
-        Range items{0, 0};
-        std::atomic<int64_t> busy_ns{0};  // of thread i
-    };
-
     struct Job {
         const void* work;
         void (*call)(const void* work, Range part, int thread);
         int64_t items, least;
     };
 
+    // The job of a round, on one line of cache: nothing else passes from the caller to the helpers, who cut it into shares
+    // and parts themselves. `round` is odd while the rest is written.
+    struct alignas(64) Post {
+        std::atomic<uint64_t> round{0};
+        std::atomic<const void*> work{nullptr};
+        std::atomic<decltype(Job::call)> call{nullptr};
+        std::atomic<int64_t> items{0}, least{0};
+    };
+
+    // The next part of what thread i begins with, and its round. What is of an earlier round stands for part 0 of this one,
+    // so that nothing has to be made ready.
+    struct alignas(64) Next {
+        std::atomic<uint64_t> part{0};
+    };
+
+    // What thread i has done, in all rounds so far: written by it alone.
+    struct alignas(64) Done {
+        std::atomic<uint64_t> parts{0};
+        std::atomic<int64_t> busy_ns{0};
+    };
+
     void run(Job job);
     void wake();
-    void take_parts(int thread);
-    int do_parts(int thread);
+    bool read_post(uint64_t& round, Job& job) const;
+    void take_parts(uint64_t round, const Job& job, int thread);
+    void take_share(uint64_t round, const Job& job, int owner, int thread);
+    bool finished() const;
     template <class Work>
     void timed(int thread, const Work& work);
     template <class Ready>
@@ -92,22 +107,23 @@ class Team {
 
     const int size_, granted_;
     const int64_t process_;
+    std::vector<Next> next_;  // of each thread's share
+    std::vector<Done> done_;  // by each thread
     std::vector<std::thread> helpers_;
 
-    Job job_{};  // read only by a thread that has claimed one of its parts: until that is done, it stays
-    std::vector<Share> shares_;   // of each thread
-    alignas(64) std::atomic<uint64_t> rounds_{0};  // jobs so far
-    alignas(64) std::atomic<int> unfinished_{0};   // parts of job_
+    Post post_;
+
+    alignas(64) uint64_t parts_ = 0;  // of all rounds so far; this and the next: only for the caller
+    Clock::time_point last_call_{};   // of the helpers
 
     alignas(64) std::atomic<int> sleepers_{0};  // helpers
     std::atomic<bool> awake_{false};
     std::atomic<bool> crowded_{false};  // more threads than may run at the same moment
     std::atomic<bool> profiling_{false};
     std::atomic<bool> caller_sleeps_{false};
-    Clock::time_point last_call_{};  // of the helpers, by the caller
     std::mutex mutex_;
-    std::condition_variable called_;    // calls_ or closing_ has changed
-    std::condition_variable finished_;  // unfinished_ is 0
+    std::condition_variable called_;  // calls_ or closing_ has changed
+    std::condition_variable ended_;   // finished()
     uint64_t calls_ = 0;
     bool closing_ = false;
 };
