@@ -1,4 +1,5 @@
 // The lowered decoder for Python: raw addresses in, checked by tinychat/backends/cpu.py.
+#include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -6,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <optional>
@@ -312,10 +314,13 @@ void bind_decoder(py::module_& m) {
             py::arg("act_scale") = 0, py::arg("experts") = false, py::arg("shared_down") = std::nullopt, release())
         .def(
             "finish",
-            [](Decoder& decoder, const NormArgs& norm, const LinearArgs& head, std::optional<Reading> reading) {
-                decoder.finish(norm_data(norm), linear_data(head), reading);
+            [](Decoder& decoder, const NormArgs& norm, const LinearArgs& head, std::optional<Reading> reading,
+               std::function<void(size_t)> ready) {
+                LinearData data = linear_data(head);
+                data.ready = std::move(ready);
+                decoder.finish(norm_data(norm), data, reading);
             },
-            py::arg("norm"), py::arg("head"), py::arg("reading"), release())
+            py::arg("norm"), py::arg("head"), py::arg("reading"), py::arg("ready") = std::function<void(size_t)>(), release())
         .def_property_readonly("weight_bytes", &Decoder::weight_bytes)
         .def_property_readonly("readings",
                                [](const Decoder& decoder) {

@@ -36,6 +36,7 @@ PackedLinear::PackedLinear(const LinearData& data, int64_t n, int64_t k, const L
     packed_ = weights.take(packed_bytes_);
     for (size_t i = 0; i < segments_.size(); ++i) {
         const Segment& segment = segments_[i];
+        if (data.ready) data.ready(i);
         team.run((segment.tiles + kTilesTogether - 1) / kTilesTogether, [&](Range part, int) {
             kernels.pack(segment.shape, data.segments[i].data, packed_ + segment.offset, part.begin * kTilesTogether,
                          std::min(part.end * kTilesTogether, segment.tiles));

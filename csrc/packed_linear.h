@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "buffer.h"
@@ -18,7 +19,9 @@ struct SegmentData {
 struct LinearData {
     std::vector<SegmentData> segments;  // stacked along the outputs
     const float* bias;                  // [sum of n], or null
+    std::function<void(size_t)> ready{};  // called before a segment is read, where its values are only then there
 };
+
 class PackedLinear {
   public:
     struct Segment {

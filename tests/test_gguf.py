@@ -118,7 +118,7 @@ def written(path, family="llama", stored="F32", extra=(), raw=None, widened=True
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_logits_equal_transformers(family, stored, backend, tmp_path):
-    model, config = written(tmp_path / "a.gguf", family, stored, widened=backend is reference)
+    model, config = written(tmp_path / "a.gguf", family, stored, widened=backend is not cpu)
     found = checkpoint.open(tmp_path / "a.gguf")
     text = tokens(23, config["vocab_size"])
     want, y = theirs(model, text), ours(found, text, [9, 1, 1, 12], backend)
@@ -137,11 +137,26 @@ def test_logits_equal_transformers(family, stored, backend, tmp_path):
 
 
 @pytest.mark.skipif(cpu.available() is not None, reason="the compiled kernels are not built")
-def test_a_table_of_codes_is_not_widened(tmp_path, monkeypatch):
-    written(tmp_path / "a.gguf", stored="Q4_0")
+@pytest.mark.parametrize("stored", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head", [8, 16])
+def test_a_table_of_codes_is_not_widened(stored, tied, head, tmp_path, monkeypatch):
+    written(tmp_path / "a.gguf", stored=stored, tie_word_embeddings=tied)
     found = checkpoint.open(tmp_path / "a.gguf")
     monkeypatch.setattr(type(found), "embed", lambda self: pytest.fail("the table as floats"))
-    assert cpu.build(found, ctx_size=16).weight_bytes
+    assert cpu.build(found, ctx_size=16, head=head).weight_bytes
+
+
+@pytest.mark.skipif(cpu.available() is not None, reason="the compiled kernels are not built")
+@pytest.mark.parametrize("rows", [16, 32, 4096])
+def test_a_tied_head_is_rounded_in_pieces(rows, tmp_path, monkeypatch):
+    written(tmp_path / "a.gguf", stored="Q8_0", tie_word_embeddings=True)
+    monkeypatch.setattr(cpu, "PIECE_ROWS", rows)
+    monkeypatch.setattr(cpu, "PIECE_WEIGHTS", 5 * 64)
+    found, text = checkpoint.open(tmp_path / "a.gguf"), tokens(12, 97)
+    pieces = ours(found, text, [7, 5], cpu, head=8)
+    monkeypatch.setattr(type(found), "table", lambda self: self.embed())
+    np.testing.assert_array_equal(pieces, ours(found, text, [7, 5], cpu, head=8))
 
 
 @every_backend
@@ -155,7 +170,7 @@ def test_a_table_of_codes_is_not_widened(tmp_path, monkeypatch):
     ids=["tied", "biases", "wide heads"],
 )
 def test_shapes_of_llama(changes, backend, tmp_path):
-    model, config = written(tmp_path / "a.gguf", "llama", "Q8_0", **changes)
+    model, config = written(tmp_path / "a.gguf", "llama", "Q8_0", widened=backend is not cpu, **changes)
     text = tokens(12, config["vocab_size"])
     assert nmse(ours(checkpoint.open(tmp_path / "a.gguf"), text, [7, 5], backend), theirs(model, text)) < 1e-7
 
@@ -176,7 +191,7 @@ def test_codes_of_six_bits(backend, tmp_path):
             made = codes(f"blk.{layer}.ffn_{name}.weight", 96, 6e-5)
             meant[f"model.layers.{layer}.mlp.{name}_proj.weight"] = made
     table = codes("token_embd.weight", 97, 1e-3)
-    meant["model.embed_tokens.weight"] = table.half().float() if backend is reference else table
+    meant["model.embed_tokens.weight"] = table if backend is cpu else table.half().float()
     model, config = tiny("llama", **{**SIZES, "hidden_size": 256})
     rest = {name: tensor for name, tensor in model.state_dict().items() if name not in meant}
     write(tmp_path / "a.gguf", "llama", config, rest, raw=raw)

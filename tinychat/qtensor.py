@@ -178,8 +178,8 @@ class StoredCodes:
         """Code, scale and zero, in bits, for one weight."""
         return _bits_per_weight(self)
 
-    def rows(self, which: np.ndarray) -> StoredCodes:
-        """The outputs `which`, in that order; a copy."""
+    def rows(self, which: np.ndarray | slice) -> StoredCodes:
+        """The outputs `which`, in that order; a copy, but of a slice."""
         return replace(self, stored=self.stored[which], scales=self.scales[which], zeros=self.zeros[which])
 
     def tensor(self) -> QTensor:

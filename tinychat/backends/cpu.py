@@ -20,7 +20,7 @@ from tinychat.config import Block, ModelConfig, QKNorm
 from tinychat.cpuinfo import physical_cores, quota
 from tinychat.errors import BackendError, UsageError
 from tinychat.memory import Footprint
-from tinychat.qtensor import HEAD_GROUP, AwqWords, QTensor, Weight, bfloat16
+from tinychat.qtensor import HEAD_GROUP, AwqWords, QTensor, StoredCodes, Weight, bfloat16
 from tinychat.sampling import FP32_MAX, SamplingParams
 from tinychat.weights import NORMS, ROW_NORMS, Ends, Layer, Linear, WeightSource, norm_sizes
 
@@ -39,6 +39,8 @@ FOOTPRINT = Footprint(program=64 << 20, maps=True)
 MAX_THREADS = 1024
 MOST_DRAWN = 1024  # top_k up to which C++ sorts what may be drawn
 ROTATED_AHEAD = 64  # positions whose angles are looked up at a time
+PIECE_ROWS = 4096  # of a table of codes that are floats at a time
+PIECE_WEIGHTS = 1 << 17  # of these that are made floats at a time: what stays in a cache
 
 
 def available() -> str | None:
@@ -181,8 +183,7 @@ class CpuRunner:
         vocab, hidden, width = config.vocab_size, config.hidden_size, config.table_width
         self._add_embedding_ends(source.ends(), keep)
         head = source.head()  # None where it is tied, once a stored copy is found equal
-        # Rows are looked up in the codes where a file holds these (`Checkpoint.table`); a head is rounded from floats.
-        table: Weight = source.embed() if head is None else getattr(source, "table", source.embed)()
+        table: Weight = getattr(source, "table", source.embed)()  # codes where a file holds these (`Checkpoint.table`)
         if table.shape != (vocab, width):
             raise ValueError(f"the embedding table is {table.shape}, expected {(vocab, width)}")
         tied = head is None
@@ -193,9 +194,14 @@ class CpuRunner:
                 raise ValueError("logits are scaled in the final norm, and there is none")
             norm, norm_bias = norm * scale, None if norm_bias is None else norm_bias * scale
             head = Linear(head.segments, None if head.bias is None else head.bias * scale)
-        packed = self._linear(head, vocab, width, "head", keep, bits)
+        ready: Callable[[int], None] | None = None
+        if tied and bits == 8 and isinstance(table, StoredCodes):
+            segments, ready = _in_pieces(table, self._activations, keep)
+            packed: tuple[list[tuple], int] = segments, 0
+        else:
+            packed = self._linear(head, vocab, width, "head", keep, bits)
         vectors = _vector(norm, hidden, "norm", keep), _vector(norm_bias, hidden, "norm's bias", keep)
-        self._decoder.finish(vectors, packed, self._reading)
+        self._decoder.finish(vectors, packed, self._reading, ready)
         weight_bytes: int = self._decoder.weight_bytes
         if not tied and isinstance(table, np.ndarray):
             self._table = _lasting(table)
@@ -435,6 +441,27 @@ def _segment(weight: Weight, activations: int, keep: list[np.ndarray], bits: int
     keep.append(stored)
     row, word = (stride // stored.itemsize for stride in stored.strides)
     return shape, source, stored.ctypes.data, *grids, order, row, word
+
+
+def _in_pieces(
+    table: StoredCodes, activations: int, keep: list[np.ndarray]
+) -> tuple[list[tuple], Callable[[int], None]]:
+    """A table of codes that is a head in 8 bits: segments of it, and what is called before each is read.
+
+    They share one array of floats: the table is never widened as a whole.
+    """
+    n, k = table.shape
+    floats = np.empty((min(n, PIECE_ROWS), k), np.float16)
+    together = max(1, PIECE_WEIGHTS // k)
+
+    def ready(index: int) -> None:
+        end = min((index + 1) * PIECE_ROWS, n)
+        for first in range(index * PIECE_ROWS, end, together):
+            rows = table.rows(slice(first, min(first + together, end))).tensor()
+            floats[first - index * PIECE_ROWS :][: len(rows.codes)] = rows.dequantize(np.float16)
+
+    pieces = (floats[: n - first] for first in range(0, n, PIECE_ROWS))
+    return [_segment(piece, activations, keep, 8) for piece in pieces], ready
 
 
 def _float_type(values: np.ndarray) -> Any:

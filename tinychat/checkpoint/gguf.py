@@ -154,9 +154,9 @@ class GgufCheckpoint(Checkpoint):
 
     @property
     def table_bytes(self) -> int:
-        """See `Checkpoint`; a table that is the head too is widened."""
+        """See `Checkpoint`."""
         kind = self._tensors.kind(_EMBED)
-        if kind is None or self.config.tied_head:
+        if kind is None:
             return super().table_bytes
         bits = {4: 4, 6: 8, 8: 8}[kind.bits] + (40 if kind.name == "Q6_K" else 24) / kind.group_size  # scale and zero
         return int(math.prod(self._tensors.info(_EMBED).shape) * bits / 8)
