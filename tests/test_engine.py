@@ -457,7 +457,7 @@ def parts(monkeypatch, tmp_path):
             __name__=f"tinychat.backends.{asked.backend}",
             FOOTPRINT=memory.Footprint(program=20_000_000),
             build=build,
-            describe=lambda: f"{asked.backend} (2 threads)",
+            describe=lambda threads: f"{asked.backend} ({threads or 2} threads)",
         )
         return module, asked.why
 
@@ -477,7 +477,7 @@ def test_load_puts_the_parts_together(parts):
     options = {"threads": 1, "kv_dtype": "fp32", "activations": 16, "head": 16, "progress": None}
     assert parts.builds == [{"ctx_size": 64, "n_slots": 2, **options}]
     assert llm.eos_ids == {7, EOS}
-    assert llm.description == "pebble: fake, 0.3M parameters, float16 · cpu (2 threads) · context 64"
+    assert llm.description == "pebble: fake, 0.3M parameters, float16 · cpu (1 threads) · context 64"
     assert llm.max_ctx_size == 64
     assert tinychat.load(".", ctx_size=32).ctx_size == 32
 

@@ -49,6 +49,11 @@ class Rows:
 KV_DTYPES = {"fp16": np.float16, "fp32": np.float32, "int8": np.int8}
 
 
+def kv_itemsize(kv_dtype: str) -> int:
+    """Bytes of one number in a cache of `kv_dtype`."""
+    return np.dtype(KV_DTYPES[kv_dtype]).itemsize
+
+
 def quantize_entries(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """fp32 [..., head_dim] as the int8 cache holds it: codes int8 [..., head_dim], scales fp32 [...].
 

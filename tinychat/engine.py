@@ -19,7 +19,7 @@ import numpy as np
 
 from tinychat import memory
 from tinychat.backends import FASTEST, DrawingRunner, Runner
-from tinychat.cache import Rows
+from tinychat.cache import KV_DTYPES, Rows
 from tinychat.config import ModelConfig, RopeScaling
 from tinychat.errors import BackendError, ContextOverflowError, TokenizerError, UsageError
 from tinychat.prompt import Prompt, encode, is_chat, token_ids
@@ -31,7 +31,6 @@ DEFAULT_CTX_SIZE = 4096  # at most: the KV cache is allocated whole, and few con
 PREFILL_CHUNK = 128  # rows: enough to keep the arithmetic busy, few enough that a cancelled prompt ends soon
 LOGITS_CHUNK = 512  # rows, where logits of all are wanted: of a large vocabulary they take more than the model's part
 PRIMING = 8  # prompt tokens that the decoder sees first, so that an answer continuing a text keeps its leading space
-KV_ITEMSIZE = {"fp16": 2, "fp32": 4, "int8": 1}
 
 Cancel = Callable[[], bool] | threading.Event
 
@@ -74,8 +73,8 @@ def load(
     for name, value in (("ctx_size", ctx_size), ("threads", threads), ("n_slots", n_slots)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise UsageError(f"{name} is {value!r}; it must be a positive integer")
-    if kv_dtype not in KV_ITEMSIZE:
-        raise UsageError(f"kv_dtype is {kv_dtype!r}; it must be one of {', '.join(KV_ITEMSIZE)}")
+    if kv_dtype not in KV_DTYPES:
+        raise UsageError(f"kv_dtype is {kv_dtype!r}; it must be one of {', '.join(KV_DTYPES)}")
     if activations not in (8, 16) or head not in (None, 8, 16):
         name, value = ("head", head) if activations in (8, 16) else ("activations", activations)
         raise UsageError(f"{name} is {value!r}; it must be 8 or 16")
@@ -84,14 +83,9 @@ def load(
     source = checkpoint.open(path, ignore_config=ignore_config)
     config = source.config
     size = context_size(config, ctx_size)
-    sizes = config, source.file_bytes, source.n_quantized, module.FOOTPRINT, size
-    head = head or (8 if source.n_quantized else 16)
-    itemsize = KV_ITEMSIZE[kv_dtype]
-    table = source.table_bytes
-    needed = memory.estimate(
-        *sizes, bits=source.bits, n_slots=n_slots, kv_itemsize=itemsize, head=head, table_bytes=table
-    )
-    memory.check(needed, size, getattr(module, "free_bytes", memory.available)())
+    head = head_bits(head, source.n_quantized)
+    needed = memory.needed(source, module.FOOTPRINT, size, head=head, kv_dtype=kv_dtype, n_slots=n_slots)
+    memory.check(needed, size, backends.free_bytes(module))
     words = source.tokenizer()
     runner = module.build(
         source,
@@ -104,7 +98,7 @@ def load(
         progress=progress,
     )
     if device == "auto" and why != FASTEST:
-        backend = module.__name__.rpartition(".")[2]
+        backend = backends.name_of(module)
         _warn_once(f"the {'slow ' if backend == 'reference' else ''}{backend} backend runs the model: {why}")
     used = activation_bits(activations, source.n_quantized, head)
     if used != activations:
@@ -116,7 +110,7 @@ def load(
         runner,
         words,
         description=f"{name}: {config.model_type}, {weights}, {precision(source)}"
-        f"{_unusual(source, head, used, module.FOOTPRINT)} · {module.describe()} · context {size}",
+        f"{_unusual(source, head, used, module.FOOTPRINT)} · {module.describe(threads)} · context {size}",
         generation_config=source.generation_config,
         eos_ids=_eos_ids(source.generation_config, source.hf_config, words),
     )
@@ -451,6 +445,11 @@ def precision(checkpoint: Any) -> str:
     if q is None:
         return str(checkpoint.config.dtype)
     return f"{q.bits}-bit {q.method.upper()} " + ("per row" if q.group_size == -1 else f"g{q.group_size}")
+
+
+def head_bits(asked: int | None, n_quantized: int) -> int:
+    """Bits of the output head: those asked for, or 8 where something is quantized, else 16 for as it is stored."""
+    return asked or (8 if n_quantized else 16)
 
 
 def activation_bits(asked: int, n_quantized: int, head: int) -> int:

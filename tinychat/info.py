@@ -48,7 +48,6 @@ def gather(
     size = engine.context_size(c, ctx_size)
     module, why = backends.choose(device)
     shards = source.shards
-    sizes = c, source.file_bytes, source.n_quantized, module.FOOTPRINT, size
     return {
         "model": model,
         "path": str(path),
@@ -62,17 +61,13 @@ def gather(
         "ctx_size": size,
         "kv_dtype": kv_dtype,
         "memory": {
-            **memory.estimate(
-                *sizes,
-                bits=source.bits,
-                kv_itemsize=engine.KV_ITEMSIZE[kv_dtype],
-                head=head or (8 if source.n_quantized else 16),
-                table_bytes=source.table_bytes,
+            **memory.needed(
+                source, module.FOOTPRINT, size, head=engine.head_bits(head, source.n_quantized), kv_dtype=kv_dtype
             ),
-            "available": getattr(module, "free_bytes", memory.available)(),
+            "available": backends.free_bytes(module),
         },
         **_text(source),
-        "backend": module.__name__.rpartition(".")[2],
+        "backend": backends.name_of(module),
         "backend_description": module.describe(threads),
         "backend_reason": why,
     }

@@ -9,8 +9,9 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from tinychat.cache import kv_itemsize
 from tinychat.config import ModelConfig
 from tinychat.cpuinfo import control_groups
 from tinychat.errors import BackendError
@@ -92,6 +93,46 @@ def estimate(
         "overhead": footprint.program,
     }
     return {**parts, "total": sum(parts.values())}
+
+
+class Sized(Protocol):
+    """What `estimate` asks of weights: a checkpoint's, or random ones."""
+
+    config: ModelConfig
+
+    @property
+    def file_bytes(self) -> int:
+        """Of the weight files."""
+
+    @property
+    def n_quantized(self) -> int:
+        """Weights of `bits` among them."""
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+
+    @property
+    def table_bytes(self) -> int:
+        """Of the embedding table as it is stored."""
+
+
+def needed(
+    source: Sized, footprint: Footprint, ctx_size: int, *, head: int, kv_dtype: str = "fp16", n_slots: int = 1
+) -> dict[str, int]:
+    """The `estimate` for `source`."""
+    return estimate(
+        source.config,
+        source.file_bytes,
+        source.n_quantized,
+        footprint,
+        ctx_size,
+        bits=source.bits,
+        n_slots=n_slots,
+        kv_itemsize=kv_itemsize(kv_dtype),
+        head=head,
+        table_bytes=source.table_bytes,
+    )
 
 
 def available(root: Path = _ROOT) -> int | None:

@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from tinychat import memory
 from tinychat.cache import KVCache, Rows
 from tinychat.config import ModelConfig
 from tinychat.errors import BackendError
@@ -63,6 +64,17 @@ def backend(name: str) -> ModuleType:
     if reason := module.available():
         raise BackendError(f"backend {name!r} cannot be used here: {reason}")
     return module
+
+
+def name_of(module: ModuleType) -> str:
+    """What a backend module is called in `PREFERENCE`."""
+    return module.__name__.rpartition(".")[2]
+
+
+def free_bytes(module: ModuleType) -> int | None:
+    """Bytes left of the memory that a backend keeps models in; None where nobody knows."""
+    found: int | None = getattr(module, "free_bytes", memory.available)()
+    return found
 
 
 def choose(device: str = "auto") -> tuple[ModuleType, str]:

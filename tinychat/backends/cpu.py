@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tinychat import rope
-from tinychat.cache import KV_DTYPES, KVCache, Rows
+from tinychat.cache import KV_DTYPES, KVCache, Rows, kv_itemsize
 from tinychat.config import Block, ModelConfig, QKNorm
 from tinychat.cpuinfo import physical_cores, quota
 from tinychat.errors import BackendError, UsageError
@@ -56,7 +56,8 @@ def available() -> str | None:
 
 def describe(threads: int | None = None) -> str:
     """One line: the instruction set and threads, as 'cpu (avx512vnni, 2 threads)'."""
-    return _describe(_cpu.isa(), thread_count(threads))
+    n = thread_count(threads)
+    return f"cpu ({_cpu.isa()}, {n} thread{'s' if n > 1 else ''})"
 
 
 def thread_count(threads: int | None) -> int:
@@ -116,12 +117,14 @@ def build(
         cache = KVCache(config.n_layers, n_slots, config.n_kv_heads, ctx_size, config.head_dim, kv_dtype)
         return CpuRunner(source, cache, isa, thread_count(threads), activations, head, progress)
     except MemoryError:
-        need = n_slots * config.kv_bytes(ctx_size, np.dtype(KV_DTYPES[kv_dtype]).itemsize)
+        need = n_slots * config.kv_bytes(ctx_size, kv_itemsize(kv_dtype))
         raise BackendError(
             f"not enough memory for the model and a KV cache of {need / 1e9:.2f} GB "
             f"({n_slots} x {ctx_size} positions); load with a smaller context (--ctx-size)"
         ) from None
-    except RuntimeError as error:  # the only one that C++ throws here
+    except RuntimeError as error:
+        if "threads cannot be started" not in str(error):
+            raise
         raise BackendError(f"{error}; ask for fewer (--threads or TINYCHAT_THREADS)") from None
 
 
@@ -159,7 +162,6 @@ class CpuRunner:
         self.cache = cache
         self._activations = activations
         self._reading = _wanted_reading()
-        self.description = _describe(isa, n_threads)
         config.check_capacity(cache.capacity)
         granted = max(1, min(int(quota() or MAX_THREADS), MAX_THREADS))
         self._decoder = _cpu.Decoder(isa=isa, n_threads=n_threads, granted=granted, shape=_shape(config))
@@ -392,10 +394,6 @@ def _lasting(table: np.ndarray) -> np.ndarray:
     """`table`, or a copy of one that can be written to and so is the caller's own; of a mapped file the pages serve."""
     shared = table.flags.c_contiguous and not table.flags.writeable
     return table if shared else np.array(table, order="C")
-
-
-def _describe(isa: str, n_threads: int) -> str:
-    return f"cpu ({isa}, {n_threads} thread{'s' if n_threads > 1 else ''})"
 
 
 def _kept(array: np.ndarray, keep: list[np.ndarray]) -> int:

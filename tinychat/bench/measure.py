@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tinychat import cpuinfo, memory
+from tinychat import backends, cpuinfo, memory
 from tinychat.backends import DrawingRunner, Runner, cpu
 from tinychat.backends.cpu_linear import extension
 from tinychat.bench import contexts, traffic
@@ -279,7 +279,7 @@ def rates(timings: list[Timings]) -> list[float]:
 
 def _what(subject: Subject, threads: int | None) -> dict[str, Any]:
     """What was measured, on what."""
-    name = subject.backend.__name__.rpartition(".")[2]
+    name = backends.name_of(subject.backend)
     return {
         **subject.facts(),
         "machine": subject.backend.describe() if subject.on_gpu else cpuinfo.processor(),

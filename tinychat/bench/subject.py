@@ -77,12 +77,12 @@ class Subject:
     @property
     def on_gpu(self) -> bool:
         """Whether a GPU runs it, and its memory is what is probed."""
-        return self.backend.__name__.rpartition(".")[2] == "cuda"
+        return backends.name_of(self.backend) == "cuda"
 
     @property
     def head(self) -> int:
         """Bits of the output head, as `engine.load` decides them."""
-        return self.options.head or (8 if self.source.n_quantized else 16)
+        return engine.head_bits(self.options.head, self.source.n_quantized)
 
     @property
     def activations(self) -> int:
@@ -97,15 +97,12 @@ class Subject:
     @property
     def free(self) -> int | None:
         """Bytes left of the memory that will hold it; None where nobody knows."""
-        found: int | None = getattr(self.backend, "free_bytes", memory.available)()
-        return found
+        return backends.free_bytes(self.backend)
 
     def memory(self, ctx_size: int) -> dict[str, int]:
         """See `memory.estimate`."""
-        source, itemsize = self.source, engine.KV_ITEMSIZE[self.options.kv_dtype]
-        sizes = self.config, source.file_bytes, source.n_quantized, self.backend.FOOTPRINT, ctx_size
-        table = source.table_bytes
-        return memory.estimate(*sizes, bits=source.bits, kv_itemsize=itemsize, head=self.head, table_bytes=table)
+        kv_dtype = self.options.kv_dtype
+        return memory.needed(self.source, self.backend.FOOTPRINT, ctx_size, head=self.head, kv_dtype=kv_dtype)
 
     def load(self, ctx_size: int, threads: int | None, progress: Progress | None = None) -> engine.Engine:
         """An engine with a context of `ctx_size`. Raises what `engine.load` does.

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from tinychat import checkpoint
 from tinychat.bench.random_weights import RandomWeights
+from tinychat.cache import kv_itemsize
 from tinychat.checkpoint.inventory import segments
 from tinychat.config import ModelConfig
-from tinychat.engine import KV_ITEMSIZE
 from tinychat.qtensor import HEAD_GROUP
 
 
@@ -59,9 +59,8 @@ def of(source: RandomWeights | checkpoint.Checkpoint, *, head_bits: int = 16, kv
     found = _of_random(source, head_bits) if isinstance(source, RandomWeights) else _of_files(source, head_bits)
     body, quantized, head, table, experts = found
     idle = experts * (1 - c.experts.n_used / c.experts.n_experts) if c.experts else 0
-    return Traffic(
-        c, body, quantized, head, table / c.vocab_size, 0 if c.tied_head else table, KV_ITEMSIZE[kv_dtype], idle
-    )
+    table_row, apart = table / c.vocab_size, 0 if c.tied_head else table
+    return Traffic(c, body, quantized, head, table_row, apart, kv_itemsize(kv_dtype), idle)
 
 
 def _of_random(source: RandomWeights, head_bits: int) -> tuple[float, float, float, float, float]:

@@ -113,9 +113,7 @@ def _gpu(facts: dict[str, Any]) -> Iterator[str]:
     if not facts["gpus"] or facts["kernels"]["backend"] != "cpu":
         return
     name = facts["gpus"][0]["name"]
-    if "cuda" not in facts["backends"]:
-        yield f"There is a GPU ({name}); this version of tinychat runs models on the CPU only."
-    elif "cuda not used" in facts["kernels"]["reason"]:
+    if "cuda not used" in facts["kernels"]["reason"]:
         yield f"There is a GPU ({name}) and it is not used; why is said above, under 'backend'."
 
 

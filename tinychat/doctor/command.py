@@ -84,7 +84,7 @@ def gather(
     probe    measure, where the cpu or the cuda backend would run; always on this machine
     Raises what opening `model` raises; nothing about the machine does.
     """
-    from tinychat import __version__, backends, checkpoint
+    from tinychat import __version__, checkpoint
     from tinychat.doctor import kernels as levels
     from tinychat.doctor import machine, models, speed, throttling
     from tinychat.doctor.advice import advise
@@ -112,7 +112,6 @@ def gather(
         "board": machine.board(root),
         "processor": processor,
         "gpus": machine.gpus(root),
-        "backends": list(backends.PREFERENCE),
         "kernels": found,
         "memory": memory,
         "free": free,

@@ -43,7 +43,7 @@ def here(device: str = "auto") -> dict[str, Any]:
     found["forced"] = {n: v for n in ("TINYCHAT_ISA", "TINYCHAT_FETCH", "TINYCHAT_THREADS") if (v := os.environ.get(n))}
     try:
         module, found["reason"] = backends.choose(device)
-        name = module.__name__.rpartition(".")[2]
+        name = backends.name_of(module)
         if name == "cpu":
             from tinychat.backends import cpu, cpu_linear
 

@@ -67,11 +67,6 @@ def is_jetson(root: Path) -> bool:
     return "jetson" in (board(root) or "").lower() or (root / "etc/nv_tegra_release").is_file()
 
 
-def is_raspberry_pi(root: Path) -> bool:
-    """Whether the board is one."""
-    return (board(root) or "").startswith("Raspberry Pi")
-
-
 def memory_facts(root: Path) -> dict[str, Any]:
     """Bytes: 'total', 'available' to this process, 'group_room' (None without a limit), swap and what it lies on."""
     system = memory.system(root)

@@ -34,17 +34,13 @@ class Sized:
         head: int | None = None,
     ):
         self.source, self.footprint = source, footprint
-        self.itemsize = engine.KV_ITEMSIZE[kv_dtype]
-        self.head = head or (8 if source.n_quantized else 16)
+        self.kv_dtype, self.head = kv_dtype, engine.head_bits(head, source.n_quantized)
         self.limit = engine.max_context_size(source.config)
         self.traffic = traffic.of(source, head_bits=self.head, kv_dtype=kv_dtype)
 
     def needs(self, context: int) -> dict[str, int]:
         """See `memory.estimate`."""
-        source = self.source
-        sizes = source.config, source.file_bytes, source.n_quantized, self.footprint, context
-        table = source.table_bytes
-        return memory.estimate(*sizes, bits=source.bits, kv_itemsize=self.itemsize, head=self.head, table_bytes=table)
+        return memory.needed(self.source, self.footprint, context, head=self.head, kv_dtype=self.kv_dtype)
 
     def longest(self, free: int | None) -> int | None:
         """The longest context that `free` bytes hold; None where it would be less than is worthwhile, the model's own
