@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs tinychat into a virtual environment without torch and transformers, which chat, generate, eval, info, bench
-# and doctor do not need: about 0.2 GB instead of 1.4. From a wheel where one is given, else from the sources around it.
+# Installs tinychat into a virtual environment without torch, which chat, generate, eval, info, bench
+# and doctor do not need: about 0.2 GB instead of 1.3. From a wheel where one is given, else from the sources around it.
 set -euo pipefail
 
 usage='usage: demo/install_light.sh [--dry-run] [--venv DIR] [WHEEL]   (DIR: ~/tinychat-venv)'

@@ -160,7 +160,7 @@ writes the same bytes; what it needs for that lies in .DST.partial beside DST un
         metavar="NAME",
         help="how weights are rounded: %(choices)s (default: %(default)s)",
     )
-    form.add_argument("--bits", type=whole, default=4, metavar="N", help="of a weight: 2, 3, 4 or 8 (default: 4)")
+    form.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=4, help="of a weight (default: 4)")
     form.add_argument(
         "--group-size",
         type=lambda text: -1 if text == "-1" else whole(text),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -47,7 +47,7 @@ def load(
     n_slots: int = 1,
     revision: str | None = None,
     offline: bool = False,
-    ignore_config: Sequence[str] = (),
+    ignore_config: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Engine:
     """The engine of `model`: a directory, a GGUF file, a hub id, or "pebble", the model that ships with tinychat.
@@ -298,7 +298,7 @@ class Engine:
         slot = self._best_slot(prompt)
         self._last_use[slot] = started
         # One token is always run anew: its row gives the first logits.
-        cached = self._keep(runner, slot, min(_common(self._slots[slot], prompt), len(prompt) - 1))
+        cached = self._keep(runner, slot, min(common_prefix(self._slots[slot], prompt), len(prompt) - 1))
         done, logits = cached, None
         while done < len(prompt) and not cancelled():
             chunk = prompt[done : done + self._prefill_chunk]
@@ -373,7 +373,7 @@ class Engine:
 
     def _best_slot(self, prompt: list[int]) -> int:
         """The slot that holds most of `prompt`; of equals the one used longest ago."""
-        return max(range(len(self._slots)), key=lambda s: (_common(self._slots[s], prompt), -self._last_use[s]))
+        return max(range(len(self._slots)), key=lambda s: (common_prefix(self._slots[s], prompt), -self._last_use[s]))
 
     def _acquire(self, cancelled: Callable[[], bool]) -> bool:
         """Wait for the engine; False where `cancelled` came first."""
@@ -401,7 +401,7 @@ class Engine:
         return self._runner
 
 
-def _common(held: Sequence[int], prompt: Sequence[int]) -> int:
+def common_prefix(held: Sequence[int], prompt: Sequence[int]) -> int:
     """Length of the longest common prefix."""
     for index, (a, b) in enumerate(zip(held, prompt, strict=False)):
         if a != b:

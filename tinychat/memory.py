@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from tinychat.cache import kv_itemsize
 from tinychat.config import ModelConfig
-from tinychat.cpuinfo import control_groups
+from tinychat.cpuinfo import control_groups, number
 from tinychat.errors import BackendError
 from tinychat.qtensor import HEAD_GROUP
 
@@ -213,15 +213,6 @@ def _fields(path: Path) -> dict[str, int]:
     return {line[0]: int(line[1]) for line in lines if len(line) >= 2 and _DIGITS.fullmatch(line[1])}
 
 
-def _number(path: Path) -> int | None:
-    """The one number in a file; None where there is none ('max') or no file."""
-    try:
-        text = path.read_text(errors="replace").strip()
-    except (OSError, ValueError):
-        return None
-    return int(text) if _DIGITS.fullmatch(text) else None
-
-
 def _room(limit: int | None, usage: int | None, reclaimable: int) -> int | None:
     """What a control group leaves; the page cache in its usage is given back when needed."""
     if limit is None or usage is None or limit >= 1 << 60:  # v1 writes "no limit" as a huge number
@@ -232,13 +223,13 @@ def _room(limit: int | None, usage: int | None, reclaimable: int) -> int | None:
 def _v2_room(group: Path) -> int | None:
     stat = _fields(group / "memory.stat")
     cached = stat.get("inactive_file", 0) + stat.get("active_file", 0)
-    return _room(_number(group / "memory.max"), _number(group / "memory.current"), cached)
+    return _room(number(group / "memory.max"), number(group / "memory.current"), cached)
 
 
 def _v1_room(group: Path) -> int | None:
     stat = _fields(group / "memory.stat")
     cached = stat.get("total_inactive_file", 0) + stat.get("total_active_file", 0)
-    return _room(_number(group / "memory.limit_in_bytes"), _number(group / "memory.usage_in_bytes"), cached)
+    return _room(number(group / "memory.limit_in_bytes"), number(group / "memory.usage_in_bytes"), cached)
 
 
 def _address_space() -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def gather(
     kernels: dict[str, Any] | None = None,
     revision: str | None = None,
     offline: bool = False,
-    ignore_config: tuple[str, ...] = (),
+    ignore_config: Collection[str] = (),
 ) -> dict[str, Any]:
     """All facts, under the names that `tinychat doctor --json` prints.
 

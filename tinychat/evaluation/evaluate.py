@@ -35,8 +35,10 @@ Model = Engine | str | Path
 class Evaluation:
     """What was measured, and how. Perplexities are exp of nats per token; intervals are of 95 %.
 
+    text       what it is called: a file's name, or 'the text given'
     tokens     that were predicted: all of the windows' but the first of each
     left_out   tokens at the end of the text that did not fill a window, or lay beyond max_tokens
+    window     tokens in each of `windows` windows
     begins     the token that the tokenizer put before the text, as text; None: it puts none
     settings   how models given by name were run: head and activations (bits), kv_dtype
     against... None where there is no other model: the other's name and perplexity, the paired difference of the
@@ -155,6 +157,8 @@ def evaluate(
     text            the text itself, or the Path of a UTF-8 file
     window          tokens; by default 2048, or the context where that is shorter
     max_tokens      of the text, from its beginning (default: all)
+    ctx_size        of models given by name, where it is to be larger than a window
+    revision        of `model` alone
     device ... ignore_config  of models given by name: see `load`. Unlike there, the output head stays as it is stored
                     and the KV cache rounds nothing, so that the figures are the weights'
     progress        shown on stderr, where that is a terminal

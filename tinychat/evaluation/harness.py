@@ -22,6 +22,7 @@ from tinychat.backends import PREFERENCE
 from tinychat.engine import Engine
 from tinychat.errors import TokenizerError, UsageError
 from tinychat.evaluation.likelihood import continuation
+from tinychat.sampling import MAX_STOPS
 
 # What the harness means where it says nothing: the model's plain distribution, whatever its files prefer.
 PLAIN = {
@@ -35,7 +36,6 @@ PLAIN = {
     "seed": 0,
 }
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-MOST_STOPS = 16  # what the engine takes
 
 
 @register_model("tinychat")
@@ -167,8 +167,8 @@ class TinychatLM(LM):
         """A task's generation options as our engine's."""
         until = given.pop("until", None) or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        if len(stops) > MOST_STOPS:
-            raise UsageError(f"a task has {len(stops)} strings to stop at; the engine takes at most {MOST_STOPS}")
+        if len(stops) > MAX_STOPS:
+            raise UsageError(f"a task has {len(stops)} strings to stop at; the engine takes at most {MAX_STOPS}")
         lengths = [given.pop(name) for name in LENGTHS if given.get(name) is not None]
         sampled = given.pop("do_sample", None)
         known = {name: value for name, value in given.items() if name in PLAIN and value is not None}

@@ -15,6 +15,7 @@ import numpy as np
 
 from tinychat.backends import Runner
 from tinychat.cache import Rows
+from tinychat.engine import common_prefix
 from tinychat.errors import BackendError
 
 STEP_ROWS = 256
@@ -142,7 +143,7 @@ def continuation(
           that many continuations of one context cost little
     """
     first = len(ids) - n_scored  # the row before it predicts it
-    keep = min(_common(held, ids), first - 1)
+    keep = min(common_prefix(held, ids), first - 1)
     runner.cache.truncate(slot, keep)
     del held[keep:]
     pieces = []
@@ -203,11 +204,6 @@ def _finite(found: Score) -> Score:
 def _rows(runner: Runner) -> int:
     """Of a step that returns the logits of all of them."""
     return min(STEP_ROWS, max(16, STEP_LOGITS // runner.config.vocab_size))
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _lengths(token_windows: Sequence[Sequence[int]]) -> np.ndarray:

@@ -69,9 +69,13 @@ def quantize(
 ) -> Report:
     """Quantize the checkpoint `source` and write it to `output`, as AWQ: other widths and free act-order as GPTQ.
 
+    method       'rtn', 'awq', 'gptq' or 'awq+gptq'
+    bits         of a weight: 2, 3, 4 or 8
+    group_size   inputs that share a scale: 32, 64, 128, or -1 for a whole row
     symmetric, act_order  see `Grid` and `Method`
     calibration  see `calibration.load`; None: text sampled from the model itself
     n_sequences, length  of the calibration set, at most; None: 512 tokens, 128 of sampled text
+    overwrite    replace what is at `output`
     restart      throw away what an interrupted run left. Otherwise a run with the same arguments goes on after its last
                  finished layer, and writes the same bytes as one that was never interrupted
     device       'cpu', 'cuda' or 'auto': see `device.find`
@@ -83,7 +87,8 @@ def quantize(
     less than two layers in fp32, or about 1.1 GB where that is more. (Text that is sampled takes the packed model while
     it is written: see `rounded`.)
     Raises UsageError for arguments that cannot be, CheckpointError for what is wrong with the source or the output,
-    which then is as it was before.
+    which then is as it was before; ConfigError for a model that is not supported, TokenizerError for calibration text
+    without a tokenizer, BackendError where the device is not there.
     """
     began = time.monotonic()
     if seed < 0:
