@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 import tinychat
-from tinychat.quantize import quantize
 
 
 def main(model: str, text_file: str, group_size: int = 128) -> None:
@@ -17,11 +16,8 @@ def main(model: str, text_file: str, group_size: int = 128) -> None:
         paths = {"original": model}
         for method in ("rtn", "awq"):
             paths[method] = str(Path(folder) / method)
-            print(
-                quantize(
-                    model, paths[method], method=method, group_size=group_size, n_sequences=8, length=64, progress=False
-                )
-            )
+            options = {"method": method, "group_size": group_size, "n_sequences": 8, "length": 64, "progress": False}
+            print(tinychat.quantize(model, paths[method], **options))
         for name, path in paths.items():
             with tinychat.load(path) as llm:
                 found = tinychat.evaluate(llm, text, window=256)

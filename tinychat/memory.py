@@ -157,7 +157,7 @@ def system(root: Path = _ROOT) -> dict[str, int]:
 
 
 def check(needed: dict[str, int], ctx_size: int, free: int | None, option: str = "--ctx-size") -> None:
-    """BackendError where `needed` (see `estimate`) is more than the bytes `free`, of which None says nothing.
+    """BackendError where `needed` (see `estimate`) is more than the bytes `free`; None: unknown, not checked.
 
     `option` is what asks for a context. `TINYCHAT_NO_MEMORY_CHECK=1` skips it.
     """

@@ -187,11 +187,8 @@ class MemoryWeights:
         """See `WeightSource`: held in memory by whoever made it."""
 
 
-class RoundedHead:
-    """`source` with its output head rounded to 8 bits, and a tied embedding with it: what `head=8` asks of a backend.
-
-    For those that hold a rounded head as any other `QTensor`; widens a tied table to fp32.
-    """
+class Wrapped:
+    """`source`, of which a subclass changes a part; a `WeightSource`."""
 
     def __init__(self, source: WeightSource):
         self.source = source
@@ -199,8 +196,7 @@ class RoundedHead:
 
     def embed(self) -> np.ndarray:
         """See `WeightSource`."""
-        table = self.source.embed()
-        return round_symmetric(table).dequantize() if self.config.tied_head else table
+        return self.source.embed()
 
     def layer(self, index: int) -> Layer:
         """See `WeightSource`."""
@@ -218,12 +214,28 @@ class RoundedHead:
         """See `WeightSource`."""
         return self.source.norm_bias()
 
+    def head(self) -> Linear | None:
+        """See `WeightSource`."""
+        return self.source.head()
+
+    def release(self) -> None:
+        """See `WeightSource`."""
+        self.source.release()
+
+
+class RoundedHead(Wrapped):
+    """`source` with its output head rounded to 8 bits, and a tied embedding with it: what `head=8` asks of a backend.
+
+    For those that hold a rounded head as any other `QTensor`; widens a tied table to fp32.
+    """
+
+    def embed(self) -> np.ndarray:
+        """See `WeightSource`."""
+        table = self.source.embed()
+        return round_symmetric(table).dequantize() if self.config.tied_head else table
+
     def head(self) -> Linear:
         """See `WeightSource`; segments that are quantized already stay as they are."""
         found = self.source.head() or Linear((self.source.embed(),))
         rounded = (round_symmetric(s) if isinstance(s, np.ndarray) else s for s in found.segments)
         return Linear(tuple(rounded), found.bias)
-
-    def release(self) -> None:
-        """See `WeightSource`."""
-        self.source.release()

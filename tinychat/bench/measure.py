@@ -326,7 +326,7 @@ def _verdict(probe: Probe | None, fraction: float | None, in_cache: bool, option
 
 
 def _resident_bits(subject: Subject, need: traffic.Traffic, resident: int) -> float | None:
-    """Of a quantized weight, padding included: that of other parts, where they have some, is laid to their charge."""
+    """Of a quantized weight; all padding, that of other parts too, is counted here."""
     n = round(need.quantized and subject.source.n_quantized)
     others = need.body - need.quantized + need.head
     return (resident - others) * 8 / n if n else None

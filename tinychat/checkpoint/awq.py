@@ -54,6 +54,10 @@ class AwqFormat:
     modules_to_not_convert: tuple[str, ...] = ()
     version: str = "gemm"
 
+    method = "awq"  # this and the next two: see `Layout`
+    endings = ENDINGS
+    rows_together = PER_WORD  # `AwqWords` keep the file's words
+
     @classmethod
     def parse(cls, raw: Mapping[str, Any], where: str) -> AwqFormat:
         """From `quantization_config` of config.json, or an old quant_config.json. `where` names it in a `ConfigError`.
@@ -80,21 +84,6 @@ class AwqFormat:
         if not isinstance(exceptions, list) or not all(isinstance(name, str) for name in exceptions):
             raise ConfigError(f"{where} says modules_to_not_convert {quote(exceptions)}; expected is a list of names")
         return cls(bits, group_size, zero_point, tuple(exceptions), "gemm")
-
-    @property
-    def method(self) -> str:
-        """See `Layout`."""
-        return "awq"
-
-    @property
-    def endings(self) -> tuple[str, ...]:
-        """See `Layout`."""
-        return ENDINGS
-
-    @property
-    def rows_together(self) -> int:
-        """See `Layout`: `AwqWords` keep the file's words."""
-        return PER_WORD
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         """See `Layout`."""

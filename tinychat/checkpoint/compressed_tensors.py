@@ -97,20 +97,9 @@ class PackQuantized:
     symmetric: bool = True
     ignored: tuple[str, ...] = ()
 
-    @property
-    def method(self) -> str:
-        """See `Layout`."""
-        return "compressed-tensors"
-
-    @property
-    def endings(self) -> tuple[str, ...]:
-        """See `Layout`."""
-        return ENDINGS
-
-    @property
-    def rows_together(self) -> int:
-        """See `Layout`: a word is of one output."""
-        return 1
+    method = "compressed-tensors"  # this and the next two: see `Layout`
+    endings = ENDINGS
+    rows_together = 1  # a word is of one output
 
     def excludes(self, module: str) -> bool:
         """See `Layout`. Names that are whole; patterns ("re:...") are another engine's matter: see `Inventory`."""

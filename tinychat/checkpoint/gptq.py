@@ -102,20 +102,9 @@ class GptqFormat:
     borrows: bool = False
     left_out: tuple[str, ...] = ()
 
-    @property
-    def method(self) -> str:
-        """See `Layout`."""
-        return "gptq"
-
-    @property
-    def endings(self) -> tuple[str, ...]:
-        """See `Layout`."""
-        return ENDINGS
-
-    @property
-    def rows_together(self) -> int:
-        """See `Layout`: a word is of one output."""
-        return 1
+    method = "gptq"  # this and the next two: see `Layout`
+    endings = ENDINGS
+    rows_together = 1  # a word is of one output
 
     def excludes(self, module: str) -> bool:
         """See `Layout`. Modules that are left out are patterns in the file, which no one needs: see `Inventory`."""

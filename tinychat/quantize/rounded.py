@@ -12,22 +12,14 @@ import numpy as np
 
 from tinychat.qtensor import Weight
 from tinychat.quantize.grid import Grid, as_float, stacked
-from tinychat.weights import QUANTIZED, Ends, Layer, Linear, WeightSource
+from tinychat.weights import QUANTIZED, Layer, Linear, Wrapped
 
 GRID = Grid(bits=4, group_size=32)  # 4.6 bits a weight; this text need not be cheap to the last bit
 _ROWS = 1024
 
 
-class Rounded:
-    """`source` with its linears in 4 bits; a `WeightSource`. The embedding and the head stay as they are."""
-
-    def __init__(self, source: WeightSource):
-        self.source = source
-        self.config = source.config
-
-    def embed(self) -> np.ndarray:
-        """See `WeightSource`."""
-        return self.source.embed()
+class Rounded(Wrapped):
+    """`source` with its linears in 4 bits. The embedding and the head stay as they are."""
 
     def layer(self, index: int) -> Layer:
         """See `WeightSource`."""
@@ -35,26 +27,6 @@ class Rounded:
         found = {name: getattr(layer, name) for name in QUANTIZED}
         rounded = {name: _rounded(linear, f"layer {index}, {name}") for name, linear in found.items() if linear}
         return replace(layer, **rounded)  # type: ignore[arg-type]  # QUANTIZED are linears of it
-
-    def ends(self) -> Ends:
-        """See `WeightSource`."""
-        return self.source.ends()
-
-    def norm(self) -> np.ndarray | None:
-        """See `WeightSource`."""
-        return self.source.norm()
-
-    def norm_bias(self) -> np.ndarray | None:
-        """See `WeightSource`."""
-        return self.source.norm_bias()
-
-    def head(self) -> Linear | None:
-        """See `WeightSource`."""
-        return self.source.head()
-
-    def release(self) -> None:
-        """See `WeightSource`."""
-        self.source.release()
 
 
 def _rounded(linear: Linear, name: str) -> Linear:
