@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ SHAPES = ("llama-2-7b", "llama-3-8b", "qwen3-0.6b", "mpt-7b", "falcon-7b")
 PROMPT, TOKENS, LONG = 4, 200, 4096
 CAPACITY = 256  # of plain models: prompt and answer
 REPEATS = 3
+BASELINE = "huggingface fp16"  # what others are divided by
 DEVICE = "cuda"  # of all but tinychat's, which chooses for itself
 
 Found = dict[str, Any]
@@ -64,9 +65,18 @@ class Results:
         """One more."""
         self.found.append(found)
         print(json.dumps(found), flush=True)
+        speeds = [one for one in self.found if "tokens_per_second" in one]
+        theirs = {one["shape"]: one["tokens_per_second"] for one in speeds if one["contender"] == BASELINE}
+        for one in speeds:
+            if one["shape"] in theirs:
+                one["over_hugging_face"] = one["tokens_per_second"] / theirs[one["shape"]]
         everything = {**self.facts, "results": self.found}
         (self.folder / "gpu.json").write_text(json.dumps(everything, indent=1))
         (self.folder / "gpu.md").write_text(self.table())
+
+    def has(self, **asked: Any) -> bool:
+        """Whether something with all of these values was found."""
+        return any(all(found.get(name) == value for name, value in asked.items()) for found in self.found)
 
     def table(self) -> str:
         """In Markdown, a part for each measurement."""
@@ -86,7 +96,9 @@ def _cell(value: Any) -> str:
 def attempt(
     results: Results, shape: str, name: str, contender: Contender, deadline: float | None, what="decode"
 ) -> None:
-    """Run a contender; whatever it does, go on."""
+    """Run a contender, unless an earlier process has; whatever it does, go on."""
+    if results.has(what=what, shape=shape, contender=name):
+        return
     if deadline is not None and time.monotonic() > deadline:
         results.add(what=what, shape=shape, contender=name, error="left out: no time left (--minutes)")
         return
@@ -97,10 +109,21 @@ def attempt(
     except Exception as error:
         words = str(error).strip().splitlines() or [""]
         results.add(what=what, shape=shape, contender=name, error=f"{type(error).__name__}: {words[0][:200]}")
+        go_on_anew_if_broken(deadline)
     gc.collect()
     if torch.cuda.is_available():
         torch._dynamo.reset()
         torch.cuda.empty_cache()
+
+
+def go_on_anew_if_broken(deadline: float | None) -> None:
+    """After an illegal access nothing works in a process any more: another one does what is left."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        left = [] if deadline is None else ["--minutes", str(max(0.0, deadline - time.monotonic()) / 60)]
+        os.execv(sys.executable, [sys.executable, *sys.argv, "--go-on", *left])
 
 
 # ---- tinychat
@@ -307,9 +330,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--contenders", nargs="+", help="those whose names contain one of these (default: all)")
+    parser.add_argument("--contenders", nargs="+", help="of these names, or whose first word is one (default: all)")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which nothing new is started (default: 9)")
     parser.add_argument("--no-kernels", action="store_true", help="whole models alone")
+    parser.add_argument("--go-on", action="store_true", help="keep what gpu.json in --out has, and do the rest")
     args = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * args.minutes
     import gpu_kernels
@@ -320,10 +344,12 @@ def main(argv: list[str] | None = None) -> None:
     copy_gb_s = gpu_kernels.copy_rate()
     facts = {"gpu": backend("cuda").describe(), "driver": driver(), "cuda": torch.version.cuda}
     results.facts |= {**facts, "copy_gb_s": round(copy_gb_s, 1), "command": " ".join(sys.argv)}
+    if args.go_on and (args.out / "gpu.json").exists():
+        results.found = json.loads((args.out / "gpu.json").read_text())["results"]
     everything: dict[str, Contender] = {
         "tinychat int4": tinychat(4, True, copy_gb_s),
         "tinychat fp16": tinychat(16, True, copy_gb_s),
-        "huggingface fp16": huggingface,
+        BASELINE: huggingface,
         "tinychat fp16 without graphs": tinychat(16, False, copy_gb_s),
         "tinychat int4 without graphs": tinychat(4, False, copy_gb_s),
         "tinychat int4 without overlap": tinychat(4, True, copy_gb_s, overlap=False),
@@ -334,26 +360,31 @@ def main(argv: list[str] | None = None) -> None:
     first = {
         "tinychat int4": tinychat_first_token(4),
         "tinychat fp16": tinychat_first_token(16),
-        "huggingface fp16": huggingface_first_token,
+        BASELINE: huggingface_first_token,
     }
 
     def wanted(name: str) -> bool:
-        return args.contenders is None or any(part in name for part in args.contenders)
+        return args.contenders is None or any(part in (name, name.split()[0]) for part in args.contenders)
 
-    slow = ("compiled",)  # minutes of compiling each: they come last
-    for late in (False, True):
-        for shape in args.shapes:
-            for name, contender in everything.items():
-                if wanted(name) and name.startswith(slow) == late:
-                    attempt(results, shape, name, contender, deadline)
-        if not late and "llama-3-8b" in args.shapes:
-            for name, contender in first.items():
-                if wanted(name):
-                    attempt(results, "llama-3-8b", name, contender, deadline, f"first token after {LONG}")
-        if not late and not args.no_kernels:
-            for name, kernels in gpu_kernels.measurements(copy_gb_s).items():
-                for found in gpu_kernels.safely(kernels):
-                    results.add(what=name, **found)
+    def decode(names: Iterable[str]) -> None:
+        for name in filter(wanted, names):
+            for shape in args.shapes:
+                attempt(results, shape, name, everything[name], deadline)
+
+    compiled = [name for name in everything if name.startswith("compiled")]  # minutes of compiling each: they come last
+    decode(["tinychat int4", BASELINE])
+    if "llama-3-8b" in args.shapes:
+        for name in filter(wanted, first):
+            attempt(results, "llama-3-8b", name, first[name], deadline, f"first token after {LONG}")
+    decode(name for name in everything if name not in compiled)
+    kernels = {} if args.no_kernels else gpu_kernels.measurements(copy_gb_s)
+    for name, measured in kernels.items():
+        if time.monotonic() > deadline:
+            results.add(what=name, error="left out: no time left (--minutes)")
+        elif not results.has(what=name):
+            for found in gpu_kernels.safely(measured):
+                results.add(what=name, **found)
+    decode(compiled)
     print(results.table())
 
 

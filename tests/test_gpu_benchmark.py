@@ -63,6 +63,24 @@ def test_what_is_found_is_kept_as_it_comes(tmp_path):
     assert "123.4" in text and "no such thing" in text
     again = gpu.json.loads((tmp_path / "gpu.json").read_text())["results"]
     assert [found["contender"] for found in again] == ["a", "b"] and again[1]["error"].startswith("RuntimeError")
+    gpu.attempt(results, "llama-2-7b", "b", works, None)
+    assert len(results.found) == 2, "an earlier process has"
+    gpu.attempt(results, "llama-2-7b", gpu.BASELINE, lambda shape: {"tokens_per_second": 50.0}, None)
+    again = gpu.json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert again[0]["over_hugging_face"] == 123.4 / 50 and "over_hugging_face" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_process_whose_gpu_is_broken_is_left(monkeypatch, tmp_path):
+    def fails(*ignored):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    left = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    monkeypatch.setattr(gpu.os, "execv", lambda program, arguments: left.extend(arguments[1:]))
+    monkeypatch.setattr(gpu.sys, "argv", ["gpu.py", "--out", "x"])
+    gpu.attempt(gpu.Results(tmp_path), "llama-2-7b", "a", fails, gpu.time.monotonic() + 60)
+    assert left[:5] == ["gpu.py", "--out", "x", "--go-on", "--minutes"] and 0.9 < float(left[5]) <= 1
 
 
 TINY = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}

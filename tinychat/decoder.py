@@ -261,10 +261,12 @@ def _mixture(config: ModelConfig, experts: Experts, ops: Ops, layer: PackedLayer
     if experts.normalized:
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     added = torch.zeros_like(x)
-    for index, (up, down) in enumerate(zip(layer.up, layer.down, strict=True)):
-        rows, place = torch.nonzero(chosen == index, as_tuple=True)
-        if len(rows):
-            added[rows] += probabilities[rows, place, None] * _mlp(config, ops, x[rows], up, down)
+    told = chosen.flatten().cpu()  # the one wait for a device; pairs of a row and an expert
+    pairs, counts = told.argsort(stable=True).to(x.device), told.bincount(minlength=experts.n_experts).tolist()
+    for up, down, of_expert in zip(layer.up, layer.down, pairs.split(counts), strict=True):
+        if len(of_expert):
+            rows = of_expert // experts.n_used
+            added[rows] += probabilities.flatten()[of_expert, None] * _mlp(config, ops, x[rows], up, down)
     if layer.shared_up is not None:
         added += logits[:, -1:].sigmoid() * _mlp(config, ops, x, layer.shared_up, layer.shared_down)
     return added

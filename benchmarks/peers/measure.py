@@ -7,6 +7,7 @@ An engine that fails is out from there on, with that number of threads; what it 
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import statistics
@@ -179,11 +180,11 @@ def starts(plan: Plan) -> tuple[list[Start], dict[str, str]]:
     """Starts of each engine with the files in the page cache, interleaved; and why engines, or starts, are missing."""
     commands, missing = _commands(plan)
     found = [Start(contender, plan.threads[-1]) for contender in plan.contenders if contender.name in commands]
-    for start in found:
-        _read_once(plan.models.find(start.contender.model)[0])
+    size = 2 * max((_read_once(plan.models.find(start.contender.model)[0]) for start in found), default=0)
     for number in range(plan.rounds):
         for start in [start for start in found if start.contender.name not in missing]:
             name = start.contender.name
+            _fetch_memory(size)
             try:
                 answer = first_token(
                     commands[name],
@@ -203,10 +204,24 @@ def starts(plan: Plan) -> tuple[list[Start], dict[str, str]]:
     return [start for start in found if start.seconds], missing
 
 
-def _read_once(path: Path) -> None:
-    """Bring the files of a model into the page cache."""
+def _read_once(path: Path) -> int:
+    """Bring the files of a model into the page cache; their bytes."""
     files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
     subprocess.run(["cat", *map(str, files)], stdout=subprocess.DEVNULL, check=True)
+    return sum(file.stat().st_size for file in files)
+
+
+def _fetch_memory(size: int) -> None:
+    """Have the system hold as much free memory as a start may take.
+
+    A virtual machine gives memory that is free for seconds back to its host, and to fetch it again takes longer than to
+    load a model; whom that meets depends on the sizes of pages that the program before used.
+    """
+    with mmap.mmap(-1, max(1, size)) as memory:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        for at in range(0, size, mmap.PAGESIZE):
+            memory[at] = 1
 
 
 def _say(line: str) -> None:

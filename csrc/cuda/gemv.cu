@@ -204,7 +204,7 @@ void start(const LinearCall& call, int warps, Stream stream) {
 
 template <class T, int kBits, int kRowTiles>
 void start(const LinearCall& call, int warps, Stream stream) {
-    const bool whole = 32 << smaller(call.weight.group_shift, 26) >= Ring<kBits, Scales::whole>::kChunks * kChunk;
+    const bool whole = 32 << smaller(call.weight.group_shift, 20) >= Ring<kBits, Scales::whole>::kChunks * kChunk;
     if (call.weight.wide) {
         start<T, kBits, Scales::wide, kRowTiles>(call, warps, stream);
     } else if (whole) {

@@ -46,7 +46,9 @@ void launch(const char* name, void (*kernel)(P...), const Grid& grid, Stream str
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &attribute;
     config.numAttrs = overlap && overlaps();
-    check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...), name);
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+    if (error != cudaSuccess && config.numAttrs) check(error, (std::string(name) + ", where TINYCHAT_CUDA_OVERLAP=0 may help").c_str());
+    check(error, name);
 }
 
 #else

@@ -8,6 +8,8 @@ by torch in 16 bits. Nothing synchronizes, so that a graph may capture it.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -42,18 +44,18 @@ def stream(device: torch.device) -> int:
 class Workspace:
     """What linears of one device and dtype share; no two may run at a time, as on one stream they do not.
 
-    Its addresses stay once a graph may hold them: `dequantized` is as large as the largest weight that was packed.
+    `dequantized` grows to the largest weight that met many rows. Its address stays where a graph holds it: the rows of
+    such a graph are as many, and had met every weight before they were captured.
     """
 
     sums: torch.Tensor  # fp32: parts of K that meet
-    weights: int = 0  # of the largest packed
     values: torch.Tensor | None = None
 
     def dequantized(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Uninitialized [n, k]."""
         if self.values is None or self.values.dtype != dtype or self.values.numel() < n * k:
             self.values = None  # free it first
-            self.values = torch.empty(max(self.weights, n * k), dtype=dtype, device=device)
+            self.values = torch.empty(n * k, dtype=dtype, device=device)
         return self.values[: n * k].view(n, k)
 
     @staticmethod
@@ -149,11 +151,7 @@ class CudaLinear:
         bias = None if linear.bias is None else tensor(np.asarray(linear.bias, np.float32), device)
         if device.type == "cuda":  # kernels read weights before the one ahead of them has ended (csrc/cuda/launch.h)
             torch.cuda.current_stream(device).synchronize()
-        workspace = Workspace.of(device)
-        workspace.weights = max(
-            workspace.weights, *(p.packed.n * k if isinstance(p, Quantized) else 0 for p in parts), 0
-        )
-        return cls(n, k, tuple(parts), bias, dtype, device, workspace)
+        return cls(n, k, tuple(parts), bias, dtype, device, Workspace.of(device))
 
     def unpack(self) -> Linear:
         """What was packed, exactly; segments as files have them in the canonical form."""
@@ -218,15 +216,31 @@ class CudaLinear:
     def _dense(self, values: torch.Tensor, x: torch.Tensor, y: torch.Tensor, begin: int) -> None:
         out = y[:, begin : begin + len(values)]
         bias = None if self.bias is None else self.bias[begin : begin + len(values)]
-        if out.dtype == x.dtype and len(values) == self.n:  # else strided, which a product would not be written to
-            if bias is None:
-                torch.mm(x, values.T, out=out)
-            else:
-                torch.addmm(bias.to(x.dtype), x, values.T, out=out)  # the sum is rounded once
-            return
-        out.copy_(x @ values.T)
+        with _whole_sums():
+            if out.dtype == x.dtype and len(values) == self.n:  # else strided, which a product would not be written to
+                if bias is None:
+                    torch.mm(x, values.T, out=out)
+                else:
+                    torch.addmm(bias.to(x.dtype), x, values.T, out=out)  # the sum is rounded once
+                return
+            out.copy_(x @ values.T)
         if bias is not None:
             out += bias
+
+
+@contextmanager
+def _whole_sums() -> Iterator[None]:
+    """torch's products add in fp32: parts of a sum that is cut may otherwise be rounded to 16 bits, or overflow."""
+    products = torch.backends.cuda.matmul
+    names = "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"
+    before = [getattr(products, name) for name in names]
+    try:
+        for name in names:
+            setattr(products, name, False)
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(products, name, value)
 
 
 def _dtype(cuda: ModuleType, dtype: torch.dtype) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinychat.backends.cuda_cache import DeviceAngles, DeviceCache, DeviceContext, Stretch, stretches
 from tinychat.backends.cuda_linear import CudaLinear
@@ -28,9 +29,11 @@ TYPES = {torch.float16: 1, torch.bfloat16: 2}  # csrc/cuda/stream.h, Dtype
 _ACTIVATIONS = {Activation.SILU: 0, Activation.GELU: 1, Activation.GELU_TANH: 2, Activation.RELU: 3}
 _FEW = 8  # rows of a stretch that go through the kernel of single rows: a mask would cost more
 _PIECE = 512  # rows of a prompt that share a mask: [rows, positions] of each head under ALiBi
-_SCORES = 2**25  # numbers of capped scores at once
+_SCORES = 2**25  # numbers of capped scores, or of a mask under ALiBi, at once
 _SPLIT = 64  # positions worth a block of their own
 _GROUPED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5)  # torch's attention knows grouped queries
+# Not cuDNN, which makes a plan for each length that it has not met: up to half a second, at every turn of a chat.
+_WAYS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +67,7 @@ class CudaOps:
         parts = self._splits * config.n_heads  # at most: rows share them
         self._partial = torch.empty(parts * (cache.padded + 2), dtype=torch.float32, device=self.device)
         self._arrived = torch.zeros(parts, dtype=torch.int32, device=self.device)
+        self._grouped = _GROUPED and (self.device.type != "cuda" or _flash(self.device))
 
     def _multiprocessors(self) -> int:
         index = self.device.index if self.device.type == "cuda" else None
@@ -310,13 +314,17 @@ class CudaOps:
 
     def _prompt(self, q: Tensor, stretch: Stretch, config: ModelConfig, index: int, context: DeviceContext) -> Tensor:
         """torch's attention of a stretch's rows of q [T, n_heads, padded]: [n, n_heads * head_dim]."""
+        with sdpa_kernel(_WAYS):
+            return self._attended(q, stretch, config, index, context)
+
+    def _attended(self, q: Tensor, stretch: Stretch, config: ModelConfig, index: int, context: DeviceContext) -> Tensor:
         c, start, n = config, stretch.start, stretch.end - stretch.begin
         keys, values = context.cache.entries(index, stretch.slot, start + n, q.dtype)  # [n_kv_heads, L, padded]
         q = q[stretch.begin : stretch.end].transpose(0, 1)  # [n_heads, n, padded]
         window, group, cap = c.window(index), c.n_heads // c.n_kv_heads, c.attention_cap
         attend = torch.nn.functional.scaled_dot_product_attention
         if not start and self._slopes is None and cap is None and not (window and window < n):
-            shared: dict[str, Any] = {"enable_gqa": True} if group > 1 and _GROUPED else {}
+            shared: dict[str, Any] = {"enable_gqa": True} if group > 1 and self._grouped else {}
             if group > 1 and not shared:
                 keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
             everything = q[None], keys[None], values[None]
@@ -327,6 +335,7 @@ class CudaOps:
             parts, length = [], _PIECE
             if cap is not None:
                 keys, values = keys.float(), values.float()
+            if cap is not None or self._slopes is not None:
                 length = max(1, min(_PIECE, _SCORES // (c.n_heads * (start + n))))
             for first in range(0, n, length):
                 begin, end = start + first, start + min(first + length, n)
@@ -338,18 +347,21 @@ class CudaOps:
         return mixed.transpose(0, 1)[..., : c.head_dim].flatten(1)
 
     def _mask(self, begin: int, end: int, window: int, context: DeviceContext) -> Tensor:
-        """Whom rows at positions begin .. end - 1 see: bool [n, end], or ALiBi's bias, [n_heads, n, end]."""
+        """Whom rows at positions begin .. end - 1 see: bool [n, end], or ALiBi's bias, [n_heads, n, end].
+
+        The former is kept for the layers that want the same; the latter would be as much as the scores of a layer.
+        """
         key = (begin, end, window)
-        if key not in context.masks:
-            distance = torch.arange(begin, end, device=self.device)[:, None] - torch.arange(end, device=self.device)
-            seen = distance >= 0
-            if window:
-                seen &= distance < window
-            if self._slopes is not None:
-                bias = -self._slopes[:, None, None] * distance
-                seen = torch.where(seen, bias, -torch.inf).to(torch.float16)
-            context.masks[key] = seen
-        return context.masks[key]
+        if key in context.masks:
+            return context.masks[key]
+        distance = torch.arange(begin, end, device=self.device)[:, None] - torch.arange(end, device=self.device)
+        seen = distance >= 0
+        if window:
+            seen &= distance < window
+        if self._slopes is not None:
+            return torch.where(seen, -self._slopes[:, None, None] * distance, -torch.inf).to(torch.float16)
+        context.masks[key] = seen
+        return seen
 
 
 def _capped(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
@@ -361,6 +373,11 @@ def _capped(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float,
     else:
         scores.add_(mask)
     return scores.softmax(-1) @ values
+
+
+def _flash(device: torch.device) -> bool:
+    """Whether torch's flash attention runs there: without it, that of grouped queries makes all scores in fp32."""
+    return torch.cuda.get_device_capability(device) >= (8, 0) and torch.backends.cuda.is_flash_attention_available()
 
 
 def _address(tensor: Tensor | None) -> int:

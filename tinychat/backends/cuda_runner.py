@@ -82,7 +82,11 @@ class CudaRunner:
         self._draws: dict[tuple, Captured] = {}
         if self._graphs:
             with torch.inference_mode(), self.here():
-                self.single.run()  # captured at load, on an empty cache, not while the first token is waited for
+                # Captured at load, on an empty cache, not while the first token is waited for.
+                for params in (SamplingParams(temperature=0.0), SamplingParams()):
+                    self.sampler.begin(params, np.random.default_rng(0))
+                    self.single.tell(*np.zeros((3, 1), np.int64))
+                    self.run_and_draw()
 
     @torch.inference_mode()
     def step(self, rows: Rows) -> np.ndarray:
@@ -180,7 +184,7 @@ class Captured:
         for tensor, value in zip(self._state, before, strict=True):
             tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=aside):  # else torch's own, which is of the first device that captured
             self._operations()
         return graph
 

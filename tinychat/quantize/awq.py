@@ -272,7 +272,8 @@ def _limits(
         if consumers[name].quantized:
             scaled = _scaled(consumers[name], columns)
             given = clip.split(grid, x if columns is None else x / columns)
-            n = max(1, clip.PIECE // scaled.shape[1])
+            piece = clip.PIECE if scaled.stored.is_cpu else clip.GPU_PIECE
+            n = max(1, piece // scaled.shape[1])
             pieces = [slice(first, first + n) for first in range(0, len(scaled.stored), n)]
             found[name] = torch.cat(threads.each(partial(_limits_of, search, grid, scaled, given, apart), pieces))
     return found

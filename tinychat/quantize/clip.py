@@ -39,6 +39,7 @@ GLANCE = (0.9, 0.75, 0.6)
 TOGETHER, LOW, HIGH = (True, True), (True, False), (False, True)  # which ends are moved
 SEARCHED, GLANCED = 2**21, 2**19  # numbers of the inputs that a search and a glance take
 PIECE = 2**20  # numbers of a weight that a thread takes at a time, in whole rows: some copies of them are made
+GPU_PIECE = 2**25  # the same of a GPU, which would spend its time in starting on so little
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,6 +36,7 @@ NEEDS_CALIBRATION = True
 NEEDS_GRAMS = True
 BLOCK = 128  # columns whose updates of the columns after them are done together
 NUMBERS = 2**23  # of a weight, in whole rows, that are solved for at once: bounds what is in memory
+GPU_NUMBERS = 2**26  # the same of a GPU, which would spend its time in starting on so little
 
 
 @torch.inference_mode()
@@ -94,7 +95,7 @@ class Solver:
     ) -> tuple[QTensor, tuple[float, float, float]]:
         """The same; `back` is the file's order of columns by that of free groups, None where groups are the file's."""
         made, losses = [], []
-        for _, piece in part.slices(NUMBERS):
+        for _, piece in part.slices(NUMBERS if part.stored.is_cpu else GPU_NUMBERS):
             found, loss = self._quantize(piece, grid, back)
             made.append(found)
             losses.append(loss)
