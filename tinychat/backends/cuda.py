@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FOOTPRINT = Footprint(program=768 << 20, widths=(4, 8), step_bytes=0)
 # What the cache holds: activations have 16 bits, so fp32 would keep of them what fp16 does, but for the last bits of a
 # rotation.
-KV_DTYPES = {"fp16": "fp16", "fp32": "fp16", "int8": "int8"}
+KEPT_AS = {"fp16": "fp16", "fp32": "fp16", "int8": "int8"}
 
 # What NVIDIA's driver shows: of a card, under WSL, and on a Jetson.
 _TRACES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-ctrl-gpu", "/dev/nvgpu")
@@ -122,7 +122,7 @@ def build(
     kernels = importlib.import_module("tinychat._cuda")
     kernels.overlap(os.environ.get("TINYCHAT_CUDA_OVERLAP", "1") != "0")
     where = torch.device("cuda", torch.cuda.current_device())
-    options: dict[str, Any] = {"kv_dtype": KV_DTYPES[kv_dtype], "head": head, "dtype": dtype, "graphs": graphs}
+    options: dict[str, Any] = {"kv_dtype": KEPT_AS[kv_dtype], "head": head, "dtype": dtype, "graphs": graphs}
     try:
         return build_on(kernels, where, source, ctx_size=ctx_size, n_slots=n_slots, progress=progress, **options)
     except torch.cuda.OutOfMemoryError:
@@ -135,8 +135,8 @@ def build(
 
 def check_options(kv_dtype: str, activations: int, dtype: str | None) -> None:
     """UsageError where this backend has no such thing."""
-    if kv_dtype not in KV_DTYPES:
-        raise UsageError(f"kv_dtype {kv_dtype!r}; the cuda backend has {', '.join(KV_DTYPES)}")
+    if kv_dtype not in KEPT_AS:
+        raise UsageError(f"kv_dtype {kv_dtype!r}; the cuda backend has {', '.join(KEPT_AS)}")
     if activations != 16:
         raise UsageError(f"activations {activations!r}; the cuda backend keeps 16 bits: leave it at 16")
     if dtype not in (None, "fp16", "bf16"):
