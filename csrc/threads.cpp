@@ -157,13 +157,13 @@ void Team::run(Job job) {
     post_.call.store(job.call, std::memory_order_release);
     post_.items.store(job.items, std::memory_order_release);
     post_.least.store(job.least, std::memory_order_release);
-    post_.round.store(round, std::memory_order_release);
+    post_.round.store(round, std::memory_order_release);  // who falls asleep now may miss it: the next claim looks again
     for (int thread = 0; thread < size_; ++thread) parts_ += Share(job.items, job.least, thread, size_).parts();
     take_parts(round, job, 0);
     const auto ended = [this] { return finished(); };
     if (ended() || soon(ended)) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    // Of this store and the loads in finished(), and of those in take_parts(), one order for all threads: either the last
+    // Of this store and the loads in finished(), and of those in take_share(), one order for all threads: either the last
     // part's thread sees the sleeper, or the sleeper sees that it is done.
     caller_sleeps_.store(true);
     ended_.wait(lock, ended);

@@ -65,7 +65,7 @@ def estimate(
     n_quantized  weights of `bits` among them
     kv_itemsize  bytes of one number in the KV cache
     head         bits of the output head: 16 as it is stored, or 8
-    table_bytes  of an embedding table that is not the head, where it is not of the config's floats
+    table_bytes  of the embedding table as it is stored, where it is not of the config's floats
 
     Weights take what they take in the files, codes what the backend keeps them in; a tied head shares the embedding's.
     While one part is packed (a layer, the table, a head of its own) its source is in memory too: as it is mapped, or
@@ -78,8 +78,11 @@ def estimate(
     kv_cache = n_slots * c.kv_bytes(ctx_size, kv_itemsize)
     table, itemsize = c.vocab_size * c.table_width, 4 if c.dtype == "float32" else 2
     weights = file_bytes + (footprint.kept(bits) - bits) * n_quantized // 8
+    tied = table_bytes if c.tied_head and table_bytes is not None else itemsize * table
     if head == 8:
-        weights += int((1 + 3 / HEAD_GROUP) * table) - itemsize * table  # code, and a group's scale and zero
+        weights += int((1 + 3 / HEAD_GROUP) * table) - tied  # code, and a group's scale and zero
+    elif not footprint.maps:
+        weights += itemsize * table - tied  # of codes it is widened
     if footprint.maps and not c.tied_head:
         weights -= itemsize * table
     in_words = footprint.maps and n_quantized > 0

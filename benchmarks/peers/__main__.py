@@ -3,7 +3,8 @@
     python benchmarks/peers                                    # TinyLlama-1.1B's shape, every peer, 1 and 2 threads
     python benchmarks/peers --only 'llama.cpp*' --threads 1    # tinychat and llama.cpp alone
     python benchmarks/peers --shape llama-2-7b                 # llama.cpp alone, unless --only says otherwise
-    python benchmarks/peers --shape llama-2-7b --load          # from the command to the first token, and peak memory
+    python benchmarks/peers --shape llama-2-7b --load          # from the command to the first token, and peak memory;
+                                                               # free memory is fetched from a host before each start
 
 Peers: llama.cpp (Q4_0; in its own choice of layout, with rows repacked, and as the file lies), Hugging Face
 transformers (eager; in bf16, and in fp32, for which every CPU has instructions), transformers with GPTQModel on the

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from contenders import Contender, Models
 from process import Worker, WorkerError, first_token
 
 from tinychat.bench.probe import Probe, between
+from tinychat.memory import available
 
 PROMPT, PREFILL = 4, 512
 HEAD_BITS = 8  # of a quantized checkpoint in tinychat, unless it is told otherwise
@@ -177,10 +178,12 @@ def _busy_seconds() -> float:
 
 
 def starts(plan: Plan) -> tuple[list[Start], dict[str, str]]:
-    """Starts of each engine with the files in the page cache, interleaved; and why engines, or starts, are missing."""
+    """Starts of each engine with the files in the page cache and free memory at hand, interleaved; and why engines, or
+    starts, are missing."""
     commands, missing = _commands(plan)
     found = [Start(contender, plan.threads[-1]) for contender in plan.contenders if contender.name in commands]
-    size = 2 * max((_read_once(plan.models.find(start.contender.model)[0]) for start in found), default=0)
+    files = [_read_once(plan.models.find(start.contender.model)[0]) for start in found]
+    size = min(2 * max(files, default=0), (available() or 0) - sum(files))  # the files stay in the page cache
     for number in range(plan.rounds):
         for start in [start for start in found if start.contender.name not in missing]:
             name = start.contender.name
@@ -217,8 +220,8 @@ def _fetch_memory(size: int) -> None:
     A virtual machine gives memory that is free for seconds back to its host, and to fetch it again takes longer than to
     load a model; whom that meets depends on the sizes of pages that the program before used.
     """
-    with mmap.mmap(-1, max(1, size)) as memory:
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+    with mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        with suppress(AttributeError, OSError):  # a system without large pages
             memory.madvise(mmap.MADV_HUGEPAGE)
         for at in range(0, size, mmap.PAGESIZE):
             memory[at] = 1

@@ -44,8 +44,8 @@ def stream(device: torch.device) -> int:
 class Workspace:
     """What linears of one device and dtype share; no two may run at a time, as on one stream they do not.
 
-    `dequantized` grows to the largest weight that met many rows. Its address stays where a graph holds it: the rows of
-    such a graph are as many, and had met every weight before they were captured.
+    `dequantized` grows to the largest weight that met DEQUANTIZE_ROWS rows. A graph of so many rows would hold its
+    address, which stays as long as no larger model comes to the device.
     """
 
     sums: torch.Tensor  # fp32: parts of K that meet
@@ -216,7 +216,7 @@ class CudaLinear:
     def _dense(self, values: torch.Tensor, x: torch.Tensor, y: torch.Tensor, begin: int) -> None:
         out = y[:, begin : begin + len(values)]
         bias = None if self.bias is None else self.bias[begin : begin + len(values)]
-        with _whole_sums():
+        with whole_sums():
             if out.dtype == x.dtype and len(values) == self.n:  # else strided, which a product would not be written to
                 if bias is None:
                     torch.mm(x, values.T, out=out)
@@ -229,7 +229,7 @@ class CudaLinear:
 
 
 @contextmanager
-def _whole_sums() -> Iterator[None]:
+def whole_sums() -> Iterator[None]:
     """torch's products add in fp32: parts of a sum that is cut may otherwise be rounded to 16 bits, or overflow."""
     products = torch.backends.cuda.matmul
     names = "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"

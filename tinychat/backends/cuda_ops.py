@@ -15,12 +15,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinychat.backends.cuda_cache import DeviceAngles, DeviceCache, DeviceContext, Stretch, stretches
-from tinychat.backends.cuda_linear import CudaLinear
+from tinychat.backends.cuda_linear import CudaLinear, stream
+from tinychat.backends.cuda_packing import tensor
 from tinychat.cache import KVCache, Rows
 from tinychat.config import Activation, ModelConfig, Norm
 from tinychat.decoder import Added
 from tinychat.errors import BackendError
-from tinychat.qtensor import bfloat16
 from tinychat.weights import Linear
 
 Tensor = torch.Tensor
@@ -76,41 +76,36 @@ class CudaOps:
     @property
     def stream(self) -> int:
         """Of the launches: torch's own, so that they are captured with its operations."""
-        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        return stream(self.device)
 
     # ---- at load
 
     def pack(self, linear: Linear) -> Dense | CudaLinear:
         """Plain segments as one matrix in the activations' dtype, others in the kernels' layout."""
-        if not all(isinstance(segment, np.ndarray) for segment in linear.segments):
+        plain = [segment for segment in linear.segments if isinstance(segment, np.ndarray)]
+        if len(plain) < len(linear.segments):
             return CudaLinear.pack(linear, self.device, self.dtype)
-        bias = None if linear.bias is None else self._sent(linear.bias).to(self.dtype)
+        bias = None if linear.bias is None else tensor(linear.bias, self.device).to(self.dtype)
         if self._table is not None and len(linear.segments) == 1 and linear.segments[0] is self._table[0]:
             return Dense(self._table[1], bias)
-        return Dense(torch.cat([self._sent(segment).to(self.dtype) for segment in linear.segments]), bias)
+        return Dense(torch.cat([tensor(segment, self.device).to(self.dtype) for segment in plain]), bias)
 
     def vector(self, values: np.ndarray) -> Tensor:
         """A norm's weight: fp32."""
-        return self._sent(np.asarray(values, np.float32))
+        return tensor(np.asarray(values, np.float32), self.device)
 
     def table(self, values: np.ndarray) -> Tensor:
         """An embedding table in the activations' dtype; a head that is the same array shares it."""
-        tensor = self._sent(values).to(self.dtype)
+        made = tensor(values, self.device).to(self.dtype)
         if self._table is None:
-            self._table = values, tensor
-        return tensor
+            self._table = values, made
+        return made
 
     def packed_bytes(self, packed: Any) -> int:
         """Bytes on the device."""
         if isinstance(packed, CudaLinear):
             return packed.nbytes
         return packed.weight.nbytes + (0 if packed.bias is None else packed.bias.nbytes)
-
-    def _sent(self, values: Any) -> Tensor:
-        values = np.require(values, requirements=["C", "W"])
-        if values.dtype == bfloat16:
-            return torch.from_numpy(values.view(np.int16)).to(self.device).view(torch.bfloat16)
-        return torch.from_numpy(values).to(self.device)
 
     # ---- in a step
 
@@ -260,10 +255,10 @@ class CudaOps:
     ) -> dict[str, Any]:
         """What both kernels of attention want to know: see csrc/cuda/attention.h, Heads and Cache."""
         c, cache = config, context.cache
-        for tensor, n in ((q, c.n_heads), (k, c.n_kv_heads), (v, c.n_kv_heads)):
-            wrong = tensor.shape != (len(q), n, c.head_dim) or tensor.stride()[1:] != (c.head_dim, 1)
-            if wrong or tensor.dtype != self.dtype:
-                raise ValueError(f"heads of {tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}")
+        for heads, n in ((q, c.n_heads), (k, c.n_kv_heads), (v, c.n_kv_heads)):
+            wrong = heads.shape != (len(q), n, c.head_dim) or heads.stride()[1:] != (c.head_dim, 1)
+            if wrong or heads.dtype != self.dtype:
+                raise ValueError(f"heads of {heads.dtype} {list(heads.shape)}, strides {heads.stride()}")
         table = c.rope_index(index)
         cos, sin, angles = context.angles[table] if table >= 0 else (None, None, None)
         return {
