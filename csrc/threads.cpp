@@ -191,7 +191,8 @@ bool Team::finished() const {
 void Team::take_parts(uint64_t round, const Job& job, int thread) {
     take_share(round, job, thread, thread);
     const auto over = [&] { return thread == 0 ? finished() : post_.round.load(std::memory_order_relaxed) != round; };
-    for (int i = 0; i < kPatience; ++i) {
+    const int patience = crowded_.load(std::memory_order_relaxed) ? 0 : kPatience;  // there, owners are set aside
+    for (int i = 0; i < patience; ++i) {
         if (over()) return;
         pause_briefly();
     }
