@@ -98,7 +98,7 @@ def estimate(
     return {**parts, "total": sum(parts.values())}
 
 
-class Sized(Protocol):
+class SizedWeights(Protocol):
     """What `estimate` asks of weights: a checkpoint's, or random ones."""
 
     config: ModelConfig
@@ -121,7 +121,7 @@ class Sized(Protocol):
 
 
 def needed(
-    source: Sized, footprint: Footprint, ctx_size: int, *, head: int, kv_dtype: str = "fp16", n_slots: int = 1
+    source: SizedWeights, footprint: Footprint, ctx_size: int, *, head: int, kv_dtype: str = "fp16", n_slots: int = 1
 ) -> dict[str, int]:
     """The `estimate` for `source`."""
     return estimate(

@@ -132,10 +132,8 @@ class GgufCheckpoint(Checkpoint):
                     tensors.turned[names.layer.format(layer) + module] = heads
         kinds = {name: kind for name in tensors.names if (kind := tensors.kind(name))}
         table = 2 * config.vocab_size * config.hidden_size
-        for name in {
-            _EMBED,
-            _HEAD,
-        } & kinds.keys():  # as memory.estimate knows tables: in 16 bits, or a tied one
+        # As memory.estimate knows tables: in 16 bits, a tied one as `table_bytes` has it.
+        for name in {_EMBED, _HEAD} & kinds.keys():
             info, tied = tensors.info(name), name == _EMBED and config.tied_head
             self.file_bytes += (self.table_bytes if tied else table) - (info.end - info.begin)
         if kinds.pop(_EMBED, None) and not config.tied_head:
