@@ -163,9 +163,10 @@ void Team::run(Job job) {
     const auto ended = [this] { return finished(); };
     if (ended() || soon(ended)) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    // Of this store and the loads in finished(), and of those in take_share(), one order for all threads: either the last
-    // part's thread sees the sleeper, or the sleeper sees that it is done.
-    caller_sleeps_.store(true);
+    // Of this write and the loads in finished(), and of those in take_share(), one order for all threads: either the last
+    // part's thread sees the sleeper, or the sleeper sees that it is done. Both read and write at once: QEMU's ARM, on x86,
+    // lets a plain store pass behind the next load, whatever order is asked for.
+    caller_sleeps_.exchange(true);
     ended_.wait(lock, ended);
     caller_sleeps_.store(false);
 }
@@ -218,8 +219,7 @@ void Team::take_share(uint64_t round, const Job& job, int owner, int thread) {
         }
     });
     if (!done) return;
-    std::atomic<uint64_t>& parts = done_[static_cast<size_t>(thread)].parts;
-    parts.store(parts.load(std::memory_order_relaxed) + done);
+    done_[static_cast<size_t>(thread)].parts.fetch_add(done);
     if (thread != 0 && caller_sleeps_.load()) {
         { std::lock_guard<std::mutex> lock(mutex_); }
         ended_.notify_one();

@@ -38,6 +38,7 @@ int main(int argc, char** argv) {
         const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - begin;
         std::printf("%-9s %6d checks, %d failed, %.1f s\n", name, checks - done, failures - before, spent.count());
     };
+    std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);  // one that hangs is the one after the last line, in a file too
     std::printf("levels: %s\n", tinychat::supported_isas());
     run("arena", test_arena);
     run("attention", test_attention);

@@ -84,6 +84,22 @@ void pauses() {
     check(total == 20 * 63 * 32, "helpers that slept come back");
 }
 
+// A caller who falls asleep about when the last part is done is woken: with a helper beyond the quota he sleeps after 20 us.
+void last_moments() {
+    Team team(2, 1);
+    Random random(5);
+    const Team::Awake awake(team);
+    for (int run = 0; run < 20000; run++) {
+        const std::chrono::microseconds work(15 + random.below(25));
+        team.run(2, [&](Range, int thread) {
+            const auto begin = std::chrono::steady_clock::now();
+            while (thread && std::chrono::steady_clock::now() - begin < work) {
+            }
+        });
+    }
+    check(true, "who falls asleep at the last moment is woken");
+}
+
 // The processor's time that a step takes of which the caller sleeps 4 ms.
 double awake_seconds(int granted) {
     Team team(2, granted);
@@ -103,6 +119,7 @@ void test_team() {
     }
     for (int threads : {1, 2, 5}) steps(threads);
     pauses();
+    last_moments();
     for (int i = 0; i < 50; i++) Team team(4);
     check(true, "teams come and go");
     check(awake_seconds(1) < 1.5e-3, "a helper beyond the quota does not wait awake");  // of two cores 4 ms without one
