@@ -25,6 +25,7 @@ class AttentionPlan {
     void set_rows(const int32_t* slots, const int32_t* positions, int64_t rows);
     // pieces() for a layer with this window (0: none).
     void set_window(int64_t window);
+    int64_t window() const { return window_; }
 
     const std::vector<Piece>& pieces() const { return pieces_; }
     int64_t runs() const { return static_cast<int64_t>(runs_.size()); }

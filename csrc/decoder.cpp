@@ -22,6 +22,9 @@
 //
 // What goes into a linear is normed, or gated, piece by piece in the fastest cache and prepared there: a whole
 // row of it is never written. What reads a row of x is prepared in the phase that completes the row.
+//
+// Of one row, as when decoding, each thread prepares what it reads for itself, in the phase that reads it, and who computes
+// outputs adds them to x: sooner done twice than handed over.
 #include "decoder.h"
 
 #include <algorithm>
@@ -41,6 +44,8 @@ namespace {
 
 // Values of a row that are prepared at a time, where the linear's groups allow.
 constexpr int64_t kPiece = 512;
+// Of one row, so many values that are no norm of x each thread prepares for itself; more are shared among them.
+constexpr int64_t kOwn = 2048;
 
 // n of the values of a table, from index `from`, as fp32.
 void widen(WeightType type, const void* table, int64_t from, int64_t n, float* out) {
@@ -79,6 +84,8 @@ Decoder::Decoder(const DecoderShape& shape, const Kernels& kernels, int n_thread
     if (!s.slopes.empty() && static_cast<int64_t>(s.slopes.size()) != s.n_heads) refuse("slopes for other than n_heads");
     if (n_threads < 1) refuse("fewer than one thread");
     plan_ = AttentionPlan(s.group(), s.n_kv_heads);
+    plain_ = !s.experts.n_experts;
+    prepared_.resize(static_cast<size_t>(n_threads));
     layers_.reserve(shape_.windows.size());
 }
 
@@ -105,6 +112,7 @@ PackedLinear Decoder::pack(const LinearData& data, int64_t n, int64_t k) {
     activation_bytes_ = std::max(activation_bytes_, linear.activation_bytes());
     piece_ = std::max(piece_, std::min(piece(linear), k));
     if (linear.permuted()) whole_size_ = std::max(whole_size_, k);
+    plain_ = plain_ && !linear.permuted();
     return linear;
 }
 
@@ -197,12 +205,18 @@ void Decoder::step(const Step& step) {
     if (step.rows == 0) return;
     const Team::Awake awake(team(process));
     reserve(std::max(step.rows, step.n_wanted));
+    alone_ = plain_ && step.rows == 1 && step.n_wanted <= 1;
+    input_.reset();
     plan(step);
-    if (!profiling_) return forward(step);
+    if (!profiling_) {
+        forward(step);
+        return team_->wait();
+    }
     team_->profile(true);
     const auto begin = std::chrono::steady_clock::now();
     const int64_t busy = team_->busy_ns();
     forward(step);
+    team_->wait();
     ++profile_.steps;
     profile_.steps_ns += std::chrono::nanoseconds(std::chrono::steady_clock::now() - begin).count();
     profile_.busy_ns += team_->busy_ns() - busy;
@@ -240,7 +254,7 @@ void Decoder::reserve(int64_t rows) {
     floats(gate_up_, rows * shape_.up_size());
     floats(pieces_, n_threads_ * piece_);
     floats(whole_, rows * whole_size_);
-    activations_.reserve(rows * activation_bytes_);
+    activations_.reserve(std::max<int64_t>(rows, n_threads_) * activation_bytes_);
     reserve_experts(rows);
 }
 
@@ -262,14 +276,23 @@ void Decoder::forward(const Step& step) {
 
         apply(layer.qkv, T, qkv_.floats(), shape_.qkv_size());
         attend(step, l);
-        prepare_rows(layer.out, T, mixed_.floats(), shape_.q_size());
-        apply(layer.out, T, y, hidden);
-        if (parallel) prepare_normed(mlp, T);
-        else add(step, layer.out_norm, y, post ? layer.norm1 : none, mlp);
+        prepare(layer.out, T, {mixed_.floats(), shape_.q_size()});
+        const bool sums = alone_ && !post && !layer.out_norm.weight && !layer.down_norm.weight;  // of linears, with no norms
+        if (sums && !parallel) {
+            apply_and_add(layer.out, y, nullptr, mlp);
+        } else {
+            apply(layer.out, T, y, hidden);
+            if (parallel) prepare(layer.up, T, {nullptr, hidden, mlp.norm});
+            else add(step, layer.out_norm, y, post ? layer.norm1 : none, mlp);
+        }
 
         if (layer.expert_up.empty()) {
             apply(layer.up, T, gate_up_.floats(), shape_.up_size());
-            prepare_activated(layer, T);
+            prepare(layer.down, T, {gate_up_.floats(), shape_.intermediate_size, nullptr, nullptr, &layer});
+            if (sums) {
+                apply_and_add(layer.down, z, parallel ? y : nullptr, read_by(l + 1));
+                continue;
+            }
             apply(layer.down, T, z, hidden);
         } else {
             mix(layer, T);
@@ -280,11 +303,11 @@ void Decoder::forward(const Step& step) {
 
     if (!step.n_wanted) return;
     if (shape_.embed_size == hidden) {
-        prepare_normed({&norm_, &head_}, step.n_wanted, step.wanted);
+        prepare(head_, step.n_wanted, {nullptr, hidden, &norm_, step.wanted});
     } else {
-        prepare_normed({&norm_, &project_out_}, step.n_wanted, step.wanted);
+        prepare(project_out_, step.n_wanted, {nullptr, hidden, &norm_, step.wanted});
         apply(project_out_, step.n_wanted, narrow_.floats(), shape_.embed_size);
-        prepare_rows(head_, step.n_wanted, narrow_.floats(), shape_.embed_size);
+        prepare(head_, step.n_wanted, {narrow_.floats(), shape_.embed_size});
     }
     apply(head_, step.n_wanted, step.logits, shape_.vocab_size);
     if (shape_.logit_cap != 0) {
@@ -316,13 +339,13 @@ void Decoder::enter(const Step& step, const Reader& reader) {
             }
             settle(t, thread);
         });
-        return prepare_permuted(reader, step.rows);
+        return prepare_rest(reader, step.rows);
     }
     each(step.rows, [&](int64_t t, int) { embed(step, t, narrow_.floats() + t * width); });
-    prepare_rows(project_in_, step.rows, narrow_.floats(), width);
+    prepare(project_in_, step.rows, {narrow_.floats(), width});
     apply(project_in_, step.rows, x, hidden);
     each(step.rows, [&](int64_t t, int thread) { settle(t, thread); });
-    prepare_permuted(reader, step.rows);
+    prepare_rest(reader, step.rows);
 }
 
 // x += y, of which there may be a norm, as there may be of the sum; what `reader` reads, if anything does yet.
@@ -335,24 +358,23 @@ void Decoder::add(const Step& step, const Norm& added, float* y, const Norm& sum
         if (sum.weight) normalize(sum, to);
         settled(step, t, reader, thread);
     });
-    prepare_permuted(reader, step.rows);
+    prepare_rest(reader, step.rows);
 }
 
 // Row t of x is as it will be read: its moments, which norms need, and what reads it prepared, which takes the same phase.
 void Decoder::settled(const Step& step, int64_t t, const Reader& reader, int thread) {
-    const int64_t hidden = shape_.hidden_size;
-    moments()[t] = kernels_.block.moments(shape_.norm_type, x_.floats() + t * hidden, hidden);
+    if (alone_) return;
+    moments()[t] = kernels_.block.moments(shape_.norm_type, x_.floats() + t * shape_.hidden_size, shape_.hidden_size);
     if (!reader.linear || reader.linear->permuted()) return;
-    const int64_t length = piece(*reader.linear);
-    for (int64_t begin = 0; begin < hidden; begin += length) {
-        const Range part{begin, std::min(begin + length, hidden)};
-        const float* values = normed(*reader.norm, t, part, pieces_.floats() + thread * piece_);
-        reader.linear->prepare(kernels_.linear, values, part, t, step.rows, activations_.data());
-    }
+    prepare_row(*reader.linear, {nullptr, shape_.hidden_size, reader.norm}, moments()[t], t, step.rows, thread,
+                activations_.data());
 }
 
-void Decoder::prepare_permuted(const Reader& reader, int64_t rows) {
-    if (reader.linear && reader.linear->permuted()) prepare_normed(reader, rows);
+// What settled() leaves to be prepared.
+void Decoder::prepare_rest(const Reader& reader, int64_t rows) {
+    if (reader.linear && (alone_ || reader.linear->permuted())) {
+        prepare(*reader.linear, rows, {nullptr, shape_.hidden_size, reader.norm});
+    }
 }
 
 // A row of hidden_size values, in place.
@@ -363,71 +385,83 @@ void Decoder::normalize(const Norm& norm, float* row) const {
     kernels_.block.normalize(row, moments.mean, factor, norm.weight.floats(), norm.bias.floats(), hidden, row);
 }
 
-// `part` of the norm of row t of x, in `piece`, or of x itself where there is none.
-const float* Decoder::normed(const Norm& norm, int64_t t, Range part, float* piece) {
-    const float *weight = norm.weight.floats(), *bias = norm.bias.floats();
-    const float* values = x_.floats() + t * shape_.hidden_size + part.begin;
-    if (!weight) return values;
-    const auto [mean, variance] = moments()[t];
-    const float factor = 1 / std::sqrt(variance + shape_.norm_eps);
-    kernels_.block.normalize(values, mean, factor, weight + part.begin, bias ? bias + part.begin : nullptr,
-                             part.end - part.begin, piece);
-    return piece;
-}
-
-// What a reader reads of each row of x, or of the `rows` wanted ones.
-void Decoder::prepare_normed(const Reader& reader, int64_t rows, const int32_t* wanted) {
-    prepare(*reader.linear, rows, shape_.hidden_size, [&](int64_t r, Range part, float* piece) {
-        return normed(*reader.norm, wanted ? wanted[r] : r, part, piece);
-    });
-}
-
-// Rows x [rows, size] as they are.
-void Decoder::prepare_rows(const PackedLinear& linear, int64_t rows, const float* x, int64_t size) {
-    prepare(linear, rows, size, [&](int64_t t, Range part, float*) { return x + t * size + part.begin; });
-}
-
-// act(gate) * up, or act(up), of each row, over act_scale where there is one: of a plain MLP it stands where up would.
-void Decoder::prepare_activated(const Layer& layer, int64_t rows) {
-    const int64_t inter = shape_.intermediate_size;
-    const float* inverse = layer.inverse_scale.floats();
-    prepare(layer.down, rows, inter, [&](int64_t t, Range part, float* piece) {
-        const float* gate = gate_up_.floats() + t * shape_.up_size() + part.begin;
+// The values `part` of a row of an input, in `piece` or where they are. `moments` are those of a row of x.
+const float* Decoder::input(const Input& input, const Moments& moments, int64_t row, Range part, float* piece) const {
+    const int64_t n = part.end - part.begin;
+    if (input.mlp) {  // act(gate) * up, or act(up), over act_scale where there is one: of a plain MLP it stands where up would
+        const float* gate = input.values + row * shape_.up_size() + part.begin;
+        const float* inverse = input.mlp->inverse_scale.floats();
         const float* scale = inverse ? inverse + part.begin : nullptr;
-        const int64_t n = part.end - part.begin;
-        kernels_.block.activate(shape_.activation, gate, shape_.gated ? gate + inter : scale, n, piece);
+        kernels_.block.activate(shape_.activation, gate, shape_.gated ? gate + input.size : scale, n, piece);
         if (shape_.gated && scale) {
             for (int64_t i = 0; i < n; ++i) piece[i] *= scale[i];
         }
         return piece;
-    });
+    }
+    if (input.values) return input.values + row * input.size + part.begin;
+    const float* values = x_.floats() + row * shape_.hidden_size + part.begin;
+    const float *weight = input.norm->weight.floats(), *bias = input.norm->bias.floats();
+    if (!weight) return values;
+    const float factor = 1 / std::sqrt(moments.variance + shape_.norm_eps);
+    kernels_.block.normalize(values, moments.mean, factor, weight + part.begin, bias ? bias + part.begin : nullptr, n, piece);
+    return piece;
 }
 
-// One phase: the inputs [rows, k] of a linear in the form that it reads. input(row, part, piece) says where the values
-// `part` of a row are; it may put them into `piece`. A permuted linear gathers from whole rows: they are a phase before.
-template <class Input>
-void Decoder::prepare(const PackedLinear& linear, int64_t rows, int64_t k, const Input& input) {
-    const int64_t length = piece(linear), pieces = (k + length - 1) / length;
+// A whole row in the form that a linear reads, as row `row` of `rows`.
+void Decoder::prepare_row(const PackedLinear& linear, const Input& what, const Moments& moments, int64_t row, int64_t rows,
+                          int thread, char* activations) const {
+    const int64_t length = piece(linear);
+    float* place = pieces_.floats() + thread * piece_;
+    for (int64_t begin = 0; begin < what.size; begin += length) {
+        const Range part{begin, std::min(begin + length, what.size)};
+        linear.prepare(kernels_.linear, input(what, moments, row, part, place), part, row, rows, activations);
+    }
+}
+
+// One phase: the inputs of a linear in the form that it reads. A permuted linear gathers from whole rows: they are a phase
+// before. Of a single row that is left to the phase that reads it.
+void Decoder::prepare(const PackedLinear& linear, int64_t rows, const Input& what) {
+    if (alone_ && (!what.values || what.size <= kOwn)) {
+        input_ = what;
+        return;
+    }
+    const int64_t k = what.size, length = piece(linear), pieces = (k + length - 1) / length;
     const auto each_piece = [&](const auto& work) {
         each(rows * pieces, [&](int64_t item, int thread) {
             const int64_t row = item / pieces, begin = item % pieces * length;
             work(row, Range{begin, std::min(begin + length, k)}, pieces_.floats() + thread * piece_);
         });
     };
+    const auto values = [&](int64_t row, Range part, float* piece) {
+        const int64_t t = what.wanted ? what.wanted[row] : row;
+        return input(what, what.values ? Moments{} : moments()[t], t, part, piece);
+    };
     if (!linear.permuted()) {
         return each_piece([&](int64_t row, Range part, float* piece) {
-            linear.prepare(kernels_.linear, input(row, part, piece), part, row, rows, activations_.data());
+            linear.prepare(kernels_.linear, values(row, part, piece), part, row, rows, activations_.data());
         });
     }
     const auto whole = [&](int64_t row) { return whole_.floats() + row * k; };
     each_piece([&](int64_t row, Range part, float*) {
         float* place = whole(row) + part.begin;
-        const float* values = input(row, part, place);
-        if (values != place) std::memcpy(place, values, static_cast<size_t>(part.end - part.begin) * sizeof(float));
+        const float* found = values(row, part, place);
+        if (found != place) std::memcpy(place, found, static_cast<size_t>(part.end - part.begin) * sizeof(float));
     });
     each_piece([&](int64_t row, Range part, float* piece) {
         linear.gather(kernels_.linear, whole(row), part, row, rows, piece, activations_.data());
     });
+}
+
+// The one row as `thread` reads it in this phase.
+const char* Decoder::prepared(const PackedLinear& linear, const Input& what, uint64_t phase, int thread) {
+    char* activations = activations_.data() + thread * activation_bytes_;
+    uint64_t& last = prepared_[static_cast<size_t>(thread)].phase;
+    if (last == phase) return activations;
+    last = phase;
+    const bool normed = !what.values && what.norm->weight;
+    const Moments moments = normed ? kernels_.block.moments(shape_.norm_type, x_.floats(), what.size) : Moments{};
+    prepare_row(linear, what, moments, 0, 1, thread, activations);
+    return activations;
 }
 
 int64_t Decoder::piece(const PackedLinear& linear) const {
@@ -449,8 +483,32 @@ void Decoder::embed(const Step& step, int64_t row, float* x) const {
     }
 }
 
+// One phase: y = the linear of what is prepared for it.
 void Decoder::apply(const PackedLinear& linear, int64_t rows, float* y, int64_t y_stride) {
-    linear.apply(kernels_.linear, activations_.data(), rows, y, y_stride, *team_);
+    apply(linear, rows, y, y_stride, [](Range) {});
+}
+
+// The same of one row, and x += y; before that x += before, where that is not null. What `reader` reads comes next.
+void Decoder::apply_and_add(const PackedLinear& linear, float* y, const float* before, const Reader& reader) {
+    apply(linear, 1, y, 0, [=](Range outputs) {
+        const auto add = [&](const float* values) {
+            kernels_.block.add(x_.floats() + outputs.begin, values + outputs.begin, shape_.residual_scale,
+                               outputs.end - outputs.begin);
+        };
+        if (before) add(before);
+        add(y);
+    });
+    prepare_rest(reader, 1);
+}
+
+template <class Then>
+void Decoder::apply(const PackedLinear& linear, int64_t rows, float* y, int64_t y_stride, const Then& then) {
+    const uint64_t phase = ++phase_;
+    const auto work = [=, what = std::exchange(input_, std::nullopt), linear = &linear](Range tiles, int thread) {
+        const char* activations = what ? prepared(*linear, *what, phase, thread) : activations_.data();
+        then(linear->apply(kernels_.linear, activations, rows, tiles, y, y_stride));
+    };
+    team_->then(linear.tiles(), work, linear.least_tiles(kernels_.linear, rows));
 }
 
 }  // namespace tinychat

@@ -162,6 +162,14 @@ class Decoder {
         size_t router_end = 0;                       // segments
     };
 
+    struct Input {  // what a linear reads
+        const float* values;  // [rows, size]; null: x
+        int64_t size;
+        const Norm* norm = nullptr;       // of x
+        const int32_t* wanted = nullptr;  // which rows of x; null: all
+        const Layer* mlp = nullptr;       // values are gate | up, or up, of this layer's MLP, and what is read is their activation
+    };
+
     PackedLinear pack(const LinearData& data, int64_t n, int64_t k);
     Buffer keep(const float* values, int64_t n);
     Norm keep(const NormData& norm);
@@ -174,11 +182,12 @@ class Decoder {
     void add(const Step& step, const Norm& added, float* y, const Norm& sum, const Reader& reader);
     void settled(const Step& step, int64_t row, const Reader& reader, int thread);
     Moments* moments() { return reinterpret_cast<Moments*>(moments_.data()); }
-    const float* normed(const Norm& norm, int64_t row, Range part, float* piece);
-    void prepare_normed(const Reader& reader, int64_t rows, const int32_t* wanted = nullptr);
-    void prepare_permuted(const Reader& reader, int64_t rows);
-    void prepare_rows(const PackedLinear& linear, int64_t rows, const float* x, int64_t size);
-    void prepare_activated(const Layer& layer, int64_t rows);
+    const float* input(const Input& input, const Moments& moments, int64_t row, Range part, float* piece) const;
+    void prepare_row(const PackedLinear& linear, const Input& input, const Moments& moments, int64_t row, int64_t rows,
+                     int thread, char* activations) const;
+    void prepare(const PackedLinear& linear, int64_t rows, const Input& input);
+    void prepare_rest(const Reader& reader, int64_t rows);
+    const char* prepared(const PackedLinear& linear, const Input& input, uint64_t phase, int thread);
     // One phase: work(row, thread) for each row.
     template <class Work>
     void each(int64_t rows, const Work& work) {
@@ -186,10 +195,11 @@ class Decoder {
             for (int64_t t = part.begin; t < part.end; ++t) work(t, thread);
         });
     }
-    template <class Input>
-    void prepare(const PackedLinear& linear, int64_t rows, int64_t k, const Input& input);
     int64_t piece(const PackedLinear& linear) const;
     void apply(const PackedLinear& linear, int64_t rows, float* y, int64_t y_stride);
+    template <class Then>
+    void apply(const PackedLinear& linear, int64_t rows, float* y, int64_t y_stride, const Then& then);
+    void apply_and_add(const PackedLinear& linear, float* y, const float* before, const Reader& reader);
     void plan(const Step& step);
     void attend(const Step& step, size_t layer);
     void attend_piece(const Step& step, size_t layer, const Piece& piece, int64_t head, float* scratch);
@@ -247,12 +257,22 @@ class Decoder {
     Buffer gate_up_;      // [T, up_size]
     Buffer pieces_;       // [n_threads, piece_], parts of rows on their way into activations_
     Buffer whole_;        // [T, whole_size_], rows that a permuted linear gathers its inputs from
-    Buffer activations_;  // [T, activation_bytes] for each preparation of a linear
+    Buffer activations_;  // [T, activation_bytes] for each preparation of a linear; or a row for each thread
     int64_t activation_bytes_ = 0;  // of one row, the most that any linear needs
     int64_t piece_ = 0;             // values, likewise
     int64_t whole_size_ = 0;        // the most inputs that a permuted linear has
     Profile profile_{};
     bool profiling_ = false;
+
+    // Of a step of one row, whose reader each thread prepares for itself.
+    struct alignas(64) Prepared {
+        uint64_t phase = 0;
+    };
+    bool plain_ = true;  // no linear is permuted, no layer has experts
+    bool alone_ = false;
+    std::optional<Input> input_;  // of the next linear; nothing: it is prepared
+    uint64_t phase_ = 0;          // of the linears of all such steps
+    std::vector<Prepared> prepared_;  // by each thread, for which of them
 
     // Of layers with experts (decoder_experts.cpp).
     Routing routing_;
@@ -266,7 +286,7 @@ class Decoder {
     Buffer scratch_;            // [n_threads, scratch_size_]: of attention
     int64_t scratch_size_ = 0;  // floats
     Buffer partials_;           // [n_kv_heads, plan_.partials()]: see partial_of()
-    std::unique_ptr<std::atomic<int64_t>[]> finished_pieces_;  // [n_kv_heads, plan_.runs()]: pieces done in this layer
+    std::unique_ptr<std::atomic<int64_t>[]> finished_pieces_;  // [n_kv_heads, plan_.runs()]: pieces done in a layer
     int64_t n_counters_ = 0;
 };
 

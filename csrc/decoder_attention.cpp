@@ -51,11 +51,15 @@ void Decoder::plan(const Step& step) {
         finished_pieces_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(counters));
         n_counters_ = counters;
     }
+    for (int64_t i = 0; i < counters; ++i) finished_pieces_[static_cast<size_t>(i)].store(0, std::memory_order_relaxed);
 }
 
 void Decoder::attend(const Step& step, size_t layer) {
     const int64_t heads = shape_.n_kv_heads;
-    plan_.set_window(shape_.windows[layer]);
+    if (plan_.window() != shape_.windows[layer]) {
+        team_->wait();
+        plan_.set_window(shape_.windows[layer]);
+    }
     if (shape_.whole_qk_norm) norm_whole(step, layer);
     if (!plan_.rows_alone()) {
         team_->run(step.rows * heads, [&](Range items, int) {
@@ -66,13 +70,12 @@ void Decoder::attend(const Step& step, size_t layer) {
             }
         });
     }
-    const int64_t runs = plan_.runs(), pieces = static_cast<int64_t>(plan_.pieces().size());
-    for (int64_t i = 0; i < runs * heads; ++i) finished_pieces_[static_cast<size_t>(i)].store(0, std::memory_order_relaxed);
+    const int64_t pieces = static_cast<int64_t>(plan_.pieces().size());
     // The items of a head are neighbours: a thread that takes several finds its entries in its caches.
-    team_->run(heads * pieces, [&](Range items, int thread) {
+    team_->then(heads * pieces, [=, step = &step](Range items, int thread) {
         float* scratch = scratch_.floats() + thread * scratch_size_;
         for (int64_t item = items.begin; item < items.end; ++item) {
-            attend_piece(step, layer, plan_.pieces()[static_cast<size_t>(item % pieces)], item / pieces, scratch);
+            attend_piece(*step, layer, plan_.pieces()[static_cast<size_t>(item % pieces)], item / pieces, scratch);
         }
     });
 }
@@ -99,9 +102,12 @@ void Decoder::attend_piece(const Step& step, size_t layer, const Piece& piece, i
             float* out = mixed + query / group.heads * shape_.q_size() + query % group.heads * group.dim;
             for (int64_t d = 0; d < group.dim; ++d) out[d] /= partial.sum[query];
         }
-    } else if (finished_pieces_[static_cast<size_t>(head * plan_.runs() + piece.run)].fetch_add(1) == piece.count - 1) {
-        merge(piece, head, mixed);
+        return;
     }
+    std::atomic<int64_t>& finished = finished_pieces_[static_cast<size_t>(head * plan_.runs() + piece.run)];
+    if (finished.fetch_add(1) < piece.count - 1) return;
+    finished.store(0, std::memory_order_relaxed);  // for the next layer
+    merge(piece, head, mixed);
 }
 
 // One of the partials of the piece's rows: out [rows, group, head_dim], then maximum and sum [rows, group].

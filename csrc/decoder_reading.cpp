@@ -101,9 +101,12 @@ void Decoder::choose_readings() {
             const double tile_bytes = static_cast<double>(linear.nbytes()) / static_cast<double>(linear.tiles());
             const auto most = static_cast<int64_t>((enough - bytes) / tile_bytes) + 1;
             const Range tiles{some.tile, std::min(some.tile + most, linear.tiles())};
-            prepare_rows(linear, 1, x.floats(), some.k);
+            prepare(linear, 1, {x.floats(), some.k});
             const auto begin = std::chrono::steady_clock::now();
-            linear.apply(kernels_.linear, activations_.data(), 1, tiles, y.floats(), 0, workers);
+            workers.run(tiles.end - tiles.begin, [&](Range part, int) {
+                const Range its_tiles{tiles.begin + part.begin, tiles.begin + part.end};
+                linear.apply(kernels_.linear, activations_.data(), 1, its_tiles, y.floats(), 0);
+            });
             ns += std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - begin).count();
             bytes += tile_bytes * static_cast<double>(tiles.end - tiles.begin);
             some.tile = tiles.end % linear.tiles();

@@ -129,14 +129,15 @@ bool PackedLinear::pairs(const LinearKernels& kernels) const {
     return kernels.pairs && std::any_of(segments_.begin(), segments_.end(), obeyed);
 }
 
-void PackedLinear::apply(const LinearKernels& kernels, const char* activations, int64_t rows, Range tiles, float* y,
-                         int64_t y_stride, Team& team) const {
-    const auto work = [&](Range part, int) {
-        each_segment({tiles.begin + part.begin, tiles.begin + part.end}, [&](const Segment& segment, Range its_tiles) {
-            apply_tiles(kernels, segment, its_tiles, activations, rows, y + segment.first_row, y_stride);
-        });
-    };
-    team.run(tiles.end - tiles.begin, work, rows < kernels.panel_rows ? 1 : kernels.panel_tiles);
+Range PackedLinear::apply(const LinearKernels& kernels, const char* activations, int64_t rows, Range tiles, float* y,
+                          int64_t y_stride) const {
+    Range outputs{-1, 0};
+    each_segment(tiles, [&](const Segment& segment, Range its_tiles) {
+        apply_tiles(kernels, segment, its_tiles, activations, rows, y + segment.first_row, y_stride);
+        if (outputs.begin < 0) outputs.begin = segment.first_row + its_tiles.begin * kernels.tile;
+        outputs.end = segment.first_row + std::min(its_tiles.end * kernels.tile, segment.shape.n);
+    });
+    return outputs;
 }
 
 void PackedLinear::apply(const LinearKernels& kernels, std::vector<Part>& parts, Team& team) {

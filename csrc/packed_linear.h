@@ -65,14 +65,14 @@ class PackedLinear {
     void ask(Fetch fetch, bool two_tiles);
     // Whether two_tiles means anything here.
     bool pairs(const LinearKernels& kernels) const;
-    // y[rows, n] = the linear of the prepared rows, on the team; or of some tiles of its outputs, in their places.
-    void apply(const LinearKernels& kernels, const char* activations, int64_t rows, float* y, int64_t y_stride,
-               Team& team) const {
-        apply(kernels, activations, rows, {0, tiles_}, y, y_stride, team);
-    }
-    void apply(const LinearKernels& kernels, const char* activations, int64_t rows, Range tiles, float* y,
-               int64_t y_stride, Team& team) const;
+    // Some tiles of y[rows, n] = the linear of the prepared rows. Returns which outputs they are.
+    Range apply(const LinearKernels& kernels, const char* activations, int64_t rows, Range tiles, float* y,
+                int64_t y_stride) const;
     int64_t tiles() const { return tiles_; }
+    // So many tiles at least should be computed at once, with so many rows.
+    int64_t least_tiles(const LinearKernels& kernels, int64_t rows) const {
+        return rows < kernels.panel_rows ? 1 : kernels.panel_tiles;
+    }
 
     // Some of a linear's outputs, for rows of their own: of stacked experts, one expert and the rows routed to it.
     struct Part {

@@ -144,26 +144,56 @@ void Team::timed(int thread, const Work& work) {
 }
 
 void Team::run(Job job) {
-    if (size_ == 1 || job.items <= 1) {
-        timed(0, [&] {
-            if (job.items > 0) job.call(job.work, {0, job.items}, 0);
-        });
-        return;
+    if (!at_once(job.items)) {
+        post(job);
+        return wait();
     }
-    const uint64_t round = post_.round.load(std::memory_order_relaxed) + 2;
-    // Each store is seen after those before it: who reads the same even round before and after the job has it whole.
-    post_.round.store(round - 1, std::memory_order_relaxed);
-    post_.work.store(job.work, std::memory_order_release);
-    post_.call.store(job.call, std::memory_order_release);
-    post_.items.store(job.items, std::memory_order_release);
-    post_.least.store(job.least, std::memory_order_release);
-    post_.round.store(round, std::memory_order_release);  // who falls asleep now may miss it: the next claim looks again
+    wait();
+    timed(0, [&] {
+        if (job.items > 0) job.call(job.work, {0, job.items}, 0);
+    });
+}
+
+// Where the next round's work lies. The round that had the place is done: the one after it has begun.
+void* Team::next_place() {
+    while (posted_ - begun_ == kPosts - 1) take_next();
+    return places_[(posted_ + 1) % kPosts].bytes;
+}
+
+void Team::post(Job job) {
+    while (posted_ - begun_ == kPosts - 1) take_next();
+    const uint64_t round = ++posted_;
+    job.before = parts_;
     for (int thread = 0; thread < size_; ++thread) parts_ += Share(job.items, job.least, thread, size_).parts();
+    job.after = parts_;
+    Post& post = posts_[round % kPosts];
+    // Each store is seen after those before it: who reads the same even version before and after the job has it whole.
+    post.version.store(2 * round - 1, std::memory_order_relaxed);
+    post.work.store(job.work, std::memory_order_release);
+    post.call.store(job.call, std::memory_order_release);
+    post.items.store(job.items, std::memory_order_release);
+    post.least.store(job.least, std::memory_order_release);
+    post.before.store(job.before, std::memory_order_release);
+    post.after.store(job.after, std::memory_order_release);
+    post.version.store(2 * round, std::memory_order_release);  // who falls asleep now may miss it: the next claim looks again
+}
+
+// The caller's parts of the first round that he has not begun.
+void Team::take_next() {
+    uint64_t round = begun_ + 1;
+    Job job{};
+    read_post(round, job);
+    await(job.before);
+    begun_ = round;
     take_parts(round, job, 0);
-    const auto ended = [this] { return finished(); };
+}
+
+// The caller waits until so many parts are done.
+void Team::await(uint64_t parts) {
+    const auto ended = [&] { return done(parts); };
     if (ended() || soon(ended)) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    // Of this write and the loads in finished(), and of those in take_share(), one order for all threads: either the last
+    // Of this write and the loads in done(), and of those in take_share(), one order for all threads: either the last
     // part's thread sees the sleeper, or the sleeper sees that it is done. Both read and write at once: QEMU's ARM, on x86,
     // lets a plain store pass behind the next load, whatever order is asked for.
     caller_sleeps_.exchange(true);
@@ -171,30 +201,36 @@ void Team::run(Job job) {
     caller_sleeps_.store(false);
 }
 
-// Whether a job was read whole, and of which round it is.
+// Whether the job of `round` was read whole; where that is long over, of the first that may not be.
 bool Team::read_post(uint64_t& round, Job& job) const {
-    round = post_.round.load(std::memory_order_acquire);
-    job.work = post_.work.load(std::memory_order_acquire);
-    job.call = post_.call.load(std::memory_order_acquire);
-    job.items = post_.items.load(std::memory_order_acquire);
-    job.least = post_.least.load(std::memory_order_acquire);
-    return round % 2 == 0 && post_.round.load(std::memory_order_relaxed) == round;
+    uint64_t version;
+    while ((version = posts_[round % kPosts].version.load(std::memory_order_acquire)) > 2 * round) {
+        round = (version + 1) / 2 - kPosts + 1;
+    }
+    if (version != 2 * round) return false;
+    const Post& post = posts_[round % kPosts];
+    job.work = post.work.load(std::memory_order_acquire);
+    job.call = post.call.load(std::memory_order_acquire);
+    job.items = post.items.load(std::memory_order_acquire);
+    job.least = post.least.load(std::memory_order_acquire);
+    job.before = post.before.load(std::memory_order_acquire);
+    job.after = post.after.load(std::memory_order_acquire);
+    return post.version.load(std::memory_order_relaxed) == version;
 }
 
-// Whether all parts of all rounds are done.
-bool Team::finished() const {
-    uint64_t parts = 0;
-    for (const Done& done : done_) parts += done.parts.load();
-    return parts == parts_;
+// Whether so many parts of all rounds are done.
+bool Team::done(uint64_t parts) const {
+    uint64_t sum = 0;
+    for (const Done& done : done_) sum += done.parts.load();
+    return sum >= parts;
 }
 
 // Parts of the thread's own share until none is left, then, where the round is not over soon, of the others'.
 void Team::take_parts(uint64_t round, const Job& job, int thread) {
     take_share(round, job, thread, thread);
-    const auto over = [&] { return thread == 0 ? finished() : post_.round.load(std::memory_order_relaxed) != round; };
     const int patience = crowded_.load(std::memory_order_relaxed) ? 0 : kPatience;  // there, owners are set aside
     for (int i = 0; i < patience; ++i) {
-        if (over()) return;
+        if (done(job.after)) return;
         pause_briefly();
     }
     for (int i = 1; i < size_; ++i) take_share(round, job, (thread + i) % size_, thread);
@@ -244,17 +280,14 @@ void Team::call_helpers() {
 }
 
 void Team::help(int thread) {
-    uint64_t calls = 0, done_round = 0, round = 0;
+    uint64_t calls = 0, round = 1;
     Job job{};
-    const auto next_round = [&] { return read_post(round, job) && round != done_round; };
+    const auto ready = [&] { return read_post(round, job) && done(job.before); };
     for (;;) {
-        while (soon(next_round)) {
-            take_parts(round, job, thread);
-            done_round = round;
-        }
+        for (; soon(ready); ++round) take_parts(round, job, thread);
         std::unique_lock<std::mutex> lock(mutex_);
         sleepers_.fetch_add(1);
-        called_.wait(lock, [&] { return closing_ || calls_ != calls || next_round(); });
+        called_.wait(lock, [&] { return closing_ || calls_ != calls || ready(); });
         sleepers_.fetch_sub(1);
         if (closing_) return;
         calls = calls_;

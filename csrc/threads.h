@@ -1,7 +1,8 @@
 // One team of threads for a whole step. Each thread has a share of the work of a phase, one stretch of memory, the same at
 // every step. A share is cut into parts, each half of what is left, and who has done his own claims those of others: all end
 // at about the same time, and a thread that the system has set aside owes no more than the part that it has begun, so that
-// on a crowded machine the others go on without it.
+// on a crowded machine the others go on without it. Phases may be handed out before those ahead of them have ended: then who
+// is done with one waits for nothing but the last part of the others.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -9,7 +10,9 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <new>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace tinychat {
@@ -36,7 +39,10 @@ class Team {
     class Awake {
       public:
         explicit Awake(Team& team) : team_(team) { team_.wake(); }
-        ~Awake() { team_.awake_.store(false, std::memory_order_relaxed); }
+        ~Awake() {
+            team_.wait();
+            team_.awake_.store(false, std::memory_order_relaxed);
+        }
         Awake(const Awake&) = delete;
         Awake& operator=(const Awake&) = delete;
 
@@ -53,8 +59,23 @@ class Team {
     // One run at a time; `work` must not throw.
     template <class Work>
     void run(int64_t items, const Work& work, int64_t least = 1) {
-        run({&work, [](const void* what, Range part, int thread) { (*static_cast<const Work*>(what))(part, thread); },
-             items, least});
+        run({&work, call<Work>, items, least});
+    }
+
+    // The same, when all that was handed out before is done, and at the latest by the next run() or wait(): `work` is copied,
+    // and what it refers to must live until then.
+    template <class Work>
+    void then(int64_t items, const Work& work, int64_t least = 1) {
+        static_assert(std::is_trivially_copyable_v<Work> && std::is_trivially_destructible_v<Work>);
+        static_assert(sizeof(Work) <= kWorkBytes && alignof(Work) <= 64);
+        if (at_once(items)) return run(items, work, least);
+        post({new (next_place()) Work(work), call<Work>, items, least});
+    }
+
+    // Returns when all that was handed out is done.
+    void wait() {
+        while (begun_ != posted_) take_next();
+        await(parts_);
     }
 
     // Nanoseconds that all threads together spent on parts, since it was first switched on.
@@ -64,19 +85,33 @@ class Team {
   private:
     using Clock = std::chrono::steady_clock;
 
+    static constexpr uint64_t kPosts = 8;      // rounds that may be handed out and not done
+    static constexpr size_t kWorkBytes = 128;  // of one
+
     struct Job {
         const void* work;
         void (*call)(const void* work, Range part, int thread);
         int64_t items, least;
+        uint64_t before = 0, after = 0;  // parts of all rounds so far, without it and with it
     };
 
+    template <class Work>
+    static void call(const void* work, Range part, int thread) {
+        (*static_cast<const Work*>(work))(part, thread);
+    }
+
     // The job of a round, on one line of cache: nothing else passes from the caller to the helpers, who cut it into shares
-    // and parts themselves. `round` is odd while the rest is written.
+    // and parts themselves. `version` is twice the round, and odd while the rest is written.
     struct alignas(64) Post {
-        std::atomic<uint64_t> round{0};
+        std::atomic<uint64_t> version{0};
         std::atomic<const void*> work{nullptr};
         std::atomic<decltype(Job::call)> call{nullptr};
         std::atomic<int64_t> items{0}, least{0};
+        std::atomic<uint64_t> before{0}, after{0};
+    };
+
+    struct alignas(64) Place {
+        unsigned char bytes[kWorkBytes];
     };
 
     // The next part of what thread i begins with, and its round. What is of an earlier round stands for part 0 of this one,
@@ -91,12 +126,17 @@ class Team {
         std::atomic<int64_t> busy_ns{0};
     };
 
+    bool at_once(int64_t items) const { return size_ == 1 || items <= 1; }
     void run(Job job);
+    void* next_place();
+    void post(Job job);
+    void take_next();
+    void await(uint64_t parts);
     void wake();
     bool read_post(uint64_t& round, Job& job) const;
     void take_parts(uint64_t round, const Job& job, int thread);
     void take_share(uint64_t round, const Job& job, int owner, int thread);
-    bool finished() const;
+    bool done(uint64_t parts) const;
     template <class Work>
     void timed(int thread, const Work& work);
     template <class Ready>
@@ -111,10 +151,12 @@ class Team {
     std::vector<Done> done_;  // by each thread
     std::vector<std::thread> helpers_;
 
-    Post post_;
+    Post posts_[kPosts];    // of round r at r % kPosts
+    Place places_[kPosts];  // of its work
 
-    alignas(64) uint64_t parts_ = 0;  // of all rounds so far; this and the next: only for the caller
-    Clock::time_point last_call_{};   // of the helpers
+    alignas(64) uint64_t posted_ = 0, begun_ = 0;  // rounds; this and what follows: only for the caller
+    uint64_t parts_ = 0;                           // of all rounds so far
+    Clock::time_point last_call_{};                // of the helpers
 
     alignas(64) std::atomic<int> sleepers_{0};  // helpers
     std::atomic<bool> awake_{false};
@@ -123,7 +165,7 @@ class Team {
     std::atomic<bool> caller_sleeps_{false};
     std::mutex mutex_;
     std::condition_variable called_;  // calls_ or closing_ has changed
-    std::condition_variable ended_;   // finished()
+    std::condition_variable ended_;   // parts are done
     uint64_t calls_ = 0;
     bool closing_ = false;
 };

@@ -1,5 +1,6 @@
 // The team of threads: every item once, results seen by the caller and by later runs, teams that come and go.
 #include <atomic>
+#include <climits>
 #include <ctime>
 #include <numeric>
 #include <thread>
@@ -48,6 +49,35 @@ void phases(int threads) {
         values = next;
     }
     check(std::accumulate(values.begin(), values.end(), int64_t{0}) == 2000 * 100, "phases follow one another");
+}
+
+// Phases handed out before those ahead of them are done: each reads what all of the one before wrote, whoever is late.
+void phases_ahead(int threads, int granted = INT_MAX) {
+    Team team(threads, granted);
+    Random random(static_cast<uint64_t>(threads));
+    std::vector<int64_t> some(120), others(some.size());
+    int64_t *from = some.data(), *to = others.data(), expected = 0;
+    for (int step = 0; step < 60; step++) {
+        const Team::Awake awake(team);
+        for (int phase = 0; phase < 50; phase++) {
+            const int64_t items = random.below(10) ? 120 : random.below(2);  // of one or none too
+            const bool slow = random.below(100) == 0;
+            team.then(items, [=](Range part, int thread) {
+                if (slow && thread) std::this_thread::sleep_for(std::chrono::microseconds(200));
+                for (int64_t i = part.begin; i < part.end; i++) to[i] = from[(i + 37) % items] + 1;
+            }, 1 + random.below(4));
+            if (items == 120) {
+                std::swap(from, to);
+                expected++;
+            }
+            if (random.below(50) == 0) team.run(3, [](Range, int) {});
+        }
+        team.wait();
+        bool all = true;
+        for (int i = 0; i < 120; i++) all &= from[i] == expected;
+        if (!all) return check(false, "phases ahead, " + std::to_string(threads) + " threads");
+    }
+    check(true, "phases ahead, " + std::to_string(threads) + " threads");
 }
 
 // Steps in which the helpers stay awake, the profile on and off, with serial stretches between phases.
@@ -118,6 +148,8 @@ void test_team() {
         phases(threads);
     }
     for (int threads : {1, 2, 5}) steps(threads);
+    for (int threads : {1, 2, 3, 8}) phases_ahead(threads);
+    phases_ahead(2, 1);
     pauses();
     last_moments();
     for (int i = 0; i < 50; i++) Team team(4);
