@@ -158,7 +158,8 @@ class Follower {
              py::object random)
         : owner_(std::move(decoder)), decoder_(owner_.cast<Decoder&>()), lengths_(std::move(lengths)),
           cache_(std::move(cache)), how_(how), turn_(std::move(turn)), random_(std::move(random)), slot_(slot),
-          logits_(static_cast<size_t>(decoder_.shape().vocab_size)), step_(cache_.step(decoder_.shape())) {
+          logits_(static_cast<size_t>(decoder_.shape().vocab_size)),
+          peaks_(logits_.size() / kPeak + 1), step_(cache_.step(decoder_.shape())) {
         if (slot < 0 || slot >= step_.n_slots) throw std::invalid_argument("a slot is not in the cache");
         check(how_.top_k, decoder_.shape().vocab_size);
         length_ = numbers<int32_t>(lengths_, {step_.n_slots}, "lengths") + slot;
@@ -168,6 +169,7 @@ class Follower {
         step_.slots = &slot_;
         step_.wanted = &wanted_;
         step_.logits = logits_.data();
+        step_.peaks = peaks_.data();
     }
     Follower(const Follower&) = delete;
     Follower& operator=(const Follower&) = delete;
@@ -183,17 +185,29 @@ class Follower {
         const int64_t at = (position_ - first_) * decoder_.shape().n_ropes() * (decoder_.shape().rope_dim / 2);
         step_.cos = static_cast<const float*>(cos_.data()) + at;
         step_.sin = static_cast<const float*>(sin_.data()) + at;
-        const double number = random_.is_none() ? 0 : random_().cast<double>();
+        const double number = random_.is_none() ? 0 : next_number();
         int64_t drawn = -1;
         without_interpreter([&] {
             decoder_.step(step_);
-            drawn = draw(logits_.data(), static_cast<int64_t>(logits_.size()), how_, number);
+            drawn = draw(decoder_.kernels().block, step_.logits, step_.peaks, decoder_.shape().vocab_size, how_, number);
         });
         *length_ = position_ + 1;
         return drawn;
     }
 
   private:
+    double next_number() {
+        if (n_used_ == n_numbers_) {
+            const py::array numbers_now = random_();
+            n_numbers_ = numbers_now.size();
+            n_used_ = 0;
+            numbers<double>(numbers_now, {n_numbers_}, "random numbers");
+            if (n_numbers_ < 1) throw std::invalid_argument("no random numbers");
+            numbers_ = numbers_now;
+        }
+        return static_cast<const double*>(numbers_.data())[n_used_++];
+    }
+
     // The angles of the positions from this one on.
     void turn() {
         const auto [cos, sin] = turn_(position_).cast<std::pair<py::array, py::array>>();
@@ -219,7 +233,9 @@ class Follower {
     int32_t* length_ = nullptr;
     int64_t first_ = 0, turned_ = 0;
     py::array cos_, sin_;
-    std::vector<float> logits_;
+    py::array numbers_;
+    int64_t n_numbers_ = 0, n_used_ = 0;
+    std::vector<float> logits_, peaks_;
     Step step_;
 };
 
@@ -349,8 +365,8 @@ void bind_decoder(py::module_& m) {
             return py::cpp_function([follower](int32_t token) { return (*follower)(token); });
         },
         "A function that runs a token where `slot` ends, lengthens it, and draws the next token: -1 where a logit is not "
-        "finite. turn(position) gives cos and sin [n, n_ropes, rope_dim / 2] of positions from there on; random() a number "
-        "of [0, 1), or None where nothing is to be drawn.",
+        "finite. turn(position) gives cos and sin [n, n_ropes, rope_dim / 2] of positions from there on; random() gives "
+        "numbers [n] of [0, 1), used one by one, or is None where nothing is to be drawn.",
         py::kw_only(), py::arg("decoder"), py::arg("slot"), py::arg("lengths"), py::arg("keys"), py::arg("values"),
         py::arg("key_scales"), py::arg("value_scales"), py::arg("top_k"), py::arg("temperature"), py::arg("top_p"),
         py::arg("min_p"), py::arg("turn"), py::arg("random"));
@@ -358,7 +374,10 @@ void bind_decoder(py::module_& m) {
         "draw",
         [](Address logits, int64_t n, int64_t top_k, float temperature, double top_p, float min_p, double number) {
             check(top_k, n);
-            return draw(pointer<const float>(logits), n, {top_k, temperature, top_p, min_p}, number);
+            const BlockKernels& block = kernels().block;
+            std::vector<float> peaks(static_cast<size_t>(n / kPeak + 1));
+            block.peaks(pointer<const float>(logits), n, peaks.data());
+            return draw(block, pointer<const float>(logits), peaks.data(), n, {top_k, temperature, top_p, min_p}, number);
         },
         "The next token, or -1 where a logit is not finite; see csrc/draw.h. Not checked: the address.", py::arg("logits"),
         py::arg("n"), py::arg("top_k"), py::arg("temperature"), py::arg("top_p"), py::arg("min_p"),

@@ -105,5 +105,31 @@ void soft_cap(float* x, float cap, int64_t n) {
     each_value(x, n, [&](Vector value) { return capped(value, cap); }, x);
 }
 
+void peaks(const float* x, int64_t n, float* y) {
+    static_assert(kPeak % kLanes == 0);
+    const Vector none = all(-__builtin_inff());
+    Vector spoilt = all(0);  // NaN where a value is, or is infinite
+    int64_t i = 0;
+    for (; i + kPeak <= n; i += kPeak) {
+        Vector most = none;
+        for (int64_t v = 0; v < kPeak; v += kLanes) {
+            const Vector value = load(x + i + v);
+            most = larger(most, value);
+            spoilt = fma(value, all(0), spoilt);
+        }
+        y[i / kPeak] = largest_of(most);
+    }
+    if (i < n) {
+        Vector most = none;
+        for (int64_t v = i; v < n; v += kLanes) {
+            const Vector value = load(x + v, part(n - v));
+            most = larger(most, within(value, 0, n - v, -__builtin_inff()));
+            spoilt = fma(value, all(0), spoilt);
+        }
+        y[i / kPeak] = largest_of(most);
+    }
+    y[0] += sum_of(spoilt);
+}
+
 }  // namespace
 }  // namespace tinychat

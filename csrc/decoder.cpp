@@ -208,15 +208,11 @@ void Decoder::step(const Step& step) {
     alone_ = plain_ && step.rows == 1 && step.n_wanted <= 1;
     input_.reset();
     plan(step);
-    if (!profiling_) {
-        forward(step);
-        return team_->wait();
-    }
+    if (!profiling_) return forward(step);
     team_->profile(true);
     const auto begin = std::chrono::steady_clock::now();
     const int64_t busy = team_->busy_ns();
     forward(step);
-    team_->wait();
     ++profile_.steps;
     profile_.steps_ns += std::chrono::nanoseconds(std::chrono::steady_clock::now() - begin).count();
     profile_.busy_ns += team_->busy_ns() - busy;
@@ -301,7 +297,7 @@ void Decoder::forward(const Step& step) {
         add(step, layer.down_norm, z, post ? layer.norm2 : none, read_by(l + 1));
     }
 
-    if (!step.n_wanted) return;
+    if (!step.n_wanted) return team_->wait();
     if (shape_.embed_size == hidden) {
         prepare(head_, step.n_wanted, {nullptr, hidden, &norm_, step.wanted});
     } else {
@@ -309,15 +305,15 @@ void Decoder::forward(const Step& step) {
         apply(project_out_, step.n_wanted, narrow_.floats(), shape_.embed_size);
         prepare(head_, step.n_wanted, {narrow_.floats(), shape_.embed_size});
     }
-    apply(head_, step.n_wanted, step.logits, shape_.vocab_size);
-    if (shape_.logit_cap != 0) {
-        const int64_t pieces = (shape_.vocab_size + kPiece - 1) / kPiece;
-        each(step.n_wanted * pieces, [&](int64_t item, int) {
-            const int64_t begin = item % pieces * kPiece;
-            kernels_.block.soft_cap(step.logits + item / pieces * shape_.vocab_size + begin, shape_.logit_cap,
-                                    std::min(kPiece, shape_.vocab_size - begin));
-        });
-    }
+    apply(head_, step.n_wanted, step.logits, shape_.vocab_size, [=, step = &step](Range outputs) {
+        const int64_t first = outputs.begin, n = outputs.end - first;
+        for (int64_t r = 0; r < step->n_wanted && shape_.logit_cap != 0; ++r) {
+            kernels_.block.soft_cap(step->logits + r * shape_.vocab_size + first, shape_.logit_cap, n);
+        }
+        if (step->peaks && head_.in_one()) kernels_.block.peaks(step->logits + first, n, step->peaks + first / kPeak);
+    });
+    team_->wait();
+    if (step.peaks && !head_.in_one()) kernels_.block.peaks(step.logits, shape_.vocab_size, step.peaks);
 }
 
 // x = what the first block reads, which `reader` does.

@@ -100,6 +100,7 @@ struct Step {
     float* key_scales;    // [n_layers, n_slots, n_kv_heads, capacity], of q8 only
     float* value_scales;  // likewise
     float* logits;  // [R, vocab_size]
+    float* peaks = nullptr;  // of the logits of the first wanted row (BlockKernels), or null: nobody asks
 };
 
 // How a decoder reads what no cache holds: as Fetch has it, or asking for nothing and two tiles at once.
@@ -126,6 +127,7 @@ class Decoder {
     void set_embed(const LinearData& table);
 
     const DecoderShape& shape() const { return shape_; }
+    const Kernels& kernels() const { return kernels_; }
     int64_t weight_bytes() const { return weight_bytes_; }
     // What the linears of all layers that do the same are called, and how they are read.
     const std::vector<std::pair<std::string, Reading>>& readings() const { return readings_; }

@@ -2,14 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <functional>
 #include <limits>
 #include <vector>
 
 namespace tinychat {
 namespace {
-
-constexpr int64_t kBlock = 64;  // values whose largest is looked at before any of them
 
 struct Candidate {
     float logit;
@@ -20,75 +18,65 @@ bool likelier(const Candidate& a, const Candidate& b) {
     return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
 }
 
-bool finite(const float* values, int64_t n) {
-    int found = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, values + i, sizeof bits);
-        found |= (bits & 0x7f800000u) == 0x7f800000u;
-    }
-    return !found;
-}
+int64_t n_peaks(int64_t n) { return (n + kPeak - 1) / kPeak; }
 
-// Of finite values, n > 0. In lanes, as a compiler may not reorder the maximum of floats in a row.
-float largest_of(const float* values, int64_t n) {
-    typedef float Lanes __attribute__((vector_size(16)));
-    constexpr int64_t kLanes = 16;
-    const auto larger = [](Lanes a, Lanes b) { return a > b ? a : b; };
-    if (n < kLanes) return *std::max_element(values, values + n);
-    Lanes most[4], next[4];
-    std::memcpy(most, values, sizeof most);
-    int64_t i = kLanes;
-    for (; i + kLanes <= n; i += kLanes) {
-        std::memcpy(next, values + i, sizeof next);
-        for (int j = 0; j < 4; ++j) most[j] = larger(most[j], next[j]);
-    }
-    const Lanes last = larger(larger(most[0], most[1]), larger(most[2], most[3]));
-    return std::max({last[0], last[1], last[2], last[3], *std::max_element(values + i - 1, values + n)});
-}
+// Logits, their peaks, and the peaks of those: to find the likeliest little of them is looked at.
+struct Heights {
+    const float* logits;
+    const float* peaks;
+    int64_t n;
+    std::vector<float> summits;  // of the peaks
 
-// The k likeliest of n > k, from the likeliest down.
-std::vector<Candidate> likeliest(const float* logits, int64_t n, int64_t k) {
-    const auto last = [&](std::vector<Candidate>& pool) { return pool.begin() + (k - 1); };
+    // visit(id) for each logit of at least `least`, in their order.
+    template <class Visit>
+    void above(float least, const Visit& visit) const {
+        const auto each = [&](const float* values, int64_t begin, int64_t end, const auto& work) {
+            for (int64_t i = begin; i < end; ++i) {
+                if (values[i] >= least) work(i);
+            }
+        };
+        each(summits.data(), 0, n_peaks(n_peaks(n)), [&](int64_t s) {
+            each(peaks, s * kPeak, std::min((s + 1) * kPeak, n_peaks(n)), [&](int64_t p) {
+                each(logits, p * kPeak, std::min((p + 1) * kPeak, n), visit);
+            });
+        });
+    }
+};
+
+// The k likeliest of n >= k, from the likeliest down.
+std::vector<Candidate> likeliest(const Heights& heights, int64_t k) {
+    // So many peaks are as high as the k-th of them, and so as many logits at least.
+    const float *peaks = heights.peaks, *summits = heights.summits.data();
+    const int64_t n_summits = n_peaks(n_peaks(heights.n));
+    std::vector<float> heads = n_summits >= 2 * k ? std::vector<float>(summits, summits + n_summits)
+                                                  : std::vector<float>(peaks, peaks + n_peaks(heights.n));
+    float least = -std::numeric_limits<float>::infinity();
+    if (static_cast<int64_t>(heads.size()) >= k) {
+        std::nth_element(heads.begin(), heads.begin() + (k - 1), heads.end(), std::greater<>());
+        least = heads[static_cast<size_t>(k - 1)];
+    }
     std::vector<Candidate> pool;
-    pool.reserve(static_cast<size_t>(2 * k + kBlock));
-    float least = -std::numeric_limits<float>::infinity();  // above which a value, of a higher id than all so far, comes in
-    for (int64_t begin = 0; begin < n; begin += kBlock) {
-        const int64_t end = std::min(begin + kBlock, n);
-        if (largest_of(logits + begin, end - begin) <= least) continue;
-        for (int64_t id = begin; id < end; ++id) {
-            if (logits[id] > least) pool.push_back({logits[id], id});
-        }
-        if (static_cast<int64_t>(pool.size()) < 2 * k) continue;
-        std::nth_element(pool.begin(), last(pool), pool.end(), likelier);
-        pool.resize(static_cast<size_t>(k));
-        least = pool.back().logit;
-    }
-    std::nth_element(pool.begin(), last(pool), pool.end(), likelier);
+    heights.above(least, [&](int64_t id) { pool.push_back({heights.logits[id], id}); });
+    std::nth_element(pool.begin(), pool.begin() + (k - 1), pool.end(), likelier);
     pool.resize(static_cast<size_t>(k));
     std::sort(pool.begin(), pool.end(), likelier);
     return pool;
 }
 
-// The first of the largest.
-int64_t likeliest(const float* logits, int64_t n) {
-    int64_t best = 0;
-    float largest = -std::numeric_limits<float>::infinity();
-    for (int64_t begin = 0; begin < n; begin += kBlock) {
-        const float value = largest_of(logits + begin, std::min(kBlock, n - begin));
-        if (value <= largest) continue;
-        largest = value;
-        best = begin;
-    }
-    return std::find(logits + best, logits + n, largest) - logits;
-}
-
 }  // namespace
 
-int64_t draw(const float* logits, int64_t n, const DrawParams& params, double number) {
-    if (!finite(logits, n)) return -1;
-    if (params.top_k == 0) return likeliest(logits, n);
-    const std::vector<Candidate> pool = likeliest(logits, n, params.top_k);
+int64_t draw(const BlockKernels& kernels, const float* logits, const float* peaks, int64_t n, const DrawParams& params,
+             double number) {
+    Heights heights{logits, peaks, n, std::vector<float>(static_cast<size_t>(n_peaks(n_peaks(n))))};
+    kernels.peaks(peaks, n_peaks(n), heights.summits.data());
+    if (!std::isfinite(heights.summits[0])) return -1;
+    if (params.top_k == 0) {  // the first of the largest
+        const float most = *std::max_element(heights.summits.begin(), heights.summits.end());
+        int64_t found = n;
+        heights.above(most, [&](int64_t id) { found = std::min(found, id); });
+        return found;
+    }
+    const std::vector<Candidate> pool = likeliest(heights, params.top_k);
     std::vector<float> weights;  // falling, from 1
     double total = 0;
     for (const Candidate& candidate : pool) {

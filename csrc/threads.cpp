@@ -24,6 +24,7 @@ using std::chrono::microseconds;
 // it waits for the next one a little. Where threads are more than may run at once, one that spins takes the core from one
 // that works, so it soon sleeps, and a sleeper is not called at every phase.
 constexpr microseconds kSpinCrowded{20}, kSpin{100}, kBetweenSteps{100}, kStuck{5000}, kBetweenCalls{100};
+constexpr microseconds kBetweenLooks{10000};  // at the cores that there are
 
 // A share is cut in half, and what is left of it again, into so many parts: all threads end with small ones, and so at
 // about the same time, for few claims.
@@ -108,7 +109,11 @@ void Team::close() {
 }
 
 void Team::wake() {
-    crowded_.store(size_ > std::min(usable_cpus(), granted_), std::memory_order_relaxed);
+    const auto now = Clock::now();
+    if (now - last_look_ > kBetweenLooks) {
+        last_look_ = now;
+        crowded_.store(size_ > std::min(usable_cpus(), granted_), std::memory_order_relaxed);
+    }
     awake_.store(true, std::memory_order_relaxed);
     if (sleepers_.load() > 0) call_helpers();
 }

@@ -156,7 +156,7 @@ class Team {
 
     alignas(64) uint64_t posted_ = 0, begun_ = 0;  // rounds; this and what follows: only for the caller
     uint64_t parts_ = 0;                           // of all rounds so far
-    Clock::time_point last_call_{};                // of the helpers
+    Clock::time_point last_call_{}, last_look_{};  // of the helpers; at the cores
 
     alignas(64) std::atomic<int> sleepers_{0};  // helpers
     std::atomic<bool> awake_{false};

@@ -7,7 +7,7 @@
 namespace tinychat {
 
 const BlockKernels& block_avx2() {
-    static const BlockKernels table{add, moments, normalize, activate, rms_norm, soft_cap};
+    static const BlockKernels table{add, moments, normalize, activate, rms_norm, soft_cap, peaks};
     return table;
 }
 

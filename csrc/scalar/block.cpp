@@ -49,10 +49,20 @@ void soft_cap(float* x, float cap, int64_t n) {
     for (int64_t i = 0; i < n; ++i) x[i] = cap * std::tanh(x[i] / cap);
 }
 
+void peaks(const float* x, int64_t n, float* y) {
+    float spoilt = 0;  // NaN where a value is, or is infinite
+    for (int64_t i = 0; i < n; ++i) {
+        float& peak = y[i / kPeak];
+        if (i % kPeak == 0 || x[i] > peak) peak = x[i];
+        spoilt += x[i] * 0;
+    }
+    y[0] += spoilt;
+}
+
 }  // namespace
 
 const BlockKernels& block_scalar() {
-    static const BlockKernels table{add, moments, normalize, activate, rms_norm, soft_cap};
+    static const BlockKernels table{add, moments, normalize, activate, rms_norm, soft_cap, peaks};
     return table;
 }
 

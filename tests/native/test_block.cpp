@@ -1,4 +1,5 @@
 // Norms, activations and sums of every level against float64; nothing beyond an end is touched.
+#include <algorithm>
 #include <cmath>
 
 #include "check.h"
@@ -54,6 +55,23 @@ void act(const BlockKernels& kernels, const Tester& t, const char* what) {
     t.close(what, [](const Tester& own, size_t i) { return activated(activation, own.x[i]); });
 }
 
+void peaks(const BlockKernels& kernels, const Tester& t, Random& random) {
+    const int64_t n = t.n, n_peaks = (n + kPeak - 1) / kPeak;
+    const Memory memory(n_peaks * 4), spoilt_memory(n * 4);  // what is touched beside them is seen
+    float *found = reinterpret_cast<float*>(memory.data()), *spoilt = reinterpret_cast<float*>(spoilt_memory.data());
+    kernels.peaks(t.x.data(), n, found);
+    for (int64_t i = 0; i < n_peaks; ++i) {
+        const auto begin = t.x.begin() + i * kPeak, end = t.x.begin() + std::min(n, (i + 1) * kPeak);
+        check(found[i] == *std::max_element(begin, end), "the largest of each 16 of " + std::to_string(n) + ", " + t.isa);
+    }
+    for (const float wrong : {INFINITY, -INFINITY, NAN}) {
+        std::copy(t.x.begin(), t.x.end(), spoilt);
+        spoilt[random.below(n)] = wrong;
+        kernels.peaks(spoilt, n, found);
+        check(std::isnan(found[0]), "a peak of what is not finite, " + t.isa);
+    }
+}
+
 }  // namespace
 
 void test_block() {
@@ -67,6 +85,7 @@ void test_block() {
             t.close("a sum", [](const Tester& own, size_t i) { return own.x[i] + 0.25 * own.other[i]; });
             kernels.soft_cap(t.copied(), 3, n);
             t.close("a cap", [](const Tester& own, size_t i) { return 3 * std::tanh(own.x[i] / 3.0); });
+            peaks(kernels, t, random);
             kernels.rms_norm(t.x.data(), t.other.data(), 1e-5f, n, t.y());
             t.close("RMSNorm", [](const Tester& own, size_t i) {
                 return own.x[i] / std::sqrt(own.variance(0) + 1e-5) * static_cast<double>(own.other[i]);

@@ -34,9 +34,14 @@ int64_t drawn_plainly(const std::vector<float>& logits, const DrawParams& params
     return static_cast<int64_t>(order[count - 1]);
 }
 
-}  // namespace
+int64_t drawn(const std::string& isa, const float* logits, int64_t n, const DrawParams& params, double number) {
+    const BlockKernels& block = kernels(isa.c_str()).block;
+    const Memory peaks((n + kPeak - 1) / kPeak * 4);
+    block.peaks(logits, n, reinterpret_cast<float*>(peaks.data()));
+    return draw(block, logits, reinterpret_cast<const float*>(peaks.data()), n, params, number);
+}
 
-void test_draw() {
+void draws(const std::string& isa) {
     Random random(5);
     for (const int64_t n : {2, 3, 16, 63, 64, 65, 129, 1000, 4097}) {
         Memory memory(n * 4);
@@ -50,12 +55,18 @@ void test_draw() {
             const int64_t top_k = turn % 4 ? random.below(std::min<int64_t>(n, 300)) : 0;
             const DrawParams params{top_k, turn % 2 ? 0.7f : 2.0f, turn % 5 ? 0.9 : 1.0, turn % 7 ? 0.05f : 0.0f};
             const double number = turn ? random.uniform() : 0.0;
-            check(draw(logits, n, params, number) == drawn_plainly(values, params, number),
+            check(drawn(isa, logits, n, params, number) == drawn_plainly(values, params, number),
                   "draw " + std::to_string(turn) + " of " + std::to_string(n) + ", top_k " + std::to_string(top_k));
         }
         logits[n - 1] = std::numeric_limits<float>::quiet_NaN();
-        check(draw(logits, n, {0, 1, 1, 0}, 0) == -1, "NaN is drawn");
+        check(drawn(isa, logits, n, {0, 1, 1, 0}, 0) == -1, "NaN is drawn");
     }
+}
+
+}  // namespace
+
+void test_draw() {
+    for (const std::string& isa : isas()) draws(isa);
 }
 
 }  // namespace tinychat::test

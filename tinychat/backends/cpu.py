@@ -9,6 +9,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ except ImportError as error:
 FOOTPRINT = Footprint(program=64 << 20, maps=True)
 MAX_THREADS = 1024
 MOST_DRAWN = 1024  # top_k up to which C++ sorts what may be drawn
-ROTATED_AHEAD = 64  # positions whose angles are looked up at a time
+ROTATED_AHEAD = 256  # positions whose angles are looked up at a time
+DRAWN_AHEAD = 64  # random numbers, likewise
 PIECE_ROWS = 4096  # of a table of codes that are floats at a time
 PIECE_WEIGHTS = 1 << 17  # of these that are made floats at a time: what stays in a cache
 
@@ -347,7 +349,7 @@ class CpuRunner:
             top_p=params.top_p,
             min_p=params.min_p,
             turn=turn,
-            random=None if params.greedy else rng.random,
+            random=None if params.greedy else partial(rng.random, DRAWN_AHEAD),
         )
         return follow
 
