@@ -211,11 +211,14 @@ void Decoder::step(const Step& step) {
     if (!profiling_) return forward(step);
     team_->profile(true);
     const auto begin = std::chrono::steady_clock::now();
-    const int64_t busy = team_->busy_ns();
+    const uint64_t begin_ticks = ticks(), busy = team_->busy_ticks();
     forward(step);
+    const auto step_ticks = static_cast<double>(ticks() - begin_ticks);
+    const int64_t step_ns = std::chrono::nanoseconds(std::chrono::steady_clock::now() - begin).count();
+    const auto busy_ticks = static_cast<double>(team_->busy_ticks() - busy);
     ++profile_.steps;
-    profile_.steps_ns += std::chrono::nanoseconds(std::chrono::steady_clock::now() - begin).count();
-    profile_.busy_ns += team_->busy_ns() - busy;
+    profile_.steps_ns += step_ns;
+    profile_.busy_ns += static_cast<int64_t>(busy_ticks / step_ticks * static_cast<double>(step_ns));
     team_->profile(false);
 }
 

@@ -5,9 +5,8 @@
 #if defined(__linux__)
 #include <sched.h>
 #endif
-#if defined(_WIN32)
-#include <process.h>
-#else
+#if !defined(_WIN32)
+#include <pthread.h>
 #include <unistd.h>
 #endif
 #if defined(__x86_64__) || defined(_M_X64)
@@ -78,11 +77,25 @@ int usable_cpus() {
 
 }  // namespace
 
-int64_t this_process() {
 #if defined(_WIN32)
-    return _getpid();
+int64_t this_process() { return 1; }  // nothing forks
 #else
-    return getpid();
+int64_t this_process() {
+    static std::atomic<int64_t> generation{1};  // to ask the system would take a thousandth of a small model's step
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { ++generation; });
+    return registered == 0 ? generation.load(std::memory_order_relaxed) : getpid();
+}
+#endif
+
+uint64_t ticks() {
+#if defined(__x86_64__) || defined(_M_X64)
+    return __rdtsc();
+#elif defined(__aarch64__)
+    uint64_t count;
+    asm volatile("mrs %0, cntvct_el0" : "=r"(count));
+    return count;
+#else
+    return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
 #endif
 }
 
@@ -142,10 +155,10 @@ bool Team::soon(const Ready& ready) const {
 template <class Work>
 void Team::timed(int thread, const Work& work) {
     if (!profiling_.load(std::memory_order_relaxed)) return work();
-    const auto begin = Clock::now();
+    const uint64_t begin = ticks();
     work();
-    const auto spent = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
-    done_[static_cast<size_t>(thread)].busy_ns.fetch_add(spent, std::memory_order_relaxed);
+    std::atomic<uint64_t>& busy = done_[static_cast<size_t>(thread)].busy_ticks;  // written by this thread alone
+    busy.store(busy.load(std::memory_order_relaxed) + ticks() - begin, std::memory_order_relaxed);
 }
 
 void Team::run(Job job) {
@@ -267,9 +280,9 @@ void Team::take_share(uint64_t round, const Job& job, int owner, int thread) {
     }
 }
 
-int64_t Team::busy_ns() const {
-    int64_t sum = 0;
-    for (const Done& done : done_) sum += done.busy_ns.load(std::memory_order_relaxed);
+uint64_t Team::busy_ticks() const {
+    uint64_t sum = 0;
+    for (const Done& done : done_) sum += done.busy_ticks.load(std::memory_order_relaxed);
     return sum;
 }
 

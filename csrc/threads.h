@@ -21,8 +21,11 @@ struct Range {
     int64_t begin, end;
 };
 
-// The process's number, another one in a child that it forked.
+// A number of this process, another one than in the process that forked it.
 int64_t this_process();
+
+// A clock that takes as little time as one can, of no unit in particular.
+uint64_t ticks();
 
 class Team {
   public:
@@ -78,9 +81,9 @@ class Team {
         await(parts_);
     }
 
-    // Nanoseconds that all threads together spent on parts, since it was first switched on.
+    // Ticks that all threads together spent on parts, since it was first switched on.
     void profile(bool on) { profiling_.store(on); }
-    int64_t busy_ns() const;
+    uint64_t busy_ticks() const;
 
   private:
     using Clock = std::chrono::steady_clock;
@@ -123,7 +126,7 @@ class Team {
     // What thread i has done, in all rounds so far: written by it alone.
     struct alignas(64) Done {
         std::atomic<uint64_t> parts{0};
-        std::atomic<int64_t> busy_ns{0};
+        std::atomic<uint64_t> busy_ticks{0};
     };
 
     bool at_once(int64_t items) const { return size_ == 1 || items <= 1; }

@@ -317,6 +317,7 @@ class Engine:
         rng = np.random.default_rng(params.seed)
         follow = runner.drawing(slot, params, rng) if isinstance(runner, DrawingRunner) else None
         limit = min(params.max_tokens, self.ctx_size - len(prompt))
+        penalized, stops = params.penalized, bool(params.stop)
         while True:
             if cancelled():
                 yield last(text.flush(), "cancelled")
@@ -344,14 +345,14 @@ class Engine:
                 yield last(text.flush(), "stop")
                 return
             pending = [token]
-            if params.penalized:
+            if penalized:
                 history.add(token)
             shown = text.push(token)
             n_tokens += 1
             if first_token_s is None:
                 first_token_s = time.perf_counter() - started
             logprobs = None if logprob is None else [logprob]
-            if text.stopped or n_tokens >= limit:
+            if n_tokens >= limit or (stops and text.stopped):
                 shown += text.flush()
                 yield last(shown, "stop" if text.stopped else "length", [token], logprobs)
                 return
