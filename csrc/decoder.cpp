@@ -273,8 +273,12 @@ void Decoder::forward(const Step& step) {
         const Layer& layer = layers_[l];
         const Reader mlp{post ? &none : parallel && !layer.norm2.weight ? &layer.norm1 : &layer.norm2, &layer.up};
 
-        apply(layer.qkv, T, qkv_.floats(), shape_.qkv_size());
-        attend(step, l);
+        if (own_heads(layer)) {
+            attend_to_own(step, l);
+        } else {
+            apply(layer.qkv, T, qkv_.floats(), shape_.qkv_size());
+            attend(step, l);
+        }
         prepare(layer.out, T, {mixed_.floats(), shape_.q_size()});
         const bool sums = alone_ && !post && !layer.out_norm.weight && !layer.down_norm.weight;  // of linears, with no norms
         if (sums && !parallel) {
@@ -313,10 +317,10 @@ void Decoder::forward(const Step& step) {
         for (int64_t r = 0; r < step->n_wanted && shape_.logit_cap != 0; ++r) {
             kernels_.block.soft_cap(step->logits + r * shape_.vocab_size + first, shape_.logit_cap, n);
         }
-        if (step->peaks && head_.in_one()) kernels_.block.peaks(step->logits + first, n, step->peaks + first / kPeak);
+        if (step->peaks && head_.even()) kernels_.block.peaks(step->logits + first, n, step->peaks + first / kPeak);
     });
     team_->wait();
-    if (step.peaks && !head_.in_one()) kernels_.block.peaks(step.logits, shape_.vocab_size, step.peaks);
+    if (step.peaks && !head_.even()) kernels_.block.peaks(step.logits, shape_.vocab_size, step.peaks);
 }
 
 // x = what the first block reads, which `reader` does.

@@ -203,7 +203,10 @@ class Decoder {
     void apply(const PackedLinear& linear, int64_t rows, float* y, int64_t y_stride, const Then& then);
     void apply_and_add(const PackedLinear& linear, float* y, const float* before, const Reader& reader);
     void plan(const Step& step);
+    void set_window(int64_t window);
     void attend(const Step& step, size_t layer);
+    bool own_heads(const Layer& layer) const;
+    void attend_to_own(const Step& step, size_t layer);
     void attend_piece(const Step& step, size_t layer, const Piece& piece, int64_t head, float* scratch);
     Partial partial_of(const Piece& piece, int64_t head, int64_t index) const;
     void merge(const Piece& piece, int64_t head, float* mixed) const;

@@ -13,6 +13,8 @@
 namespace tinychat {
 namespace {
 
+constexpr int64_t kHeadBytes = 128 << 10;  // of the weights that queries, keys and values of a key-value head are computed with
+
 // As kernels_.attention.rotate, of dimensions that lie side by side.
 void rotate_pairs(float* head, const float* cos, const float* sin, int64_t half) {
     for (int64_t j = 0; j < half; ++j) {
@@ -54,12 +56,16 @@ void Decoder::plan(const Step& step) {
     for (int64_t i = 0; i < counters; ++i) finished_pieces_[static_cast<size_t>(i)].store(0, std::memory_order_relaxed);
 }
 
+// The pieces of a layer with this window.
+void Decoder::set_window(int64_t window) {
+    if (plan_.window() == window) return;
+    team_->wait();
+    plan_.set_window(window);
+}
+
 void Decoder::attend(const Step& step, size_t layer) {
     const int64_t heads = shape_.n_kv_heads;
-    if (plan_.window() != shape_.windows[layer]) {
-        team_->wait();
-        plan_.set_window(shape_.windows[layer]);
-    }
+    set_window(shape_.windows[layer]);
     if (shape_.whole_qk_norm) norm_whole(step, layer);
     if (!plan_.rows_alone()) {
         team_->run(step.rows * heads, [&](Range items, int) {
@@ -78,6 +84,33 @@ void Decoder::attend(const Step& step, size_t layer) {
             attend_piece(*step, layer, plan_.pieces()[static_cast<size_t>(item % pieces)], item / pieces, scratch);
         }
     });
+}
+
+// Whether threads may take whole heads, of which they compute queries, keys and values, and attend at once: of one row with few
+// entries, where heads go round, and are so small that nobody waits long for another's last.
+bool Decoder::own_heads(const Layer& layer) const {
+    const int64_t tile = kernels_.linear.tile, heads = shape_.n_kv_heads;
+    return alone_ && n_threads_ > 1 && heads % n_threads_ == 0 && plan_.pieces().size() == 1 && !shape_.whole_qk_norm &&
+           shape_.head_dim % tile == 0 && layer.qkv.even() && layer.qkv.nbytes() <= heads * kHeadBytes;
+}
+
+// Two phases as one: qkv and attention, by heads.
+void Decoder::attend_to_own(const Step& step, size_t layer) {
+    set_window(shape_.windows[layer]);
+    const auto work = [=, step = &step, what = *std::exchange(input_, std::nullopt), phase = ++phase_](Range heads, int thread) {
+        const PackedLinear& qkv = layers_[layer].qkv;
+        const char* activations = prepared(qkv, what, phase, thread);
+        const int64_t tiles = shape_.head_dim / kernels_.linear.tile, group = shape_.group(), n = shape_.n_kv_heads;
+        for (int64_t head = heads.begin; head < heads.end; ++head) {
+            const Range queries{head * group, (head + 1) * group};
+            const int64_t key = n * group + head;
+            for (const Range some : {queries, Range{key, key + 1}, Range{key + n, key + n + 1}}) {  // heads of qkv
+                qkv.apply(kernels_.linear, activations, 1, {some.begin * tiles, some.end * tiles}, qkv_.floats(), 0);
+            }
+            attend_piece(*step, layer, plan_.pieces()[0], head, scratch_.floats() + thread * scratch_size_);
+        }
+    };
+    team_->then(shape_.n_kv_heads, work);
 }
 
 void Decoder::attend_piece(const Step& step, size_t layer, const Piece& piece, int64_t head, float* scratch) {

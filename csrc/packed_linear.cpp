@@ -78,6 +78,7 @@ void PackedLinear::add_segment(const SegmentData& data, const LinearKernels& ker
         const Segment& last = segments_.back();
         segment.offset = last.offset + cache_line(kernels.packed_bytes(last.shape));
         segment.first_row = last.first_row + last.shape.n;
+        even_ = even_ && segment.first_row == segment.first_tile * kernels.tile;
     }
     segments_.push_back(segment);
     tiles_ += segment.tiles;

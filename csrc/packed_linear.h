@@ -69,8 +69,8 @@ class PackedLinear {
     Range apply(const LinearKernels& kernels, const char* activations, int64_t rows, Range tiles, float* y,
                 int64_t y_stride) const;
     int64_t tiles() const { return tiles_; }
-    // It has one segment: output i is in tile i / LinearKernels::tile.
-    bool in_one() const { return segments_.size() == 1; }
+    // Whether output i is in tile i / LinearKernels::tile.
+    bool even() const { return even_; }
     // So many tiles at least should be computed at once, with so many rows.
     int64_t least_tiles(const LinearKernels& kernels, int64_t rows) const {
         return rows < kernels.panel_rows ? 1 : kernels.panel_tiles;
@@ -121,7 +121,7 @@ class PackedLinear {
     int64_t tiles_ = 0;
     int64_t activation_bytes_ = 0;
     int64_t prepare_step_ = 1;
-    bool permuted_ = false;
+    bool permuted_ = false, even_ = true;
 };
 
 }  // namespace tinychat

@@ -318,6 +318,8 @@ class Engine:
         follow = runner.drawing(slot, params, rng) if isinstance(runner, DrawingRunner) else None
         limit = min(params.max_tokens, self.ctx_size - len(prompt))
         penalized, stops = params.penalized, bool(params.stop)
+        ends = frozenset() if params.ignore_eos else self.eos_ids
+        held = self._slots[slot]
         while True:
             if cancelled():
                 yield last(text.flush(), "cancelled")
@@ -325,7 +327,7 @@ class Engine:
             begun = time.perf_counter()
             if pending and follow:
                 token, logprob = follow(pending[0]), None
-                self._slots[slot] += pending
+                held += pending
             else:
                 if pending:
                     logits = self._run(runner, slot, pending, wanted="last")
@@ -341,7 +343,7 @@ class Engine:
             if pending:
                 decode_s += time.perf_counter() - begun
                 n_decoded += 1
-            if token in self.eos_ids and not params.ignore_eos:
+            if token in ends:
                 yield last(text.flush(), "stop")
                 return
             pending = [token]
