@@ -15,12 +15,19 @@ int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 }  // namespace
 
-AttentionPlan::AttentionPlan(int64_t group, int64_t n_kv_heads)
-    : group_(group), piece_(std::clamp(kMostEntries * n_kv_heads / kManyHeads, kFewestEntries, kMostEntries)) {}
+AttentionPlan::AttentionPlan(int64_t group, int64_t n_kv_heads, const std::vector<int64_t>& windows)
+    : group_(group), piece_(std::clamp(kMostEntries * n_kv_heads / kManyHeads, kFewestEntries, kMostEntries)) {
+    for (const int64_t window : windows) {
+        const auto same = [&](const Cut& cut) { return cut.window == window; };
+        const auto cut = std::find_if(cuts_.begin(), cuts_.end(), same);
+        cut_of_layer_.push_back(static_cast<size_t>(cut - cuts_.begin()));
+        if (cut == cuts_.end()) cuts_.push_back({window, {}});
+    }
+}
 
 void AttentionPlan::set_rows(const int32_t* slots, const int32_t* positions, int64_t rows) {
     runs_.clear();
-    window_ = -1;
+    partials_ = 0;
     const int64_t most = std::max<int64_t>(kQueries / group_, 1);
     for (int64_t row = 0; row < rows;) {
         int64_t end = row + 1;
@@ -35,13 +42,13 @@ void AttentionPlan::set_rows(const int32_t* slots, const int32_t* positions, int
     slots_.assign(slots, slots + rows);
     std::sort(slots_.begin(), slots_.end());
     alone_ = std::adjacent_find(slots_.begin(), slots_.end()) == slots_.end();
+    for (Cut& cut : cuts_) set_pieces(cut);
 }
 
-void AttentionPlan::set_window(int64_t window) {
-    if (window == window_) return;
-    window_ = window;
-    pieces_.clear();
-    partials_ = 0;
+void AttentionPlan::set_pieces(Cut& cut) {
+    const int64_t window = cut.window;
+    int64_t partials = 0;
+    cut.pieces.clear();
     for (int64_t r = 0; r < runs(); ++r) {
         const Run& run = runs_[static_cast<size_t>(r)];
         const int64_t begin = window ? std::max<int64_t>(run.position + 1 - window, 0) : 0;
@@ -51,10 +58,11 @@ void AttentionPlan::set_window(int64_t window) {
         const int64_t count = divided(n, length);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t at = begin + i * length;
-            pieces_.push_back({run.row, run.rows, at, std::min(at + length, end), i, count, r, partials_});
+            cut.pieces.push_back({run.row, run.rows, at, std::min(at + length, end), i, count, r, partials});
         }
-        if (count > 1) partials_ += count * run.rows;
+        if (count > 1) partials += count * run.rows;
     }
+    partials_ = std::max(partials_, partials);
 }
 
 }  // namespace tinychat

@@ -1,6 +1,7 @@
 // How the attention of a step is cut into items, for each key-value head: a few rows of one slot, and some of the entries
 // that they see. The cut depends on the rows, never on the threads, and so do the results.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -18,18 +19,20 @@ struct Piece {
 class AttentionPlan {
   public:
     AttentionPlan() = default;
-    // Heads that share a key-value head, and how many of those there are.
-    AttentionPlan(int64_t group, int64_t n_kv_heads);
+    // Heads that share a key-value head, and how many of those there are. windows [n_layers]: what a row sees, 0: all.
+    AttentionPlan(int64_t group, int64_t n_kv_heads, const std::vector<int64_t>& windows);
 
     // For the rows of a step, until the next.
     void set_rows(const int32_t* slots, const int32_t* positions, int64_t rows);
-    // pieces() for a layer with this window (0: none).
-    void set_window(int64_t window);
-    int64_t window() const { return window_; }
 
-    const std::vector<Piece>& pieces() const { return pieces_; }
+    struct Cut {  // of all layers that have a window
+        int64_t window;
+        std::vector<Piece> pieces;
+    };
+    const std::vector<Cut>& cuts() const { return cuts_; }
+    const std::vector<Piece>& pieces(size_t layer) const { return cuts_[cut_of_layer_[layer]].pieces; }
     int64_t runs() const { return static_cast<int64_t>(runs_.size()); }
-    int64_t partials() const { return partials_; }  // rows of pieces that are one of several
+    int64_t partials() const { return partials_; }  // rows of pieces that are one of several, the most of any layer
     // No row sees what another appends: each is the only one of its slot.
     bool rows_alone() const { return alone_; }
 
@@ -39,11 +42,14 @@ class AttentionPlan {
         bool whole;  // not a part of more rows
     };
 
+    void set_pieces(Cut& cut);
+
     int64_t group_ = 1, piece_ = 1;
     std::vector<Run> runs_;
-    std::vector<Piece> pieces_;
+    std::vector<Cut> cuts_;
+    std::vector<size_t> cut_of_layer_;
     std::vector<int32_t> slots_;  // of the step, sorted
-    int64_t partials_ = 0, window_ = -1;
+    int64_t partials_ = 0;
     bool alone_ = false;
 };
 

@@ -198,12 +198,13 @@ class Follower {
   private:
     double next_number() {
         if (n_used_ == n_numbers_) {
-            const py::array numbers_now = random_();
-            n_numbers_ = numbers_now.size();
+            const py::array drawn = random_();
+            const int64_t n = drawn.size();
+            numbers<double>(drawn, {n}, "random numbers");
+            if (n < 1) throw std::invalid_argument("no random numbers");
+            numbers_ = drawn;
+            n_numbers_ = n;
             n_used_ = 0;
-            numbers<double>(numbers_now, {n_numbers_}, "random numbers");
-            if (n_numbers_ < 1) throw std::invalid_argument("no random numbers");
-            numbers_ = numbers_now;
         }
         return static_cast<const double*>(numbers_.data())[n_used_++];
     }

@@ -23,8 +23,8 @@
 // What goes into a linear is normed, or gated, piece by piece in the fastest cache and prepared there: a whole
 // row of it is never written. What reads a row of x is prepared in the phase that completes the row.
 //
-// Of one row, as when decoding, each thread prepares what it reads for itself, in the phase that reads it, and who computes
-// outputs adds them to x: sooner done twice than handed over.
+// Of one row, as when decoding, each thread prepares what it reads for itself, but for long MLPs and heads, in the phase that
+// reads it, and who computes outputs adds them to x: sooner done twice than handed over.
 #include "decoder.h"
 
 #include <algorithm>
@@ -83,7 +83,7 @@ Decoder::Decoder(const DecoderShape& shape, const Kernels& kernels, int n_thread
     if (s.rope_dim < 0 || s.rope_dim % 2 || s.rope_dim > s.head_dim) refuse("rope_dim is odd or above head_dim");
     if (!s.slopes.empty() && static_cast<int64_t>(s.slopes.size()) != s.n_heads) refuse("slopes for other than n_heads");
     if (n_threads < 1) refuse("fewer than one thread");
-    plan_ = AttentionPlan(s.group(), s.n_kv_heads);
+    plan_ = AttentionPlan(s.group(), s.n_kv_heads, s.windows);
     plain_ = !s.experts.n_experts;
     prepared_.resize(static_cast<size_t>(n_threads));
     layers_.reserve(shape_.windows.size());
@@ -93,7 +93,7 @@ Decoder::~Decoder() {
     if (team_ && !team_->alive(this_process())) team_.release();  // its threads are another process's: there is nothing to join
 }
 
-// Whether the threads are this process's a system call tells: a step asks once.
+// The team, made anew in a process that was forked from the one that had it.
 Team& Decoder::team(int64_t process) {
     if (team_ && !team_->alive(process)) team_.release();
     if (team_) return *team_;
@@ -205,7 +205,7 @@ void Decoder::step(const Step& step) {
     if (step.rows == 0) return;
     const Team::Awake awake(team(process));
     reserve(std::max(step.rows, step.n_wanted));
-    alone_ = plain_ && step.rows == 1 && step.n_wanted <= 1;
+    single_row_ = plain_ && step.rows == 1 && step.n_wanted <= 1;
     input_.reset();
     plan(step);
     if (!profiling_) return forward(step);
@@ -260,7 +260,7 @@ void Decoder::reserve(int64_t rows) {
 void Decoder::forward(const Step& step) {
     const int64_t T = step.rows, hidden = shape_.hidden_size;
     const bool parallel = shape_.block == BlockType::parallel, post = shape_.block == BlockType::post_norm;
-    const Norm none;
+    static const Norm none;
     float* y = y_.floats();  // [T, hidden_size]
     float* z = z_.floats();  // [T, hidden_size]
 
@@ -273,14 +273,14 @@ void Decoder::forward(const Step& step) {
         const Layer& layer = layers_[l];
         const Reader mlp{post ? &none : parallel && !layer.norm2.weight ? &layer.norm1 : &layer.norm2, &layer.up};
 
-        if (own_heads(layer)) {
-            attend_to_own(step, l);
+        if (takes_heads(l)) {
+            attend_by_heads(step, l);
         } else {
             apply(layer.qkv, T, qkv_.floats(), shape_.qkv_size());
             attend(step, l);
         }
         prepare(layer.out, T, {mixed_.floats(), shape_.q_size()});
-        const bool sums = alone_ && !post && !layer.out_norm.weight && !layer.down_norm.weight;  // of linears, with no norms
+        const bool sums = single_row_ && !post && !layer.out_norm.weight && !layer.down_norm.weight;  // of linears, with no norms
         if (sums && !parallel) {
             apply_and_add(layer.out, y, nullptr, mlp);
         } else {
@@ -314,8 +314,10 @@ void Decoder::forward(const Step& step) {
     }
     apply(head_, step.n_wanted, step.logits, shape_.vocab_size, [=, step = &step](Range outputs) {
         const int64_t first = outputs.begin, n = outputs.end - first;
-        for (int64_t r = 0; r < step->n_wanted && shape_.logit_cap != 0; ++r) {
-            kernels_.block.soft_cap(step->logits + r * shape_.vocab_size + first, shape_.logit_cap, n);
+        if (shape_.logit_cap != 0) {
+            for (int64_t r = 0; r < step->n_wanted; ++r) {
+                kernels_.block.soft_cap(step->logits + r * shape_.vocab_size + first, shape_.logit_cap, n);
+            }
         }
         if (step->peaks && head_.even()) kernels_.block.peaks(step->logits + first, n, step->peaks + first / kPeak);
     });
@@ -366,7 +368,7 @@ void Decoder::add(const Step& step, const Norm& added, float* y, const Norm& sum
 
 // Row t of x is as it will be read: its moments, which norms need, and what reads it prepared, which takes the same phase.
 void Decoder::settled(const Step& step, int64_t t, const Reader& reader, int thread) {
-    if (alone_) return;
+    if (single_row_) return;
     moments()[t] = kernels_.block.moments(shape_.norm_type, x_.floats() + t * shape_.hidden_size, shape_.hidden_size);
     if (!reader.linear || reader.linear->permuted()) return;
     prepare_row(*reader.linear, {nullptr, shape_.hidden_size, reader.norm}, moments()[t], t, step.rows, thread,
@@ -375,7 +377,7 @@ void Decoder::settled(const Step& step, int64_t t, const Reader& reader, int thr
 
 // What settled() leaves to be prepared.
 void Decoder::prepare_rest(const Reader& reader, int64_t rows) {
-    if (reader.linear && (alone_ || reader.linear->permuted())) {
+    if (reader.linear && (single_row_ || reader.linear->permuted())) {
         prepare(*reader.linear, rows, {nullptr, shape_.hidden_size, reader.norm});
     }
 }
@@ -421,10 +423,10 @@ void Decoder::prepare_row(const PackedLinear& linear, const Input& what, const M
     }
 }
 
-// One phase: the inputs of a linear in the form that it reads. A permuted linear gathers from whole rows: they are a phase
-// before. Of a single row that is left to the phase that reads it.
+// The inputs of a linear in the form that it reads: one phase, or two of a permuted linear, which gathers from whole rows. A
+// single row that is short, or a norm of x, is left to the phase that reads it.
 void Decoder::prepare(const PackedLinear& linear, int64_t rows, const Input& what) {
-    if (alone_ && (!what.values || what.size <= kOwn)) {
+    if (single_row_ && (!what.values || what.size <= kOwn)) {
         input_ = what;
         return;
     }

@@ -100,7 +100,7 @@ struct Step {
     float* key_scales;    // [n_layers, n_slots, n_kv_heads, capacity], of q8 only
     float* value_scales;  // likewise
     float* logits;  // [R, vocab_size]
-    float* peaks = nullptr;  // of the logits of the first wanted row (BlockKernels), or null: nobody asks
+    float* peaks = nullptr;  // [ceil(vocab_size / kPeak)], of the logits of the first wanted row (BlockKernels); null: not asked
 };
 
 // How a decoder reads what no cache holds: as Fetch has it, or asking for nothing and two tiles at once.
@@ -169,7 +169,7 @@ class Decoder {
         int64_t size;
         const Norm* norm = nullptr;       // of x
         const int32_t* wanted = nullptr;  // which rows of x; null: all
-        const Layer* mlp = nullptr;       // values are gate | up, or up, of this layer's MLP, and what is read is their activation
+        const Layer* mlp = nullptr;       // values are its gate | up, or its up: what is read is their activation
     };
 
     PackedLinear pack(const LinearData& data, int64_t n, int64_t k);
@@ -203,10 +203,9 @@ class Decoder {
     void apply(const PackedLinear& linear, int64_t rows, float* y, int64_t y_stride, const Then& then);
     void apply_and_add(const PackedLinear& linear, float* y, const float* before, const Reader& reader);
     void plan(const Step& step);
-    void set_window(int64_t window);
     void attend(const Step& step, size_t layer);
-    bool own_heads(const Layer& layer) const;
-    void attend_to_own(const Step& step, size_t layer);
+    bool takes_heads(size_t layer) const;
+    void attend_by_heads(const Step& step, size_t layer);
     void attend_piece(const Step& step, size_t layer, const Piece& piece, int64_t head, float* scratch);
     Partial partial_of(const Piece& piece, int64_t head, int64_t index) const;
     void merge(const Piece& piece, int64_t head, float* mixed) const;
@@ -269,15 +268,15 @@ class Decoder {
     Profile profile_{};
     bool profiling_ = false;
 
-    // Of a step of one row, whose reader each thread prepares for itself.
+    // In a step of one row each thread prepares what it reads for itself.
     struct alignas(64) Prepared {
-        uint64_t phase = 0;
+        uint64_t phase = 0;  // the last one that the thread has prepared its input of
     };
-    bool plain_ = true;  // no linear is permuted, no layer has experts
-    bool alone_ = false;
+    bool plain_ = true;        // no linear is permuted, no layer has experts
+    bool single_row_ = false;  // and the step has one row
     std::optional<Input> input_;  // of the next linear; nothing: it is prepared
-    uint64_t phase_ = 0;          // of the linears of all such steps
-    std::vector<Prepared> prepared_;  // by each thread, for which of them
+    uint64_t phase_ = 0;          // linears so far, of all steps
+    std::vector<Prepared> prepared_;  // [n_threads]
 
     // Of layers with experts (decoder_experts.cpp).
     Routing routing_;
@@ -290,7 +289,7 @@ class Decoder {
     AttentionPlan plan_;
     Buffer scratch_;            // [n_threads, scratch_size_]: of attention
     int64_t scratch_size_ = 0;  // floats
-    Buffer partials_;           // [n_kv_heads, plan_.partials()]: see partial_of()
+    Buffer partials_;           // [plan_.partials(), n_kv_heads]: see partial_of()
     std::unique_ptr<std::atomic<int64_t>[]> finished_pieces_;  // [n_kv_heads, plan_.runs()]: pieces done in a layer
     int64_t n_counters_ = 0;
 };

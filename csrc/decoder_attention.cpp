@@ -1,8 +1,8 @@
 // The attention phases of the lowered decoder: queries and keys normed and rotated, the cache extended, values mixed.
 //
 // Where each row is the only one of its slot, as when decoding, all of it is one phase: an item rotates its own queries, and
-// the one with a row's last entries appends its key and value first. Otherwise rows see what others append, and appending
-// is a phase of its own.
+// the one with a row's last entries appends its key and value first. Small heads are computed in that phase too. Otherwise
+// rows see what others append, and appending is a phase of its own.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,7 +13,9 @@
 namespace tinychat {
 namespace {
 
-constexpr int64_t kHeadBytes = 128 << 10;  // of the weights that queries, keys and values of a key-value head are computed with
+// Weights of queries, keys and values of a key-value head, at most, that a thread takes whole: of more it would take long, and
+// the others wait where the system has set it aside.
+constexpr int64_t kHeadBytes = 128 << 10;
 
 // As kernels_.attention.rotate, of dimensions that lie side by side.
 void rotate_pairs(float* head, const float* cos, const float* sin, int64_t half) {
@@ -33,12 +35,8 @@ void Decoder::plan(const Step& step) {
     }
     plan_.set_rows(step.slots, step.positions, step.rows);
     const QueryGroup group = query_group(0);
-    int64_t partials = 0;
-    for (size_t layer = 0; layer < shape_.windows.size(); ++layer) {
-        if (layer > 0 && shape_.windows[layer] == shape_.windows[layer - 1]) continue;
-        plan_.set_window(shape_.windows[layer]);
-        partials = std::max(partials, plan_.partials());
-        for (const Piece& piece : plan_.pieces()) {
+    for (const AttentionPlan::Cut& cut : plan_.cuts()) {
+        for (const Piece& piece : cut.pieces) {
             // of the kernel | queries of a row | maximum and sum of each query
             const int64_t queries = piece.rows * group.heads;
             const int64_t size = kernels_.attention.scratch(group, piece.rows, piece.end - piece.begin) +
@@ -47,7 +45,7 @@ void Decoder::plan(const Step& step) {
         }
     }
     scratch_.reserve(n_threads_ * scratch_size_ * static_cast<int64_t>(sizeof(float)));
-    partials_.reserve(partials * shape_.n_heads * (group.dim + 2) * static_cast<int64_t>(sizeof(float)));
+    partials_.reserve(plan_.partials() * shape_.n_heads * (group.dim + 2) * static_cast<int64_t>(sizeof(float)));
     const int64_t counters = plan_.runs() * shape_.n_kv_heads;
     if (counters > n_counters_) {
         finished_pieces_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(counters));
@@ -56,16 +54,8 @@ void Decoder::plan(const Step& step) {
     for (int64_t i = 0; i < counters; ++i) finished_pieces_[static_cast<size_t>(i)].store(0, std::memory_order_relaxed);
 }
 
-// The pieces of a layer with this window.
-void Decoder::set_window(int64_t window) {
-    if (plan_.window() == window) return;
-    team_->wait();
-    plan_.set_window(window);
-}
-
 void Decoder::attend(const Step& step, size_t layer) {
     const int64_t heads = shape_.n_kv_heads;
-    set_window(shape_.windows[layer]);
     if (shape_.whole_qk_norm) norm_whole(step, layer);
     if (!plan_.rows_alone()) {
         team_->run(step.rows * heads, [&](Range items, int) {
@@ -76,27 +66,29 @@ void Decoder::attend(const Step& step, size_t layer) {
             }
         });
     }
-    const int64_t pieces = static_cast<int64_t>(plan_.pieces().size());
+    const std::vector<Piece>& pieces = plan_.pieces(layer);
+    const int64_t n = static_cast<int64_t>(pieces.size());
     // The items of a head are neighbours: a thread that takes several finds its entries in its caches.
-    team_->then(heads * pieces, [=, step = &step](Range items, int thread) {
+    team_->then(heads * n, [=, step = &step, pieces = pieces.data()](Range items, int thread) {
         float* scratch = scratch_.floats() + thread * scratch_size_;
         for (int64_t item = items.begin; item < items.end; ++item) {
-            attend_piece(*step, layer, plan_.pieces()[static_cast<size_t>(item % pieces)], item / pieces, scratch);
+            attend_piece(*step, layer, pieces[item % n], item / n, scratch);
         }
     });
 }
 
-// Whether threads may take whole heads, of which they compute queries, keys and values, and attend at once: of one row with few
-// entries, where heads go round, and are so small that nobody waits long for another's last.
-bool Decoder::own_heads(const Layer& layer) const {
-    const int64_t tile = kernels_.linear.tile, heads = shape_.n_kv_heads;
-    return alone_ && n_threads_ > 1 && heads % n_threads_ == 0 && plan_.pieces().size() == 1 && !shape_.whole_qk_norm &&
-           shape_.head_dim % tile == 0 && layer.qkv.even() && layer.qkv.nbytes() <= heads * kHeadBytes;
+// Whether each thread may compute the queries, keys and values of whole heads and attend with them at once: of one row with few
+// entries, where heads divide evenly among the threads and are small.
+bool Decoder::takes_heads(size_t layer) const {
+    const int64_t heads = shape_.n_kv_heads;
+    const PackedLinear& qkv = layers_[layer].qkv;
+    return single_row_ && n_threads_ > 1 && heads % n_threads_ == 0 && plan_.pieces(layer).size() == 1 &&
+           !shape_.whole_qk_norm && shape_.head_dim % kernels_.linear.tile == 0 && qkv.even() &&
+           qkv.nbytes() <= heads * kHeadBytes;
 }
 
 // Two phases as one: qkv and attention, by heads.
-void Decoder::attend_to_own(const Step& step, size_t layer) {
-    set_window(shape_.windows[layer]);
+void Decoder::attend_by_heads(const Step& step, size_t layer) {
     const auto work = [=, step = &step, what = *std::exchange(input_, std::nullopt), phase = ++phase_](Range heads, int thread) {
         const PackedLinear& qkv = layers_[layer].qkv;
         const char* activations = prepared(qkv, what, phase, thread);
@@ -107,7 +99,7 @@ void Decoder::attend_to_own(const Step& step, size_t layer) {
             for (const Range some : {queries, Range{key, key + 1}, Range{key + n, key + n + 1}}) {  // heads of qkv
                 qkv.apply(kernels_.linear, activations, 1, {some.begin * tiles, some.end * tiles}, qkv_.floats(), 0);
             }
-            attend_piece(*step, layer, plan_.pieces()[0], head, scratch_.floats() + thread * scratch_size_);
+            attend_piece(*step, layer, plan_.pieces(layer)[0], head, scratch_.floats() + thread * scratch_size_);
         }
     };
     team_->then(shape_.n_kv_heads, work);
@@ -145,8 +137,9 @@ void Decoder::attend_piece(const Step& step, size_t layer, const Piece& piece, i
 
 // One of the partials of the piece's rows: out [rows, group, head_dim], then maximum and sum [rows, group].
 Partial Decoder::partial_of(const Piece& piece, int64_t head, int64_t index) const {
-    const int64_t group = shape_.group(), dim = shape_.head_dim, before = head * plan_.partials() + piece.partials;
-    float* out = partials_.floats() + (before + index * piece.rows) * group * (dim + 2);
+    const int64_t group = shape_.group(), dim = shape_.head_dim;
+    const int64_t before = piece.partials * shape_.n_kv_heads + (head * piece.count + index) * piece.rows;
+    float* out = partials_.floats() + before * group * (dim + 2);
     float* maximum = out + piece.rows * group * dim;
     return {out, group * dim, maximum, maximum + piece.rows * group};
 }

@@ -20,22 +20,22 @@ bool likelier(const Candidate& a, const Candidate& b) {
 
 int64_t n_peaks(int64_t n) { return (n + kPeak - 1) / kPeak; }
 
-// Logits, their peaks, and the peaks of those: to find the likeliest little of them is looked at.
-struct Heights {
+// Logits, the largest of each block of them, and of each block of those: to find the likeliest little is looked at.
+struct Blocks {
     const float* logits;
     const float* peaks;
     int64_t n;
-    std::vector<float> summits;  // of the peaks
+    std::vector<float> peaks_of_peaks;
 
     // visit(id) for each logit of at least `least`, in their order.
     template <class Visit>
-    void above(float least, const Visit& visit) const {
+    void not_below(float least, const Visit& visit) const {
         const auto each = [&](const float* values, int64_t begin, int64_t end, const auto& work) {
             for (int64_t i = begin; i < end; ++i) {
                 if (values[i] >= least) work(i);
             }
         };
-        each(summits.data(), 0, n_peaks(n_peaks(n)), [&](int64_t s) {
+        each(peaks_of_peaks.data(), 0, n_peaks(n_peaks(n)), [&](int64_t s) {
             each(peaks, s * kPeak, std::min((s + 1) * kPeak, n_peaks(n)), [&](int64_t p) {
                 each(logits, p * kPeak, std::min((p + 1) * kPeak, n), visit);
             });
@@ -44,19 +44,19 @@ struct Heights {
 };
 
 // The k likeliest of n >= k, from the likeliest down.
-std::vector<Candidate> likeliest(const Heights& heights, int64_t k) {
+std::vector<Candidate> likeliest(const Blocks& blocks, int64_t k) {
     // So many peaks are as high as the k-th of them, and so as many logits at least.
-    const float *peaks = heights.peaks, *summits = heights.summits.data();
-    const int64_t n_summits = n_peaks(n_peaks(heights.n));
-    std::vector<float> heads = n_summits >= 2 * k ? std::vector<float>(summits, summits + n_summits)
-                                                  : std::vector<float>(peaks, peaks + n_peaks(heights.n));
+    const float *peaks = blocks.peaks, *higher = blocks.peaks_of_peaks.data();
+    const int64_t n_higher = n_peaks(n_peaks(blocks.n));
+    std::vector<float> tops = n_higher >= 2 * k ? std::vector<float>(higher, higher + n_higher)
+                                                  : std::vector<float>(peaks, peaks + n_peaks(blocks.n));
     float least = -std::numeric_limits<float>::infinity();
-    if (static_cast<int64_t>(heads.size()) >= k) {
-        std::nth_element(heads.begin(), heads.begin() + (k - 1), heads.end(), std::greater<>());
-        least = heads[static_cast<size_t>(k - 1)];
+    if (static_cast<int64_t>(tops.size()) >= k) {
+        std::nth_element(tops.begin(), tops.begin() + (k - 1), tops.end(), std::greater<>());
+        least = tops[static_cast<size_t>(k - 1)];
     }
     std::vector<Candidate> pool;
-    heights.above(least, [&](int64_t id) { pool.push_back({heights.logits[id], id}); });
+    blocks.not_below(least, [&](int64_t id) { pool.push_back({blocks.logits[id], id}); });
     std::nth_element(pool.begin(), pool.begin() + (k - 1), pool.end(), likelier);
     pool.resize(static_cast<size_t>(k));
     std::sort(pool.begin(), pool.end(), likelier);
@@ -67,16 +67,16 @@ std::vector<Candidate> likeliest(const Heights& heights, int64_t k) {
 
 int64_t draw(const BlockKernels& kernels, const float* logits, const float* peaks, int64_t n, const DrawParams& params,
              double number) {
-    Heights heights{logits, peaks, n, std::vector<float>(static_cast<size_t>(n_peaks(n_peaks(n))))};
-    kernels.peaks(peaks, n_peaks(n), heights.summits.data());
-    if (!std::isfinite(heights.summits[0])) return -1;
+    Blocks blocks{logits, peaks, n, std::vector<float>(static_cast<size_t>(n_peaks(n_peaks(n))))};
+    kernels.peaks(peaks, n_peaks(n), blocks.peaks_of_peaks.data());
+    if (!std::isfinite(blocks.peaks_of_peaks[0])) return -1;
     if (params.top_k == 0) {  // the first of the largest
-        const float most = *std::max_element(heights.summits.begin(), heights.summits.end());
+        const float most = *std::max_element(blocks.peaks_of_peaks.begin(), blocks.peaks_of_peaks.end());
         int64_t found = n;
-        heights.above(most, [&](int64_t id) { found = std::min(found, id); });
+        blocks.not_below(most, [&](int64_t id) { found = std::min(found, id); });
         return found;
     }
-    const std::vector<Candidate> pool = likeliest(heights, params.top_k);
+    const std::vector<Candidate> pool = likeliest(blocks, params.top_k);
     std::vector<float> weights;  // falling, from 1
     double total = 0;
     for (const Candidate& candidate : pool) {

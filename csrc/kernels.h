@@ -95,7 +95,7 @@ struct Moments {
     float variance;  // mean of (x - mean)^2
 };
 
-constexpr int64_t kPeak = 16;
+constexpr int64_t kPeak = 16;  // values of which peaks() tells the largest
 
 struct BlockKernels {
     // x += factor * y, n values
@@ -109,7 +109,7 @@ struct BlockKernels {
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
     // x = cap * tanh(x / cap), n values
     void (*soft_cap)(float* x, float cap, int64_t n);
-    // y = the largest of each kPeak of n values, n > 0, the last perhaps of fewer; the first is NaN where one is not finite
+    // y = the largest of each kPeak of n values, n > 0, the last perhaps of fewer; the first is NaN where a value is not finite
     void (*peaks)(const float* x, int64_t n, float* y);
 };
 

@@ -64,6 +64,7 @@ void unpack_row(const LinearShape& shape, const void* packed, int64_t row, float
 namespace {
 
 constexpr int64_t kTile = 16;
+static_assert(kTile % kPeak == 0);  // who computes a tile of logits finds its peaks
 constexpr int64_t kChunk = 4;    // groups
 constexpr int64_t kStep = 8;     // k: the least that a group is padded to
 constexpr int64_t kBlock = 128;  // k, at most

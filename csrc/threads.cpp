@@ -9,8 +9,10 @@
 #include <pthread.h>
 #include <unistd.h>
 #endif
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
+#if defined(_M_X64)
+#include <intrin.h>
+#elif defined(__x86_64__)
+#include <x86intrin.h>
 #endif
 
 namespace tinychat {
@@ -101,7 +103,7 @@ uint64_t ticks() {
 
 Team::Team(int n_threads, int granted)
     : size_(n_threads), granted_(granted), process_(this_process()), next_(static_cast<size_t>(n_threads)),
-      done_(static_cast<size_t>(n_threads)) {
+      busy_(static_cast<size_t>(n_threads)) {
     try {
         for (int thread = 1; thread < size_; ++thread) helpers_.emplace_back([this, thread] { help(thread); });
     } catch (...) {
@@ -157,7 +159,7 @@ void Team::timed(int thread, const Work& work) {
     if (!profiling_.load(std::memory_order_relaxed)) return work();
     const uint64_t begin = ticks();
     work();
-    std::atomic<uint64_t>& busy = done_[static_cast<size_t>(thread)].busy_ticks;  // written by this thread alone
+    std::atomic<uint64_t>& busy = busy_[static_cast<size_t>(thread)].ticks;
     busy.store(busy.load(std::memory_order_relaxed) + ticks() - begin, std::memory_order_relaxed);
 }
 
@@ -236,13 +238,6 @@ bool Team::read_post(uint64_t& round, Job& job) const {
     return post.version.load(std::memory_order_relaxed) == version;
 }
 
-// Whether so many parts of all rounds are done.
-bool Team::done(uint64_t parts) const {
-    uint64_t sum = 0;
-    for (const Done& done : done_) sum += done.parts.load();
-    return sum >= parts;
-}
-
 // Parts of the thread's own share until none is left, then, where the round is not over soon, of the others'.
 void Team::take_parts(uint64_t round, const Job& job, int thread) {
     take_share(round, job, thread, thread);
@@ -273,7 +268,7 @@ void Team::take_share(uint64_t round, const Job& job, int owner, int thread) {
         }
     });
     if (!done) return;
-    done_[static_cast<size_t>(thread)].parts.fetch_add(done);
+    done_.fetch_add(done);
     if (thread != 0 && caller_sleeps_.load()) {
         { std::lock_guard<std::mutex> lock(mutex_); }
         ended_.notify_one();
@@ -282,7 +277,7 @@ void Team::take_share(uint64_t round, const Job& job, int owner, int thread) {
 
 uint64_t Team::busy_ticks() const {
     uint64_t sum = 0;
-    for (const Done& done : done_) sum += done.busy_ticks.load(std::memory_order_relaxed);
+    for (const Busy& busy : busy_) sum += busy.ticks.load(std::memory_order_relaxed);
     return sum;
 }
 

@@ -38,7 +38,8 @@ class Team {
     Team& operator=(const Team&) = delete;
 
     // While one exists the helpers wait for the next phase awake: spinning, and soon yielding the core to whoever wants
-    // it. Without one, or where threads are more than may run at the same moment, they sleep after a short while.
+    // it. Without one, or where threads are more than may run at the same moment, they sleep after a short while. Its end
+    // waits for all that was handed out.
     class Awake {
       public:
         explicit Awake(Team& team) : team_(team) { team_.wake(); }
@@ -59,14 +60,14 @@ class Team {
     // Calls work(Range part, int thread) for consecutive parts that together cover [0, items), and returns when all are
     // done; what they wrote is seen by the caller and by later runs. Which thread of 0 .. n_threads - 1 does a part is
     // left to chance, and no thread does two at a time. A part has at least `least` items, but for the last of a share.
-    // One run at a time; `work` must not throw.
+    // It begins when all that was handed out before is done. One run at a time; `work` must not throw.
     template <class Work>
     void run(int64_t items, const Work& work, int64_t least = 1) {
         run({&work, call<Work>, items, least});
     }
 
-    // The same, when all that was handed out before is done, and at the latest by the next run() or wait(): `work` is copied,
-    // and what it refers to must live until then.
+    // The same, but it returns before the work is done, perhaps before it is begun: the next run() or wait() does it. `work` is
+    // copied, and what it refers to must live until then. What is no work for two is done at once.
     template <class Work>
     void then(int64_t items, const Work& work, int64_t least = 1) {
         static_assert(std::is_trivially_copyable_v<Work> && std::is_trivially_destructible_v<Work>);
@@ -123,10 +124,8 @@ class Team {
         std::atomic<uint64_t> part{0};
     };
 
-    // What thread i has done, in all rounds so far: written by it alone.
-    struct alignas(64) Done {
-        std::atomic<uint64_t> parts{0};
-        std::atomic<uint64_t> busy_ticks{0};
+    struct alignas(64) Busy {
+        std::atomic<uint64_t> ticks{0};  // of thread i, written by it alone
     };
 
     bool at_once(int64_t items) const { return size_ == 1 || items <= 1; }
@@ -139,7 +138,7 @@ class Team {
     bool read_post(uint64_t& round, Job& job) const;
     void take_parts(uint64_t round, const Job& job, int thread);
     void take_share(uint64_t round, const Job& job, int owner, int thread);
-    bool done(uint64_t parts) const;
+    bool done(uint64_t parts) const { return done_.load() >= parts; }
     template <class Work>
     void timed(int thread, const Work& work);
     template <class Ready>
@@ -151,11 +150,13 @@ class Team {
     const int size_, granted_;
     const int64_t process_;
     std::vector<Next> next_;  // of each thread's share
-    std::vector<Done> done_;  // by each thread
+    std::vector<Busy> busy_;
     std::vector<std::thread> helpers_;
 
     Post posts_[kPosts];    // of round r at r % kPosts
     Place places_[kPosts];  // of its work
+
+    alignas(64) std::atomic<uint64_t> done_{0};  // parts of all rounds: whose are the last ones knows it at once
 
     alignas(64) uint64_t posted_ = 0, begun_ = 0;  // rounds; this and what follows: only for the caller
     uint64_t parts_ = 0;                           // of all rounds so far

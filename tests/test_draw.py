@@ -135,13 +135,14 @@ FOLLOWED = {
 
 @pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_following_is_stepping(name, kv_dtype):
+def test_following_is_stepping(name, kv_dtype, monkeypatch):
     """Over more positions than angles are looked up at a time, on the second slot of two."""
+    monkeypatch.setattr(cpu, "ROTATED_AHEAD", 50)
     pytest.importorskip("torch")
     from test_quantize_awq import random_weights, tiny_config
 
     source, params = random_weights(tiny_config(max_positions=160, **FOLLOWED[name])), SamplingParams(top_k=40)
-    runners = [cpu.build(source, ctx_size=150, n_slots=2, threads=1, kv_dtype=kv_dtype) for _ in range(2)]
+    runners = [cpu.build(source, ctx_size=150, n_slots=2, threads=n, kv_dtype=kv_dtype) for n in (2, 1)]
     follow = runners[0].drawing(1, params, np.random.default_rng(0))
     rng, history = np.random.default_rng(0), History(source.config.vocab_size)
     followed, stepped = [], []

@@ -235,10 +235,11 @@ def test_a_cache_of_int8_is_cut_and_copied():
 LONG = {"heads": 6, "kv_heads": 2, "dim": 16, "hidden": 48, "inter": 32, "vocab": 40, "windowed": (0,), "window": 300}
 
 
+@pytest.mark.parametrize("window", [300, 200])
 @pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
-def test_long_contexts_are_cut_whatever_the_threads(kv_dtype):
-    """More entries than a piece holds, a window over several pieces; decoding, a few rows, two slots at once."""
-    weights = model(**LONG)
+def test_long_contexts_are_cut_whatever_the_threads(kv_dtype, window):
+    """More entries than a piece holds, a window over several pieces or one; decoding, a few rows, two slots at once."""
+    weights = model(**(LONG | {"window": window}))
     tokens = ids(710, 40)
     steps = [
         Rows.of(tokens[:700], 0, wanted="last"),

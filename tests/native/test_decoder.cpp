@@ -380,6 +380,9 @@ std::vector<Plan> plans() {
         all.push_back(plan);
     };
     add("like Llama", {Form::awq}, [](Plan&, DecoderShape&) {});
+    add("long rows, which threads share", {Form::awq}, [](Plan&, DecoderShape& s) {
+        s.intermediate_size = 2120, s.residual_scale = 0.5f, s.logit_cap = 3;
+    });
     add("activations of 8 bits", mixed, [](Plan& plan, DecoderShape&) { plan.activation_bits = 8; });
     add("parallel blocks of one norm, a plain MLP, biases", mixed, [](Plan& plan, DecoderShape& s) {
         s.block = BlockType::parallel, s.norm_type = NormType::layer, s.activation = Activation::gelu, s.gated = false;
@@ -433,6 +436,7 @@ void test_decoder() {
         for (const std::string& isa : isas()) {
             const Kernels& kernels = tinychat::kernels(isa.c_str());
             const std::unique_ptr<Decoder> one = model.decoder(kernels, 1, Reading::two), three = model.decoder(kernels, 3, {});
+            const std::unique_ptr<Decoder> two = model.decoder(kernels, 2, Reading::near);  // of which each has a head
             for (const CacheType type : {CacheType::f32, CacheType::f16, CacheType::q8}) {
                 const char* cache = type == CacheType::f32 ? "f32" : type == CacheType::f16 ? "f16" : "q8";
                 const std::string where = plan.name + ", cache " + cache + ", " + isa;
@@ -446,6 +450,10 @@ void test_decoder() {
                 const double apart = nmse(Numbers(found.begin(), found.end()), alone.data());
                 check(apart <= limit_apart(plan, type),
                       "NMSE " + std::to_string(apart * 1e9) + "e-9 of rows one by one: " + where);
+                for (Decoder* threads : {two.get(), three.get()}) {
+                    const std::vector<float> some = model.logits(*threads, type, one_by_one);
+                    check(std::memcmp(alone.data(), some.data(), some.size() * 4) == 0, "row by row, of any threads: " + where);
+                }
             }
         }
     }

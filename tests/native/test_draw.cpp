@@ -37,8 +37,11 @@ int64_t drawn_plainly(const std::vector<float>& logits, const DrawParams& params
 int64_t drawn(const std::string& isa, const float* logits, int64_t n, const DrawParams& params, double number) {
     const BlockKernels& block = kernels(isa.c_str()).block;
     const Memory peaks((n + kPeak - 1) / kPeak * 4);
-    block.peaks(logits, n, reinterpret_cast<float*>(peaks.data()));
-    return draw(block, logits, reinterpret_cast<const float*>(peaks.data()), n, params, number);
+    float* found = reinterpret_cast<float*>(peaks.data());
+    const int64_t first = n / (2 * kPeak) * kPeak;  // by two who computed logits
+    if (first) block.peaks(logits, first, found);
+    block.peaks(logits + first, n - first, found + first / kPeak);
+    return draw(block, logits, found, n, params, number);
 }
 
 void draws(const std::string& isa) {

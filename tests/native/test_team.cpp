@@ -130,6 +130,22 @@ void last_moments() {
     check(true, "who falls asleep at the last moment is woken");
 }
 
+// Helpers who slept while more phases were handed out than are kept come in where the others are.
+void left_behind(int threads) {
+    Team team(threads);
+    int64_t sum = 0;
+    for (int turn = 0; turn < 20; turn++) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        std::atomic<int64_t> count{0};
+        for (int phase = 0; phase < 40; phase++) {
+            team.then(50, [&count](Range part, int) { count += part.end - part.begin; });
+        }
+        team.wait();
+        sum += count;
+    }
+    check(sum == 20 * 40 * 50, "helpers that were left behind, " + std::to_string(threads) + " threads");
+}
+
 // The processor's time that a step takes of which the caller sleeps 4 ms.
 double awake_seconds(int granted) {
     Team team(2, granted);
@@ -150,6 +166,7 @@ void test_team() {
     for (int threads : {1, 2, 5}) steps(threads);
     for (int threads : {1, 2, 3, 8}) phases_ahead(threads);
     phases_ahead(2, 1);
+    for (int threads : {2, 5}) left_behind(threads);
     pauses();
     last_moments();
     for (int i = 0; i < 50; i++) Team team(4);
