@@ -144,7 +144,7 @@ class Session:
         runner: Any = self._runner
         if not hasattr(runner, "profile"):
             return None
-        stream = self._started(tokens)
+        stream = self._started(tokens, Engine(runner, self.engine.tokenizer))  # without the stopwatch
         runner.profile(True)
         began = time.perf_counter()
         for _ in stream:
@@ -154,16 +154,16 @@ class Session:
         profile = runner.profiled()
         return profile.kernel_s * profile.steps / seconds
 
-    def _started(self, tokens: int) -> Generator[Piece, None, None]:
+    def _started(self, tokens: int, engine: Engine) -> Generator[Piece, None, None]:
         """The stream of `tokens` after a prompt of 4, of which the first, that comes with the prompt, is taken."""
-        stream = self.engine.stream(self.prompt(DECODE_PROMPT), max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        stream = engine.stream(self.prompt(DECODE_PROMPT), max_tokens=tokens, temperature=0.0, ignore_eos=True)
         next(stream)
         return stream
 
     def decode(self, tokens: int, read: Callable[[float], float], probe: Probe | None) -> Decoded:
         """`tokens` after a prompt of 4, the probe read between them. read(n): bytes that a text's n-th token reads."""
         found = Decoded([], [], [])
-        stream = self._started(tokens)
+        stream = self._started(tokens, self.engine)
         before = probe.read() if probe else 0.0
         seconds, bytes_read = 0.0, 0.0
         early = getattr(self.watch, "draws_ahead", False)  # a step then runs before the probe
