@@ -25,7 +25,7 @@ class AttentionPlan {
     // For the rows of a step, until the next.
     void set_rows(const int32_t* slots, const int32_t* positions, int64_t rows);
 
-    struct Cut {  // of all layers that have a window
+    struct Cut {  // of all layers with the same window (0: none)
         int64_t window;
         std::vector<Piece> pieces;
     };

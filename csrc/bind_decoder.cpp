@@ -198,11 +198,11 @@ class Follower {
   private:
     double next_number() {
         if (n_used_ == n_numbers_) {
-            const py::array drawn = random_();
-            const int64_t n = drawn.size();
-            numbers<double>(drawn, {n}, "random numbers");
+            const py::array more = random_();
+            const int64_t n = more.size();
+            numbers<double>(more, {n}, "random numbers");
             if (n < 1) throw std::invalid_argument("no random numbers");
-            numbers_ = drawn;
+            numbers_ = more;
             n_numbers_ = n;
             n_used_ = 0;
         }

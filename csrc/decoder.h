@@ -268,12 +268,12 @@ class Decoder {
     Profile profile_{};
     bool profiling_ = false;
 
-    // In a step of one row each thread prepares what it reads for itself.
+    // In a plain step of one row each thread prepares what it reads for itself: see prepare().
     struct alignas(64) Prepared {
         uint64_t phase = 0;  // the last one that the thread has prepared its input of
     };
     bool plain_ = true;        // no linear is permuted, no layer has experts
-    bool single_row_ = false;  // and the step has one row
+    bool single_row_ = false;  // plain_, and the step has one row, wanted or not
     std::optional<Input> input_;  // of the next linear; nothing: it is prepared
     uint64_t phase_ = 0;          // linears so far, of all steps
     std::vector<Prepared> prepared_;  // [n_threads]
@@ -289,7 +289,7 @@ class Decoder {
     AttentionPlan plan_;
     Buffer scratch_;            // [n_threads, scratch_size_]: of attention
     int64_t scratch_size_ = 0;  // floats
-    Buffer partials_;           // [plan_.partials(), n_kv_heads]: see partial_of()
+    Buffer partials_;           // see partial_of()
     std::unique_ptr<std::atomic<int64_t>[]> finished_pieces_;  // [n_kv_heads, plan_.runs()]: pieces done in a layer
     int64_t n_counters_ = 0;
 };

@@ -1,8 +1,8 @@
 // The attention phases of the lowered decoder: queries and keys normed and rotated, the cache extended, values mixed.
 //
 // Where each row is the only one of its slot, as when decoding, all of it is one phase: an item rotates its own queries, and
-// the one with a row's last entries appends its key and value first. Small heads are computed in that phase too. Otherwise
-// rows see what others append, and appending is a phase of its own.
+// the one with a row's last entries appends its key and value first. Of a single row even the queries, keys and values may be
+// computed there: takes_heads(). Otherwise rows see what others append, and appending is a phase of its own.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -135,7 +135,8 @@ void Decoder::attend_piece(const Step& step, size_t layer, const Piece& piece, i
     merge(piece, head, mixed);
 }
 
-// One of the partials of the piece's rows: out [rows, group, head_dim], then maximum and sum [rows, group].
+// One of the partials of the piece's rows: out [rows, group, head_dim], then maximum and sum [rows, group]. Of the rows of each
+// run that is cut there are [n_kv_heads, count] of them, one run after another.
 Partial Decoder::partial_of(const Piece& piece, int64_t head, int64_t index) const {
     const int64_t group = shape_.group(), dim = shape_.head_dim;
     const int64_t before = piece.partials * shape_.n_kv_heads + (head * piece.count + index) * piece.rows;

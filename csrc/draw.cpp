@@ -49,7 +49,7 @@ std::vector<Candidate> likeliest(const Blocks& blocks, int64_t k) {
     const float *peaks = blocks.peaks, *higher = blocks.peaks_of_peaks.data();
     const int64_t n_higher = n_peaks(n_peaks(blocks.n));
     std::vector<float> tops = n_higher >= 2 * k ? std::vector<float>(higher, higher + n_higher)
-                                                  : std::vector<float>(peaks, peaks + n_peaks(blocks.n));
+                                                : std::vector<float>(peaks, peaks + n_peaks(blocks.n));
     float least = -std::numeric_limits<float>::infinity();
     if (static_cast<int64_t>(tops.size()) >= k) {
         std::nth_element(tops.begin(), tops.begin() + (k - 1), tops.end(), std::greater<>());

@@ -16,7 +16,7 @@ struct DrawParams {
 
 // The next token after logits [n], n > 0: the one at `number`, of [0, 1), along the weights of those that pass the filters,
 // from the likeliest down. -1 where a logit is not finite. Of equals the lower id comes first. `peaks` are those of the
-// logits (BlockKernels), found together or of some tiles at a time.
+// logits (BlockKernels), found of all or of parts that begin at multiples of kPeak.
 int64_t draw(const BlockKernels& kernels, const float* logits, const float* peaks, int64_t n, const DrawParams& params,
              double number);
 

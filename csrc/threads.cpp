@@ -213,9 +213,9 @@ void Team::await(uint64_t parts) {
     const auto ended = [&] { return done(parts); };
     if (ended() || soon(ended)) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    // Of this write and the loads in done(), and of those in take_share(), one order for all threads: either the last
-    // part's thread sees the sleeper, or the sleeper sees that it is done. Both read and write at once: QEMU's ARM, on x86,
-    // lets a plain store pass behind the next load, whatever order is asked for.
+    // This exchange and the next load of done_, and in take_share() the addition to done_ and the next load of caller_sleeps_,
+    // have one order for all threads: either the last part's thread sees the sleeper, or the sleeper sees that it is done.
+    // Both read and write at once: QEMU's ARM, on x86, lets a plain store pass behind the next load, whatever is asked for.
     caller_sleeps_.exchange(true);
     ended_.wait(lock, ended);
     caller_sleeps_.store(false);
@@ -254,7 +254,7 @@ void Team::take_parts(uint64_t round, const Job& job, int thread) {
 void Team::take_share(uint64_t round, const Job& job, int owner, int thread) {
     const Share share(job.items, job.least, owner, size_);
     std::atomic<uint64_t>& next = next_[static_cast<size_t>(owner)].part;
-    uint64_t done = 0;
+    uint64_t count = 0;
     timed(thread, [&] {
         for (uint64_t seen = next.load();;) {
             const uint64_t claimed = std::max(seen, next_part(round, 0));
@@ -263,12 +263,12 @@ void Team::take_share(uint64_t round, const Job& job, int owner, int thread) {
             if (thread == 0 && sleepers_.load() > 0) call_helpers();
             if (!next.compare_exchange_weak(seen, claimed + 1)) continue;
             job.call(job.work, share.part(part), thread);
-            ++done;
+            ++count;
             seen = claimed + 1;
         }
     });
-    if (!done) return;
-    done_.fetch_add(done);
+    if (!count) return;
+    done_.fetch_add(count);
     if (thread != 0 && caller_sleeps_.load()) {
         { std::lock_guard<std::mutex> lock(mutex_); }
         ended_.notify_one();

@@ -66,8 +66,8 @@ class Team {
         run({&work, call<Work>, items, least});
     }
 
-    // The same, but it returns before the work is done, perhaps before it is begun: the next run() or wait() does it. `work` is
-    // copied, and what it refers to must live until then. What is no work for two is done at once.
+    // The same, but it returns before the work is done, perhaps before it is begun; the next run() or wait() returns when it is.
+    // `work` is copied, and what it refers to must live until then. Of one item, or with one thread, this is run().
     template <class Work>
     void then(int64_t items, const Work& work, int64_t least = 1) {
         static_assert(std::is_trivially_copyable_v<Work> && std::is_trivially_destructible_v<Work>);
@@ -156,7 +156,9 @@ class Team {
     Post posts_[kPosts];    // of round r at r % kPosts
     Place places_[kPosts];  // of its work
 
-    alignas(64) std::atomic<uint64_t> done_{0};  // parts of all rounds: whose are the last ones knows it at once
+    // Parts done of all rounds. No part of a round is begun before those of all earlier rounds are counted here, and each count
+    // adds to the one before it: who sees so many sees all that was written in them.
+    alignas(64) std::atomic<uint64_t> done_{0};
 
     alignas(64) uint64_t posted_ = 0, begun_ = 0;  // rounds; this and what follows: only for the caller
     uint64_t parts_ = 0;                           // of all rounds so far

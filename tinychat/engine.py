@@ -319,7 +319,7 @@ class Engine:
         limit = min(params.max_tokens, self.ctx_size - len(prompt))
         penalized, stops = params.penalized, bool(params.stop)
         ends = frozenset() if params.ignore_eos else self.eos_ids
-        held, push = self._slots[slot], text.push
+        held = self._slots[slot]
         while True:
             if cancelled():
                 yield last(text.flush(), "cancelled")
@@ -349,7 +349,7 @@ class Engine:
             pending = [token]
             if penalized:
                 history.add(token)
-            shown = push(token)
+            shown = text.push(token)
             n_tokens += 1
             if first_token_s is None:
                 first_token_s = time.perf_counter() - started

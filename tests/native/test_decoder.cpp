@@ -1,5 +1,5 @@
 // The lowered decoder of every level, as small models of random weights in the forms of checkpoints: against float64, with
-// one thread and with three, all rows of a prompt together and one by one.
+// one thread, two and three, all rows of a prompt together and one by one.
 #include <functional>
 #include <map>
 #include <numeric>
@@ -435,8 +435,8 @@ void test_decoder() {
         one_by_one.front() += long_one;  // but for the beginning of a long prompt
         for (const std::string& isa : isas()) {
             const Kernels& kernels = tinychat::kernels(isa.c_str());
-            const std::unique_ptr<Decoder> one = model.decoder(kernels, 1, Reading::two), three = model.decoder(kernels, 3, {});
-            const std::unique_ptr<Decoder> two = model.decoder(kernels, 2, Reading::near);  // of which each has a head
+            const std::unique_ptr<Decoder> one = model.decoder(kernels, 1, Reading::near), three = model.decoder(kernels, 3, {});
+            const std::unique_ptr<Decoder> two = model.decoder(kernels, 2, Reading::two);  // of two heads each may take one
             for (const CacheType type : {CacheType::f32, CacheType::f16, CacheType::q8}) {
                 const char* cache = type == CacheType::f32 ? "f32" : type == CacheType::f16 ? "f16" : "q8";
                 const std::string where = plan.name + ", cache " + cache + ", " + isa;

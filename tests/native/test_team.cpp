@@ -100,6 +100,19 @@ void steps(int threads) {
     check(team.busy_ticks() > 0, "a profile counts");
 }
 
+// Whether a helper does a part of some run within five seconds: the caller is slow to claim the next.
+bool helped(Team& team) {
+    std::atomic<bool> found{false};
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+    while (!found && std::chrono::steady_clock::now() < end) {
+        team.run(64, [&](Range, int thread) {
+            if (thread) found = true;
+            else std::this_thread::sleep_for(std::chrono::microseconds(50));
+        });
+    }
+    return found;
+}
+
 void pauses() {
     Team team(3);
     int64_t total = 0;
@@ -111,7 +124,8 @@ void pauses() {
         });
         total += std::accumulate(sums.begin(), sums.end(), int64_t{0});
     }
-    check(total == 20 * 63 * 32, "helpers that slept come back");
+    check(total == 20 * 63 * 32, "runs after pauses");
+    check(helped(team), "helpers that slept come back");
 }
 
 // A caller who falls asleep about when the last part is done is woken: with a helper beyond the quota he sleeps after 20 us.
@@ -144,6 +158,7 @@ void left_behind(int threads) {
         sum += count;
     }
     check(sum == 20 * 40 * 50, "helpers that were left behind, " + std::to_string(threads) + " threads");
+    check(helped(team), "helpers that were left behind come in again, " + std::to_string(threads) + " threads");
 }
 
 // The processor's time that a step takes of which the caller sleeps 4 ms.

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from tinychat.results import Piece, Timings
 
 DECODE_PROMPT, DECODE_TOKENS = 4, 200  # the AWQ paper's protocol
 LONG, SHORT, GENERATED = 512, 64, 128  # llama-bench's pp512, pp64 and tg128
+PROFILED = 8  # tokens at a time
 STRETCH_S = 0.1  # of decoding between two slices of the probe; the first token after one is slower, the median is not
 
 Say = Callable[[str], None]
@@ -140,19 +142,24 @@ class Session:
         return self.engine.generate(self.prompt(prompt), **options).timings
 
     def kernel_fraction(self, tokens: int) -> float | None:
-        """Of the time of `tokens`, how much threads spend inside kernels; None where the runner does not tell."""
+        """Of the time of `tokens`, how much threads spend inside kernels; None where the runner does not tell.
+
+        Tokens whose steps are profiled, which takes a microsecond or two of each, in turns with others that are timed.
+        """
         runner: Any = self._runner
         if not hasattr(runner, "profile"):
             return None
-        stream = self._started(tokens, Engine(runner, self.engine.tokenizer))  # without the stopwatch
-        runner.profile(True)
-        began = time.perf_counter()
-        for _ in stream:
-            pass
-        seconds = time.perf_counter() - began
-        runner.profile(False)
-        profile = runner.profiled()
-        return profile.kernel_s * profile.steps / seconds
+        # Without the stopwatch. The last of the session: `self.engine` does not hear of what is in the cache now.
+        stream = self._started(tokens, Engine(runner, self.engine.tokenizer))
+        inside, whole = [], []  # seconds a token, of each turn
+        length = max(min(PROFILED, (tokens - 1) // 2), 1)
+        for _ in range(max((tokens - 1) // (2 * length), 1)):
+            runner.profile(True)
+            profiled_s = _per_token(stream, length)
+            runner.profile(False)
+            inside.append(runner.profiled().kernel_s)
+            whole.append(_per_token(stream, length) or profiled_s)  # of two tokens one is decoded
+        return min(statistics.median(inside) / statistics.median(whole), 1.0)
 
     def _started(self, tokens: int, engine: Engine) -> Generator[Piece, None, None]:
         """The stream of `tokens` after a prompt of 4, of which the first, that comes with the prompt, is taken."""
@@ -183,6 +190,13 @@ class Session:
                 found.stretches.append(Stretch(seconds, bytes_read, before, after))
                 before, seconds, bytes_read, fresh = after, 0.0, 0.0, True
         return found
+
+
+def _per_token(stream: Generator[Piece, None, None], length: int) -> float:
+    """Seconds that each of the next `length` tokens takes; 0 where none comes."""
+    began = time.perf_counter()
+    n = sum(1 for _ in islice(stream, length))
+    return (time.perf_counter() - began) / n if n else 0.0
 
 
 @dataclass(frozen=True)
