@@ -186,6 +186,27 @@ def test_no_group_is_worse_than_rounding(bits):
         assert (result.alpha == 0 and not result.clipped) == (result.loss == result.loss_rtn)
 
 
+def test_what_8_bits_lose_nothing_of_is_left_alone():
+    """But not weights so small beside others of their group that they are lost, where their input is as large."""
+    config = tiny_config()
+    source = random_weights(config)
+    given = {"bits": 8, "group_size": 16}
+    rounded, _ = quantize_in_memory(source, method="rtn", **given)
+    made, report = quantize_in_memory(source, sequences=sequences(config), **given)
+    assert all(result.loss == result.loss_rtn for result in report.groups)
+    for found, expected in zip(made.layers, rounded.layers, strict=True):
+        assert np.array_equal(found.norm1, expected.norm1) and np.array_equal(found.norm2, expected.norm2)
+        for name in LINEARS:
+            pairs = zip(getattr(found, name).segments, getattr(expected, name).segments, strict=True)
+            assert all(np.array_equal(a.codes, b.codes) and np.array_equal(a.scales, b.scales) for a, b in pairs)
+    source.layers[0].norm2[[3, 17]] *= 100
+    for part in source.layers[0].up.segments:
+        part[:, [3, 17]] /= 100
+    _, report = quantize_in_memory(source, sequences=sequences(config), **given)
+    changed = {result.group for result in report.groups if result.layer == 0 and result.loss < 0.1 * result.loss_rtn}
+    assert changed == {"norm2 -> up", BLOCK}
+
+
 def test_the_loss_reported_is_the_loss_of_what_is_written():
     """The search's figure for the attention inputs, computed again from the numbers that leave the quantizer."""
     config = tiny_config(n_layers=1)

@@ -7,7 +7,9 @@ nearly so. alpha = 0 is the identity, plain rounding to nearest. Then the scaled
 
 Scales and limits are found on `Observed.samples` and kept only where they disturb the output of the block around the
 group less on `Observed.held_out` too, so that no group ends up worse than rounding to nearest by either measure. (One
-sequence, or an expert that no held-out token went to, leaves the first alone.)
+sequence, or an expert that no held-out token went to, leaves the first alone.) A group that plain rounding to 8 bits
+disturbs by less than `NEGLIGIBLE` is left at that, and what its scales would be folded into is as it came. (With fewer
+bits a mean so small can hide that all tokens but a few of massive outputs lose much.)
 Statistics are of all tokens; an expert's are of the tokens that went to it, and one that no sampled token went to keeps
 plain rounding. Everything is fp32.
 
@@ -41,6 +43,7 @@ NEEDS_CALIBRATION = True
 STEPS = 20
 MANY = 2**20  # numbers in the samples of which half choose alpha; all of them choose limits, and what is kept
 TOKENS, BETWEEN = 512, 2**25  # that a trial's MLP takes at once: multiples, of so many numbers between up and down
+NEGLIGIBLE = 3e-4  # what rounding to 8 bits may add to a loss and is left at that: less than 8-bit activations do
 LARGEST = 2.0**10  # no channel is scaled by more, or by less than its inverse: fp16 must hold the folded weights
 
 Consumers = dict[str, Dense]  # of a group, by canonical name
@@ -174,6 +177,10 @@ def _search(
     coarse = _loss(config, layer, index, group, seen[::2]) if many else loss
     judged = _loss(config, layer, index, group, others) if others else loss
     rtn, allowed = _each(_rounded(grid, consumers), loss, judged, math.inf)
+    if grid.bits >= 8:
+        before = _each(consumers, loss, judged, math.inf)
+        if rtn - before[0] < NEGLIGIBLE and allowed - before[1] < NEGLIGIBLE:
+            return folded, GroupResult(index, group.name, 0.0, rtn, rtn)
 
     magnitude = group.pooled(observed.magnitude[group.consumers[0]])  # all read the same
     some: dict[str, Inputs] = {}
