@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tinychat import architectures, checkpoint
 from tinychat.backends import cpu
+from tinychat.quantize import quantize
 from tinychat.weights import LINEARS
 
 GROUP = 32
@@ -132,3 +133,19 @@ def test_what_is_published_gives_the_logits_of_its_numbers(family, tmp_path, rec
         lowered = ours(source, ids, [20, 3], cpu)
         record_property("cpu", float(np.abs(lowered - want).max()))
         assert ((lowered - want) ** 2).sum() / (want**2).sum() < 1e-6
+
+
+@pytest.mark.parametrize(("bits", "kept"), [(4, True), (8, False)])
+def test_interleaved_heads_that_do_not_fill_words_stay_in_16_bits(tmp_path, bits, kept):
+    """Of 12 rows: a word of AWQ's layout holds codes of 8."""
+    model, config = tiny("bloom", hidden_size=96, n_head=8)
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors = {name: x.numpy().copy() for name, x in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(tensors, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(config))
+    report = quantize(source, tmp_path / "out", method="rtn", bits=bits, group_size=32, progress=False)
+    opened = checkpoint.open(tmp_path / "out")
+    assert isinstance(opened.layer(0).qkv.segments[0], np.ndarray) == kept
+    assert all("heads of 12 rows do not end at whole words of 8" in why for why in report.kept.values())
+    assert [name.rpartition(".")[2] for name in report.kept] == ["query_key_value"] * opened.config.n_layers * kept

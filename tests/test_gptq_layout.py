@@ -201,7 +201,8 @@ def test_configs_refused(change, message):
 
 def test_written_config_is_read_back():
     made = GptqFormat(3, 64, False, True)
-    assert layouts.parse(made.excluding(["model.layers.1.mlp.up_proj"]).to_config(), "here") == made
+    written = made.excluding(["model.layers.1.mlp.up_proj"], ["mlp.down_proj"]).to_config()
+    assert written["modules_in_block_to_quantize"] == [["mlp.down_proj"]] and layouts.parse(written, "here") == made
     assert made.excluding(["lm_head"]).to_config()["dynamic"] == {"-:^lm_head$": {}}
     assert made.excluding(["lm_head"]).excludes("lm_head") and not made.excludes("lm_head")
 

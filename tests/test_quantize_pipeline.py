@@ -133,6 +133,17 @@ def test_what_the_layout_cannot_express_stays_in_16_bits(tmp_path, method):
     assert not any(result.group == "up -> down" for result in report.groups)
 
 
+def test_gptq_says_what_is_quantized_in_each_layer(tmp_path):
+    """104 codes of 3 bits do not fill whole words. Transformers reads no other list."""
+    source = tiny.write(tmp_path / "source", with_inner(104), intermediate_size=104, bos_token_id=1)
+    report = quantize(source, tmp_path / "out", method="rtn", bits=3, group_size=64, progress=False)
+    mlp, attention = ("gate_proj", "up_proj", "down_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert set(report.kept) == {f"model.layers.{i}.mlp.{name}" for i in range(2) for name in mlp}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["modules_in_block_to_quantize"] == [[f"self_attn.{name}" for name in attention]]
+    assert len(config["dynamic"]) == 6
+
+
 def test_a_short_last_group_is_said(tmp_path):
     """GPTQ's layout has them; AWQ's has not."""
     source = tiny.write(tmp_path / "source", with_inner(160), intermediate_size=160, bos_token_id=1)

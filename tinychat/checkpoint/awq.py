@@ -107,7 +107,7 @@ class AwqFormat:
         """See `Layout`."""
         return pack(q)
 
-    def excluding(self, modules: Collection[str]) -> AwqFormat:
+    def excluding(self, modules: Collection[str], in_layers: Collection[str] = ()) -> AwqFormat:
         """See `Layout`."""
         return replace(self, modules_to_not_convert=tuple(modules))
 

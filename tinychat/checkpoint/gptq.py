@@ -92,6 +92,7 @@ class GptqFormat:
 
     zeros_less_one  zeros are stored less one ("gptq"), else as they are
     borrows         they were reduced by subtracting from whole words, so that a zero of 0 borrows from its neighbour
+    left_out, in_layers  of a checkpoint that is written: see `WritableLayout.excluding`
     """
 
     bits: int = 4
@@ -101,6 +102,7 @@ class GptqFormat:
     zeros_less_one: bool = False
     borrows: bool = False
     left_out: tuple[str, ...] = ()
+    in_layers: tuple[str, ...] = ()
 
     method = "gptq"  # this and the next two: see `Layout`
     endings = ENDINGS
@@ -110,9 +112,9 @@ class GptqFormat:
         """See `Layout`. Modules that are left out are patterns in the file, which no one needs: see `Inventory`."""
         return module in self.left_out
 
-    def excluding(self, modules: Collection[str]) -> GptqFormat:
+    def excluding(self, modules: Collection[str], in_layers: Collection[str] = ()) -> GptqFormat:
         """See `Layout`."""
-        return replace(self, left_out=tuple(modules))
+        return replace(self, left_out=tuple(modules), in_layers=tuple(in_layers))
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         """See `Layout`. The last group may be shorter."""
@@ -176,6 +178,13 @@ class GptqFormat:
 
     def to_config(self) -> dict[str, Any]:
         """See `Layout`."""
+        left: dict[str, Any] = {}
+        if (
+            self.left_out
+        ):  # GPTQModel and vLLM read the patterns, transformers the modules: else to it all are quantized
+            left["dynamic"] = {f"-:^{name.replace('.', '[.]')}$": {} for name in self.left_out}
+            if self.in_layers:
+                left["modules_in_block_to_quantize"] = [list(self.in_layers)]
         return {
             "quant_method": "gptq",
             "bits": self.bits,
@@ -185,7 +194,7 @@ class GptqFormat:
             "checkpoint_format": V1 if self.zeros_less_one else V2,
             "pack_dtype": "int32",
             "lm_head": False,
-            **({"dynamic": {f"-:^{name.replace('.', '[.]')}$": {} for name in self.left_out}} if self.left_out else {}),
+            **left,
         }
 
     def _width(self, k: int) -> int:

@@ -56,6 +56,14 @@ def segments(config: ModelConfig, names: TensorNames, linear: str, layer: int) -
     return _placed(names, layer, of_all, rows * copies, k)
 
 
+def misfit(config: ModelConfig, names: TensorNames, layout: Layout, segment: Segment) -> str | None:
+    """Why `layout` cannot hold a linear of such a model; None if it can."""
+    together, head_dim = layout.rows_together, config.head_dim
+    if segment.module.endswith(names.qkv) and names.heads_interleaved and head_dim % together:
+        return f"heads of {head_dim} rows do not end at whole words of {together}"
+    return layout.misfit(segment.shape)
+
+
 def _placed(names: TensorNames, layer: int, modules: tuple[str, ...], rows: tuple[int, ...], k: int) -> list[Segment]:
     prefix = names.layer.format(layer)
     return [Segment(prefix + module, (n, k)) for module, n in zip(modules, rows, strict=True)]
@@ -137,11 +145,7 @@ class Inventory:
             self._drop(module)
             yield f"{quote(module)} is quantized, but there is no quantization_config that says how"
             return
-        reason = layout.misfit((n, k))
-        together, head_dim = layout.rows_together, self._config.head_dim
-        if module.endswith(self._names.qkv) and self._names.heads_interleaved and head_dim % together:
-            reason = f"heads of {head_dim} rows do not end at whole words of {together}"
-        if reason:
+        if reason := misfit(self._config, self._names, layout, segment):
             self._drop(module)
             yield f"{quote(module)} cannot be quantized as config.json says: {reason}"
             return

@@ -87,8 +87,8 @@ class WritableLayout(Layout, Protocol):
         """The parts of a linear, by ending. ValueError for what the layout cannot hold."""
         ...
 
-    def excluding(self, modules: Collection[str]) -> WritableLayout:
-        """With these modules left as they are."""
+    def excluding(self, modules: Collection[str], in_layers: Collection[str] = ()) -> WritableLayout:
+        """With these modules left as they are; `in_layers`: what the others are called within each layer, if alike."""
         ...
 
     def to_config(self) -> dict[str, Any]:

@@ -166,7 +166,7 @@ class Checkpoint:
         scale = self._vector(name)
         if not scale.all():
             raise CheckpointError(f"{self._where(name)} has a zero, and activations are divided by it")
-        return scale
+        return None if (scale == 1).all() else scale
 
     def _weight(self, segment: Segment) -> Weight:
         module, layout = segment.module, self.quantization

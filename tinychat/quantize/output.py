@@ -13,13 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tinychat.architectures.names import TensorNames
 from tinychat.checkpoint import Checkpoint, CheckpointWriter, heads, layouts, vectors
-from tinychat.checkpoint.inventory import segments
-from tinychat.checkpoint.layouts import WritableLayout
+from tinychat.checkpoint.inventory import Segment, misfit, segments
+from tinychat.checkpoint.layouts import Layout, WritableLayout
 from tinychat.checkpoint.safetensors_file import DTYPES
 from tinychat.checkpoint.writer import SHARD_BYTES
-from tinychat.config import ModelConfig
 from tinychat.errors import CheckpointError, UsageError
 from tinychat.qtensor import QTensor, canonical
 from tinychat.quantize.dense import half
@@ -36,7 +34,7 @@ class Output:
     bits, group_size  asked for; `group_size` then is what the files get, which may be smaller
     permuted          whether weights may have a `permutation`
     layout            how they hold it
-    act_scales        whether they hold an act_scale where AWQ wants one
+    act_scales        whether they hold an act_scale, ones where nothing is scaled
     notes             what is otherwise than asked for, and why
 
     UsageError where nothing in it could be quantized.
@@ -45,24 +43,24 @@ class Output:
     def __init__(self, source: Checkpoint, bits: int, group_size: int, symmetric: bool = False, permuted: bool = False):
         self.source = source
         writing = partial(layouts.for_writing, bits, symmetric=symmetric, act_order=permuted)
-        modules = _linears(source.config, source.names)
-        self.layout, self.notes = _fitting(modules, group_size, writing)
+        self.layout, self.notes = _fitting(source, group_size, writing)
         self.group_size = self.layout.group_size
         self.act_scales = bool(source.names.act_scale) and self.layout.method == "awq"
-        reasons = {self.layout.misfit(shape) for _, shape in modules}
+        reasons = {_misfit(source, self.layout, linear) for linear in _linears(source)}
         if None not in reasons:
             why = "; ".join(sorted(filter(None, reasons)))
             raise UsageError(f"no linear of {source.path} can be quantized: {why}. Choose another --group-size")
 
     def plan(self, index: int, linear: str, i: int, shape: tuple[int, int]) -> tuple[str, str | None]:
         """The name of segment `i` of a canonical linear of layer `index`, and why it stays in 16 bits, if it does."""
-        return segments(self.source.config, self.source.names, linear, index)[i].module, self.layout.misfit(shape)
+        segment = segments(self.source.config, self.source.names, linear, index)[i]
+        return segment.module, _misfit(self.source, self.layout, segment)
 
     def predicted_bytes(self) -> int:
         """Of the weight files."""
-        linears = _linears(self.source.config, self.source.names)
-        saved = sum(2 * n * k - _bytes(self.layout, (n, k)) for _, (n, k) in linears)
-        return 2 * self.source.n_parameters - saved
+        source, layout = self.source, self.layout
+        saved = sum(2 * math.prod(linear.shape) - _bytes(source, layout, linear) for linear in _linears(source))
+        return 2 * source.n_parameters - saved
 
     def require_room(self, where: Path, kept_bytes: int) -> None:
         """CheckpointError unless the disk of `where` holds the checkpoint, a shard and twice what commits keep."""
@@ -84,8 +82,11 @@ class Output:
         names = self.source.names
         for tensor, values in vectors.of_layer(layer, self.source.config, names, index):
             writer.add(tensor, self._stored(tensor, values))
-        if layer.act_scale is not None:
-            writer.add(names.vector("act_scale", index), half(layer.act_scale, "act_scale"))
+        act_scale = layer.act_scale
+        if act_scale is None and self.act_scales:  # engines that look for one in such a family do so in every layer
+            act_scale = np.ones(self.source.config.intermediate_size, np.float32)
+        if act_scale is not None:
+            writer.add(names.vector("act_scale", index), half(act_scale, "act_scale"))
         for name in linears(self.source.config, index):
             linear: Linear = getattr(layer, name)
             if name == "qkv" and names.heads_interleaved:
@@ -117,7 +118,10 @@ class Output:
         config = {**self.source.hf_config, "torch_dtype": "float16"}
         if "dtype" in config:
             config["dtype"] = "float16"
-        return writer.finish(config, self.layout.excluding(report.kept))
+        found = _linears(self.source)
+        left = {linear.module for linear in found if _misfit(self.source, self.layout, linear)}
+        others = dict.fromkeys(linear.module for linear in found if not _misfit(self.source, self.layout, linear))
+        return writer.finish(config, self.layout.excluding(report.kept, () if left & others.keys() else others))
 
     def _stored(self, name: str, values: np.ndarray) -> np.ndarray:
         """In fp16; but of norms counted from 1, which fp16 would round once more, in fp32."""
@@ -143,44 +147,51 @@ def plain_head(head: Linear) -> np.ndarray:
     return segment
 
 
-def _linears(config: ModelConfig, names: TensorNames) -> list[tuple[str, tuple[int, int]]]:
-    """(module within its layer, (N, K)) of all linears of all layers, routers apart."""
+def _linears(source: Checkpoint) -> list[Segment]:
+    """All linears of all layers, routers apart, by their modules within a layer."""
+    config, names = source.config, source.names
     found = []
     for index in range(config.n_layers):
         at = names.layer.format(index)
         quantized = [linear for linear in linears(config, index) if linear in QUANTIZED]
         parts = [part for linear in quantized for part in segments(config, names, linear, index)]
-        found += [(part.module.removeprefix(at), part.shape) for part in parts]
+        found += [Segment(part.module.removeprefix(at), part.shape) for part in parts]
     return found
 
 
-def _bytes(layout: WritableLayout, shape: tuple[int, int]) -> int:
+def _misfit(source: Checkpoint, layout: Layout, linear: Segment) -> str | None:
+    return misfit(source.config, source.names, layout, linear)
+
+
+def _bytes(source: Checkpoint, layout: WritableLayout, linear: Segment) -> int:
     """Of a linear in the file: quantized where it fits, else in 16 bits."""
-    if layout.misfit(shape):
-        return 2 * math.prod(shape)
-    parts = layout.parts(shape).values()
+    if _misfit(source, layout, linear):
+        return 2 * math.prod(linear.shape)
+    parts = layout.parts(linear.shape).values()
     return sum(math.prod(part.shape) * DTYPES[part.dtypes[0]].itemsize for part in parts if not part.optional)
 
 
 def _fitting(
-    linears: list[tuple[str, tuple[int, int]]], group_size: int, writing: Callable[[int], WritableLayout]
+    source: Checkpoint, group_size: int, writing: Callable[[int], WritableLayout]
 ) -> tuple[WritableLayout, list[str]]:
     """The group size that makes the smallest checkpoint, in its layout; what is otherwise than asked for, and why.
 
     A layout has one group size for all: where it does not divide the inputs of a linear, that linear stays in 16
     bits, or all get smaller groups, a power of two that does; or, where the layout has such, its last group is shorter.
     """
+    found = _linears(source)
     smaller = [1 << i for i in range(30) if LEAST_GROUP <= 1 << i < group_size]
     candidates = [writing(size) for size in (group_size, *reversed(smaller))]  # the largest of equals
-    totals = [sum(_bytes(candidate, shape) for _, shape in linears) for candidate in candidates]
+    totals = [sum(_bytes(source, candidate, linear) for linear in found) for candidate in candidates]
     chosen = candidates[totals.index(min(totals))]
     if chosen.group_size == group_size:
-        odd = {m: k for m, (n, k) in linears if group_size > 0 and not chosen.misfit((n, k)) and k % group_size}
+        fitting = [linear for linear in found if group_size > 0 and not _misfit(source, chosen, linear)]
+        odd = {linear.module: linear.shape[1] for linear in fitting if linear.shape[1] % group_size}
         return chosen, [
             f"of {module} the last group has {inputs % group_size} inputs: {group_size} does not divide its {inputs}"
             for module, inputs in odd.items()
         ]
-    module, reason = next((m, why) for m, shape in linears if (why := candidates[0].misfit(shape)))
+    module, reason = next((one.module, why) for one in found if (why := candidates[0].misfit(one.shape)))
     return chosen, [
         f"groups of {chosen.group_size}, not {group_size}: of {module}, {reason}, and in 16 bits it would outweigh "
         f"the smaller groups"
