@@ -128,8 +128,34 @@ def test_one_segment_of_q_k_and_v_folds_as_three():
 
 
 def test_nothing_is_folded_through_clipped_values():
-    producers = {group.producer for group in scaling_groups(tiny_config(clip_qkv=4.0))}
-    assert producers == {"norm1", "norm2", "up"}
+    groups = {group.name for group in scaling_groups(tiny_config(clip_qkv=4.0))}
+    assert groups == {"norm1 -> qkv", "out", "norm2 -> up", "up -> down"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "alone"),
+    [
+        ({"block": Block.NORM_AFTER}, {"qkv", "up"}),
+        ({"norm_weight": False, "norm": Norm.LAYER}, {"qkv", "up"}),
+        ({"block": Block.PARALLEL_ONE_NORM, "norm_weight": False, "norm": Norm.LAYER}, {"qkv, up"}),
+        ({"clip_qkv": 100.0}, {"out"}),
+        (PLAIN, {"down"}),
+    ],
+    ids=["stream", "no weight", "parallel", "clipped values", "no act_scale"],
+)
+def test_what_nothing_scales_is_clipped(changes, alone):
+    """And the others, of whatever kind of block, scaled as they are wherever there is something to take the inverse."""
+    config = tiny_config(**changes)
+    source, grid = random_weights(config), Grid(3, 16)
+    activations = Activations(config, source.embed(), sequences(config, (60, 60, 60, 60)), 100)
+    layer = dense(source)
+    made, results = awq.transform(config, layer, 0, activations.advance(layer, 0), grid, act_scales=False)
+    assert {result.group for result in results if result.alpha is None} == {*alone, BLOCK}
+    for result in results:
+        if result.group in alone:
+            assert result.clipped and result.loss < result.loss_rtn
+            for name in result.group.split(", "):
+                assert getattr(made, name).limits is not None and getattr(made, name).columns is None
 
 
 @pytest.mark.parametrize("block_kind", Block)
@@ -144,11 +170,11 @@ def test_plain_mlps_and_parallel_blocks_are_quantized(block_kind):
     if block_kind is Block.PARALLEL_ONE_NORM:
         names = {"norm1 -> qkv, up"}
     elif block_kind in (Block.NORM_AFTER, Block.POST_NORM):  # what reads the residual stream has no producer
-        names = set()
+        names = {"qkv", "up"}
     assert {result.group for result in report.groups} == names | {"v -> out", "act_scale -> down", BLOCK}
     rows = Rows.of(np.arange(30) * 7 % 64, 0, wanted="all")
     want, awq, rtn = (reference.build(w, ctx_size=30).step(rows) for w in (source, made, rounded))
-    if names:  # the salient channels are those of norms, where scales can be folded into them
+    if names != {"qkv", "up"}:  # the salient channels are those of norms, where scales can be folded into them
         assert ((awq - want) ** 2).sum() < ((rtn - want) ** 2).sum()
 
 

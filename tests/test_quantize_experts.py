@@ -55,11 +55,12 @@ def test_every_method_takes_experts(method):
     assert "up" in str(report)
 
 
-def test_experts_without_a_token_are_rounded_and_named():
+def test_experts_without_tokens_are_rounded_and_named():
+    """GPTQ's without any, and those to which too few of the sampled tokens went for a search."""
     weights = mixture(n=24, used=1, layers=1, sparse=(0,), inter=32, shared=0)
     plain, _ = quantize_in_memory(weights, method="rtn", bits=4, group_size=32)
-    for method in ("awq", "gptq"):
-        made, report = quantize_in_memory(weights, method=method, bits=4, group_size=32, sequences=[TEXT[0][:10]])
+    for method, text in (("awq", TEXT), ("gptq", [TEXT[0][:10]])):
+        made, report = quantize_in_memory(weights, method=method, bits=4, group_size=32, sequences=text)
         (note,) = [note for note in report.notes if "want of tokens" in note]
         idle = [int(expert) for expert in note.rpartition("experts ")[2].split(", ")]
         assert 14 <= len(idle) < 24

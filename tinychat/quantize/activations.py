@@ -6,7 +6,7 @@ quantized model too, where that is asked for: what a search may then still put r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -27,6 +27,7 @@ SAMPLED_NUMBERS = 2**22  # of a block's input: what narrow models are sampled to
 CHUNK_TOKENS = 4096  # run at once: bounds the memory of intermediate activations
 CHUNK_NUMBERS = 2**23  # of what the widest linear makes of tokens run at once, unless they are sampled
 STATE = ("activations", "drifted")
+FEW_TOKENS = 16  # that went to an expert among those sampled: with fewer a search fits these tokens, not the expert
 CHANNELS = 2048  # whose magnitudes are computed at once: likewise
 
 
@@ -86,7 +87,7 @@ class Activations:
         Half of them are held out. `follow`: they go through the quantized layers too (see `Sample.drifted`). `device`:
         where blocks run; what is carried from one to the next stays there too where it fits.
         """
-        self.unseen: list[str] = []  # linears of experts that no token went to in the last block, or no sampled one
+        self.unseen: list[str] = []  # linears of experts that no token went to in the last block, or few sampled ones
         self.dead: dict[str, int] = {}  # inputs of linears that were 0 in all tokens in the last block, where any were
         self._config = config
         sample_tokens = max(sample_tokens, SAMPLED_NUMBERS // config.hidden_size)
@@ -184,9 +185,17 @@ class Activations:
             )
         found.magnitude.update({name: (total / counts[name]).float() for name, total in totals.items()})
         self.dead = {name: n for name, total in totals.items() if (n := int((total == 0).sum()))}
-        seen = found.grams if grams else {name for sample in found.samples for name in sample.inputs}
-        self.unseen = [name for name in linears_of(layer) if name not in seen]
+        self.unseen = [
+            name
+            for name in linears_of(layer)
+            if (name not in found.grams if grams else starved(name, [sample.inputs for sample in found.samples]))
+        ]
         return found
+
+
+def starved(name: str, inputs: Iterable[Mapping[str, torch.Tensor]]) -> bool:
+    """Whether a linear is an expert's to which few tokens went, of samples with these inputs by name."""
+    return "." in name and sum(len(some[name]) for some in inputs if name in some) < FEW_TOKENS
 
 
 class _WrittenOps(TorchOps):

@@ -10,8 +10,8 @@ group less on `Observed.held_out` too, so that no group ends up worse than round
 sequence, or an expert that no held-out token went to, leaves the first alone.) A group that plain rounding to 8 bits
 disturbs by less than `NEGLIGIBLE` is left at that, and what its scales would be folded into is as it came. (With fewer
 bits a mean so small can hide that all tokens but a few of massive outputs lose much.)
-Statistics are of all tokens; an expert's are of the tokens that went to it, and one that no sampled token went to keeps
-plain rounding. Everything is fp32.
+Statistics are of all tokens; an expert's are of the tokens that went to it, and one that few sampled tokens went to
+keeps plain rounding. Everything is fp32.
 
 Where the sampled tokens are followed through the quantized model (`Sample.drifted`), a group reads what everything
 before it, rounded, makes of them, and what it adds to the stream is held against the unquantized model's: its loss
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -31,8 +32,9 @@ import torch
 from tinychat import memory
 from tinychat.config import Block, ModelConfig
 from tinychat.decoder import Context, PackedLayer, block, mlp, self_attention
+from tinychat.errors import CheckpointError
 from tinychat.quantize import clip, threads
-from tinychat.quantize.activations import Observed, Sample
+from tinychat.quantize.activations import Observed, Sample, starved
 from tinychat.quantize.dense import SLICE, Dense, DenseOps, changed, part
 from tinychat.quantize.grid import Grid
 from tinychat.quantize.groups import Group, scaling_groups
@@ -103,7 +105,8 @@ def transform(
         for sample in (*observed.samples, *observed.held_out):
             for name in group.consumers:  # of this group alone
                 sample.inputs.pop(name, None)
-        if seen and any(part(layer, name).quantized for name in group.consumers):
+        wanted = (group.producer or clips) and any(part(layer, name).quantized for name in group.consumers)
+        if wanted and not starved(group.consumers[0], [one.exact for one in seen]):
             folded, result = _search(config, layer, folded, index, group, observed, grid, seen, others, clips)
             results.append(result)
 
@@ -177,16 +180,17 @@ def _search(
     coarse = _loss(config, layer, index, group, seen[::2]) if many else loss
     judged = _loss(config, layer, index, group, others) if others else loss
     rtn, allowed = _each(_rounded(grid, consumers), loss, judged, math.inf)
+    unscaled = 0.0 if group.producer else None  # alpha
     if grid.bits >= 8:
         before = _each(consumers, loss, judged, math.inf)
         if rtn - before[0] < NEGLIGIBLE and allowed - before[1] < NEGLIGIBLE:
-            return folded, GroupResult(index, group.name, 0.0, rtn, rtn)
+            return folded, GroupResult(index, group.name, unscaled, rtn, rtn)
 
     magnitude = group.pooled(observed.magnitude[group.consumers[0]])  # all read the same
     some: dict[str, Inputs] = {}
     inputs: dict[str, Inputs] = {}
     for name in consumers:
-        if clips and any(name in one.exact for one in seen):
+        if clips and not starved(name, [one.exact for one in seen]):
             some[name], inputs[name] = (_few(consumers[name], seen, n) for n in (clip.GLANCED, clip.SEARCHED))
     seen.clear()  # what is wanted of them is in the losses
     others.clear()
@@ -201,17 +205,23 @@ def _search(
     def at(step: int) -> float:
         memory.give_back()
         columns = scaled(step)[1]
-        return coarse(_rounded(grid, consumers, columns, _limits(clip.glance, grid, consumers, columns, some)))
+        try:
+            return coarse(_rounded(grid, consumers, columns, _limits(clip.glance, grid, consumers, columns, some)))
+        except CheckpointError:  # fp16 does not hold the scales of scaled weights: those of plain rounding it did
+            return math.inf
 
-    best, alpha, scales, limits = rtn, 0.0, None, None
-    for step in dict.fromkeys((_least(at), 0)):  # clipping alone where scales do not hold what they promised
+    best, alpha, scales, limits = rtn, unscaled, None, None
+    first = _least(at) if group.producer else 0
+    for step in dict.fromkeys((first, 0)):  # clipping alone where scales do not hold what they promised
         tried, columns = scaled(step)
-        limited = [_limits(clip.search, grid, consumers, columns, inputs)] if clips else []
-        for limits_tried in (*limited, None):
-            found, there = _each(_rounded(grid, consumers, columns, limits_tried), loss, judged, best)
-            if found < best and there < allowed:  # false for NaN
-                best, allowed, alpha, scales, limits = found, there, step / STEPS, tried, limits_tried
-                break
+        with suppress(CheckpointError):  # likewise
+            limited = [_limits(clip.search, grid, consumers, columns, inputs)] if clips else []
+            for limits_tried in (*limited, None):
+                found, there = _each(_rounded(grid, consumers, columns, limits_tried), loss, judged, best)
+                if found < best and there < allowed:  # false for NaN
+                    best, allowed, scales, limits = found, there, tried, limits_tried
+                    alpha = step / STEPS if step else unscaled
+                    break
         if best < rtn:
             break
     if scales is not None:

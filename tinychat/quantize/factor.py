@@ -8,6 +8,12 @@ backwards, and U = M^-1. In tiles, with k over all between:
 
 Each takes the place of what it is made of. A channel that never spoke has a column of zeros in H; damping alone keeps
 it, and it neither moves others nor is moved.
+
+Each channel is damped by a part of its own second moment, so that a massive one does not drown others; few tokens tell
+little of that moment, so that the median of all is added as if some more had it. The part is the larger the fewer
+tokens there were for so many channels: what then seems to make up for an error is chance. (Measured on pebble at 3 bits
+in groups of 128, KL divergence with 512, 2,048 and 8,192 tokens: plain rounding 0.146; CHANCE 0: 0.216, 0.110, 0.0873;
+0.5: 0.108, 0.0943, 0.0867; 1: 0.108, 0.0929, 0.0859; 2: 0.109, 0.0942, 0.0853.)
 """
 
 from __future__ import annotations
@@ -16,7 +22,9 @@ import torch
 
 from tinychat.errors import CheckpointError
 
-DAMPING = 0.01  # of the mean of H's diagonal, added to it; ten times as much where that is not enough
+DAMPING = 0.01  # of H's diagonal, added to it; ten times as much where that is not enough
+CHANCE = 1.0  # likewise, for as many channels as tokens
+PRIOR = 16  # tokens for which the median of H's diagonal stands, beside those that there were
 TRIALS = 6
 TILE = 1024
 
@@ -24,19 +32,22 @@ _Tiles = dict[tuple[int, int], torch.Tensor]
 
 
 class Factor:
-    """U of H, the symmetric `gram`, fp32 [K, K], its channels in `order` where that is given."""
+    """U of H, the symmetric `gram`, fp32 [K, K], of so many tokens; its channels in `order` where that is given."""
 
-    def __init__(self, gram: torch.Tensor, order: torch.Tensor | None = None, name: str = "weight"):
+    def __init__(self, gram: torch.Tensor, n_tokens: int, order: torch.Tensor | None = None, name: str = "weight"):
         """CheckpointError, with `name`, where H has no Cholesky factor, damped as it may be."""
         k = len(gram)
         self._tile = TILE
         channels = (torch.arange(k) if order is None else order).split(TILE)
-        step = DAMPING * max(float(gram.diagonal().double().mean()), torch.finfo(torch.float32).tiny)
+        diagonal = gram.diagonal().double()
+        common = diagonal[diagonal > 0].median() if diagonal.any() else torch.tensor(1.0)
+        diagonal = (n_tokens * diagonal + PRIOR * common) / (n_tokens + PRIOR)
+        step = DAMPING + CHANCE * k / n_tokens
         tiles, damping = None, 0.0
         for _ in range(TRIALS):
             damping += step
             step *= 10
-            if tiles := _factorized(gram, channels, damping):
+            if tiles := _factorized(gram, channels, damping * diagonal):
                 break
         else:
             raise CheckpointError(
@@ -58,7 +69,7 @@ class Factor:
         return found
 
 
-def _factorized(gram: torch.Tensor, channels: tuple[torch.Tensor, ...], damping: float) -> _Tiles | None:
+def _factorized(gram: torch.Tensor, channels: tuple[torch.Tensor, ...], damping: torch.Tensor) -> _Tiles | None:
     """M, fp64 tiles on and above the diagonal; None where there is none."""
     n = len(channels)
     tiles: _Tiles = {}
@@ -68,7 +79,7 @@ def _factorized(gram: torch.Tensor, channels: tuple[torch.Tensor, ...], damping:
             for k in range(j + 1, n):
                 tile.addmm_(tiles[i, k], tiles[j, k].T, alpha=-1)
             if i == j:
-                tile.diagonal().add_(damping)
+                tile.diagonal().add_(damping[channels[j]])
                 lower, failed = torch.linalg.cholesky_ex(tile.flip(0, 1))
                 if failed:
                     return None

@@ -53,10 +53,11 @@ def round_layer(
             solvers.clear()  # of the linear before
             if part.name not in observed.grams:  # an expert that no token went to
                 return part.quantize(grid)
-            gram = observed.grams.pop(part.name).taken()  # the largest need not stand beside others
+            seen = observed.grams.pop(part.name)
+            gram = seen.taken()  # the largest need not stand beside others
             if part.columns is not None:
                 gram.div_(part.columns).div_(part.columns[:, None])
-            solvers[part.name] = Solver(gram, act_order, part.modules[0])
+            solvers[part.name] = Solver(gram, seen.n_tokens, act_order, part.modules[0])
         made, found = solvers[part.name].quantize(part, grid)
         losses[linear] = [a + b for a, b in zip(losses.get(linear, [0.0] * 3), found, strict=True)]
         return made
@@ -72,8 +73,8 @@ def round_layer(
 class Solver:
     """GPTQ for all rows that read the same inputs."""
 
-    def __init__(self, gram: torch.Tensor, act_order: str | None = None, name: str = "weight"):
-        """`gram` fp32 [K, K] is H. CheckpointError, with `name`, where it is not finite."""
+    def __init__(self, gram: torch.Tensor, n_tokens: int, act_order: str | None = None, name: str = "weight"):
+        """`gram` fp32 [K, K] is H, of so many tokens. CheckpointError, with `name`, where it is not finite."""
         self.gram = gram
         free = act_order == "free"
         diagonal = gram.diagonal()
@@ -81,7 +82,7 @@ class Solver:
             raise CheckpointError(f"{name}: its inputs, multiplied with each other, go beyond fp32's range")
         self.order = diagonal.argsort(descending=True, stable=True) if act_order else None
         self.back = self.order.argsort() if self.order is not None and free else None  # of free groups
-        self.factor = Factor(gram, self.order, name)
+        self.factor = Factor(gram, n_tokens, self.order, name)
 
     def quantize(self, part: Dense, grid: Grid) -> tuple[QTensor, tuple[float, float, float]]:
         """(a linear of one segment on the grid; the loss rounded to nearest, the loss of this, the loss of zeros)."""
@@ -149,7 +150,7 @@ class Solver:
         order = torch.arange(k) if self.order is None else self.order
         weight = part.weight.T[order]  # [K, N], a copy: a column's numbers lie together
         codes = torch.empty_like(weight)
-        scales, zeros = scales.T.contiguous(), zeros.T.contiguous()  # [groups, N]
+        scales, zeros = (x.T.clone(memory_format=torch.contiguous_format) for x in (scales, zeros))  # [groups, N]
         group_of = ((torch.arange(k) if free else order) // width).tolist()
         for first, last in _blocks(k, BLOCK if static else width):
             errors = torch.empty(last - first, n)

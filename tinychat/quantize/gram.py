@@ -8,13 +8,15 @@ ROWS = 2048  # of a strip
 
 
 class Gram:
-    """A sum of x^T x, fp32, in strips of rows up to the end of the diagonal."""
+    """A sum of x^T x, fp32, in strips of rows up to the end of the diagonal; over `n_tokens`."""
 
     def __init__(self) -> None:
+        self.n_tokens = 0
         self._strips: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor) -> None:
         """x^T x, of x fp32 [T, K]."""
+        self.n_tokens += len(x)
         k = x.shape[1]
         for i, begin in enumerate(range(0, k, ROWS)):
             rows, left = x[:, begin : begin + ROWS].T, x[:, : min(begin + ROWS, k)]

@@ -20,7 +20,8 @@ class Group:
     """One scale per channel between a producer and its consumer.
 
     producer   a norm (its weight and bias are divided), a linear: its last rows, and their bias (v; up), or
-               "act_scale": a vector that what `down` reads is divided by, where nothing before it can be
+               "act_scale": a vector that what `down` reads is divided by, where nothing before it can be; "" where
+               there is nothing at all, and consumers are clipped alone
     consumers  the linears whose columns are multiplied: two where attention and MLP read one norm; of experts the
                router and all of them, as they read one norm, which is how the router takes the inverse
     repeat     consumer channels that read one producer channel: query heads per key-value head
@@ -35,8 +36,9 @@ class Group:
     @property
     def name(self) -> str:
         """For reports."""
-        names = [name.partition(".")[0] for name in (self.producer, *self.consumers)]  # experts are of one name
-        return f"{ {'qkv': 'v'}.get(names[0], names[0]) } -> {', '.join(dict.fromkeys(names[1:]))}"
+        producer, *consumers = (name.partition(".")[0] for name in (self.producer, *self.consumers))  # of all experts
+        reading = ", ".join(dict.fromkeys(consumers))
+        return f"{ {'qkv': 'v'}.get(producer, producer) } -> {reading}" if producer else reading
 
     @property
     def ends_block(self) -> bool:
@@ -100,21 +102,21 @@ def scaling_groups(config: ModelConfig, experts: Experts | None = None, act_scal
     each = range(experts.n_experts) if experts else ()
     shared = bool(experts and experts.shared_size)
     reading = ("router", *(["shared_up"] if shared else []), *(f"up.{i}" for i in each)) if experts else ("up",)
-    groups = []
-    if folds:
-        groups.append(Group("norm1", ("qkv", *reading) if config.block is Block.PARALLEL_ONE_NORM else ("qkv",)))
-    if config.clip_qkv is None:  # clipping knows no scales
-        groups.append(Group("qkv", ("out",), repeat, config.head_dim))
-    if folds and config.block is not Block.PARALLEL_ONE_NORM:
-        groups.append(Group("norm2", reading))
+    norm1, norm2 = ("norm1", "norm2") if folds else ("", "")
     # down(act(gate) * up) is linear in up, and relu(x / s) is relu(x) / s; what passes through another non-linearity
     # could not be scaled exactly.
     linear = not passes_activation(config)
+
+    groups = [Group(norm1, ("qkv", *reading) if config.block is Block.PARALLEL_ONE_NORM else ("qkv",))]
+    # Clipping the values knows no scales.
+    groups += [Group("qkv", ("out",), repeat, config.head_dim) if config.clip_qkv is None else Group("", ("out",))]
+    if config.block is not Block.PARALLEL_ONE_NORM:
+        groups.append(Group(norm2, reading))
     if experts is None:
-        groups += [Group("up" if linear else "act_scale", ("down",))] if linear or act_scales else []
-    elif linear:
-        groups += [Group("shared_up", ("shared_down",))] if shared else []
-        groups += [Group(f"up.{i}", (f"down.{i}",)) for i in each]
+        groups.append(Group("up" if linear else "act_scale" if act_scales else "", ("down",)))
+    else:
+        groups += [Group("shared_up" if linear else "", ("shared_down",))] if shared else []
+        groups += [Group(f"up.{i}" if linear else "", (f"down.{i}",)) for i in each]
     return tuple(groups)
 
 
