@@ -160,7 +160,7 @@ def test_mixed_precision_segments():
     dense = [s.dequantize(np.float64) if isinstance(s, QTensor) else s.astype(np.float64) for s in segments]
     x = rng.standard_normal((5, 50))
     np.testing.assert_allclose(ops.linear(torch.from_numpy(x), packed), x @ np.concatenate(dense).T + bias, rtol=1e-12)
-    codes = 11 * 50 + 3 * 50 + 2 * 50 + 11 * 4 + 3 + 2 * 2  # a byte for each code and zero
+    codes = (11 + 3 + 2) * 7 * 4 + 11 * 4 + 3 + 2 * 2  # 8 codes in 4 bytes, and a byte for each zero
     scales = 11 * 4 * 2 + 3 * 4 + 2 * 2 * 2
     assert ops.packed_bytes(packed) == codes + scales + 9 * 50 * (2 + 2 + 4) + 43 * 8
 

@@ -1,6 +1,6 @@
 """The reference backend: plain PyTorch, every operation spelled out. It specifies what the other backends compute.
 
-Codes, scales and zeros stay as they are and are dequantized at each call: slow, small and hard to get wrong.
+Codes stay packed, in as many bits as they have, and are dequantized at each call: slow, small and hard to get wrong.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ except (ImportError, OSError) as error:  # OSError: a shared library of an incom
 else:
     _missing = None
 
-# PyTorch itself; codes in bytes; what a step computes with in fp32.
-FOOTPRINT = Footprint(program=256 << 20, widths=(8,), step_bytes=4)
+FOOTPRINT = Footprint(program=256 << 20, step_bytes=4)  # PyTorch itself; what a step computes with in fp32
+TOGETHER = 8  # codes, which fill whole bytes whatever their width
 
 
 def available() -> str | None:
@@ -74,24 +74,41 @@ def build(
 
 @dataclass(frozen=True, eq=False)
 class QSegment:
-    """A `QTensor` in tensors."""
+    """A `QTensor` of K inputs in tensors.
 
-    codes: torch.Tensor  # uint8 [N, K]
-    scales: torch.Tensor  # [N, groups]
-    zeros: torch.Tensor  # uint8 [N, groups]
+    packed  uint8 [N, ceil(K / 8) * bits]: 8 codes, the first in the lowest bits, fill `bits` bytes, the lowest first
+    scales  [N, groups]
+    zeros   uint8 [N, groups]
+    order   int64 [K]: the column of the codes that multiplies each input; None: its own
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    bits: int
     group_size: int
-    order: torch.Tensor | None = None  # int64 [K]: the column of `codes` that multiplies each input; None: its own
+    k: int
+    order: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes resident."""
         order = 0 if self.order is None else self.order.nbytes
-        return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes + order
+        return self.packed.nbytes + self.scales.nbytes + self.zeros.nbytes + order
+
+    def codes(self) -> torch.Tensor:
+        """uint8 [N, K]."""
+        steps, mask = self.packed.unflatten(1, (-1, self.bits)), (1 << self.bits) - 1
+        value = steps[..., 0].long()
+        for i in range(1, self.bits):
+            value |= steps[..., i].long() << 8 * i
+        apart = [(value >> self.bits * j).bitwise_and_(mask).to(torch.uint8) for j in range(TOGETHER)]
+        return torch.stack(apart, dim=-1).flatten(1)[:, : self.k]
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """w = (q - z) * s, [N, K], inputs in their own order."""
-        groups = torch.arange(self.codes.shape[1], device=self.codes.device) // self.group_size  # [K]
-        weight = (self.codes.to(dtype) - self.zeros.to(dtype)[:, groups]) * self.scales.to(dtype)[:, groups]
+        groups = torch.arange(self.k, device=self.packed.device) // self.group_size  # [K]
+        weight = (self.codes().to(dtype) - self.zeros.to(dtype)[:, groups]) * self.scales.to(dtype)[:, groups]
         return weight if self.order is None else weight[:, self.order]
 
 
@@ -279,8 +296,18 @@ def _segment(weight: Weight) -> QSegment | torch.Tensor:
     weight = canonical(weight)
     if isinstance(weight, QTensor):
         order = None if weight.permutation is None else torch.from_numpy(np.argsort(weight.permutation))
-        return QSegment(_tensor(weight.codes), _tensor(weight.scales), _tensor(weight.zeros), weight.group_size, order)
+        packed, groups = _packed(_tensor(weight.codes), weight.bits), (_tensor(weight.scales), _tensor(weight.zeros))
+        return QSegment(packed, *groups, weight.bits, weight.group_size, weight.shape[1], order)
     return _tensor(weight)
+
+
+def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """See `QSegment`."""
+    steps = torch.nn.functional.pad(codes, (0, -codes.shape[1] % TOGETHER)).unflatten(1, (-1, TOGETHER))
+    value = steps[..., 0].long()
+    for j in range(1, TOGETHER):
+        value |= steps[..., j].long() << bits * j
+    return torch.stack([(value >> 8 * i).bitwise_and_(255).to(torch.uint8) for i in range(bits)], dim=-1).flatten(1)
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

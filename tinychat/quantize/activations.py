@@ -219,8 +219,8 @@ def _moved(segment: QSegment | torch.Tensor, device: torch.device) -> QSegment |
     if isinstance(segment, torch.Tensor):
         return segment.to(device)
     order = None if segment.order is None else segment.order.to(device)
-    codes, scales, zeros = (x.to(device) for x in (segment.codes, segment.scales, segment.zeros))
-    return replace(segment, codes=codes, scales=scales, zeros=zeros, order=order)
+    packed, scales, zeros = (x.to(device) for x in (segment.packed, segment.scales, segment.zeros))
+    return replace(segment, packed=packed, scales=scales, zeros=zeros, order=order)
 
 
 def _add(totals: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None:
