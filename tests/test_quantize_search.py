@@ -68,7 +68,7 @@ def clipped(weight, wanted, *how):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_search_is_the_papers(name, monkeypatch):
+def test_the_search_is_that_of_a_second_implementation(name, monkeypatch):
     config, bits = CASES[name]
     layer = dense(random_weights(config, salient=(3,)))
     source = random_weights(config, salient=(3,))

@@ -148,8 +148,9 @@ def _quantize_options(parser: Parser) -> None:
       plain rounding: no calibration, done in a minute
 
 DST is a checkpoint that other engines read too; a report of what it cost ends the run. In memory is one layer at a
-time. Stopped by Ctrl-C, a full disk or a power failure, the same command goes on after the last finished layer and
-writes the same bytes; what it needs for that lies in .DST.partial beside DST until it is done."""
+time (and the model in 4 bits while it writes text to be calibrated on). Stopped by Ctrl-C, a full disk or a power
+failure, the same command goes on after the last finished layer and writes the same bytes; what it needs for that lies
+in .DST.partial beside DST until it is done."""
     parser.add_argument("source", metavar="SRC", help="the checkpoint to quantize: a directory or a hub id")
     parser.add_argument("-o", "--output", required=True, metavar="DST", help="the directory to write (required)")
     form = parser.add_argument_group("what comes out")
@@ -188,7 +189,13 @@ writes the same bytes; what it needs for that lies in .DST.partial beside DST un
     text.add_argument(
         "--length", type=whole, metavar="N", help="tokens of each, at most (default: 512, or 128 of sampled text)"
     )
-    text.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed, the same bytes (default: 0)")
+    text.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the same seed, the same bytes; of hf:DATASET the first records are taken (default: 0)",
+    )
     run = parser.add_argument_group("how it runs")
     run.add_argument("--restart", action="store_true", help="begin anew, not where an interrupted run stopped")
     run.add_argument("--overwrite", action="store_true", help="replace DST where it exists, once the new one is whole")

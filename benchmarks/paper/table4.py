@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
             name, theirs = published.closest(published.TABLE4[bits], args.model, "Llama-2-7B")
             shown = [x for key, x in zip(METHODS, theirs, strict=True) if key in args.methods]
             rows[f"INT{bits}-g128: {published.whose(name)}, {name}"] = [published.ORIGINAL[name], *shown]
+        else:
+            print(f"the paper has no row of INT{bits}")
         ours = [run.found[f"int{bits}-g{args.group_size} {name}"] for name in args.methods]
         rows[f"{width}: ours, {run.name}"] = [run.found["original"], *ours]
     run.introduce("Table 4 (and 5): perplexity")
