@@ -233,6 +233,18 @@ def test_what_8_bits_lose_nothing_of_is_left_alone():
     assert changed == {"norm2 -> up", BLOCK}
 
 
+def test_scales_that_fp16_does_not_hold_are_not_tried():
+    """Plain rounding has some that it does, and what is scaled up has not."""
+    config = tiny_config()
+    source = random_weights(config, salient=(3, 17))
+    for part in source.layers[0].up.segments:
+        part *= 1e5
+    for method in ("awq", "awq+gptq"):
+        _, report = quantize_in_memory(source, method=method, bits=2, group_size=16, sequences=sequences(config))
+        found = {result.group.partition(",")[0]: result for result in report.groups if result.layer == 0}
+        assert 0 <= found["norm2 -> up"].alpha < 1
+
+
 def test_the_loss_reported_is_the_loss_of_what_is_written():
     """The search's figure for the attention inputs, computed again from the numbers that leave the quantizer."""
     config = tiny_config(n_layers=1)

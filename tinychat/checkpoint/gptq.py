@@ -179,9 +179,8 @@ class GptqFormat:
     def to_config(self) -> dict[str, Any]:
         """See `Layout`."""
         left: dict[str, Any] = {}
-        if (
-            self.left_out
-        ):  # GPTQModel and vLLM read the patterns, transformers the modules: else to it all are quantized
+        if self.left_out:
+            # GPTQModel and vLLM read the patterns, transformers the modules: to it all linears are quantized else.
             left["dynamic"] = {f"-:^{name.replace('.', '[.]')}$": {} for name in self.left_out}
             if self.in_layers:
                 left["modules_in_block_to_quantize"] = [list(self.in_layers)]

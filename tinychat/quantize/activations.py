@@ -27,8 +27,8 @@ SAMPLED_NUMBERS = 2**22  # of a block's input: what narrow models are sampled to
 CHUNK_TOKENS = 4096  # run at once: bounds the memory of intermediate activations
 CHUNK_NUMBERS = 2**23  # of what the widest linear makes of tokens run at once, unless they are sampled
 STATE = ("activations", "drifted")
-FEW_TOKENS = 16  # that went to an expert among those sampled: with fewer a search fits these tokens, not the expert
 CHANNELS = 2048  # whose magnitudes are computed at once: likewise
+FEW_TOKENS = 16  # that went to an expert among those sampled: with fewer a search fits these tokens, not the expert
 
 
 class Use(Enum):
