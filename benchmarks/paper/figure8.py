@@ -114,6 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         show(["on PubMed", "on Enron"], theirs(method))
     if by_domain:
         show([f"on {args.text.name}", f"on {args.other_text.name}"], by_domain)
+    else:
+        print("ours: with --other-text and --other-calibration\n")
     if args.plot:
         plot(args.plot, by_size, args.sizes, f"{run.name}, {width}")
     run.finish()

@@ -284,7 +284,7 @@ def _limits(
     columns: torch.Tensor | None,
     inputs: dict[str, Inputs],
 ) -> dict[str, torch.Tensor]:
-    """Of the scaled consumers, by one of the searches of `clip`; not of routers, nor of experts that saw no sample."""
+    """Of the scaled consumers, by one of the searches of `clip`; not of routers, nor of starved experts."""
     found = {}
     for name, (x, apart) in inputs.items():
         if consumers[name].quantized:

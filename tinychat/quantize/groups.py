@@ -1,7 +1,8 @@
 """Scaling groups: where AWQ's per-channel scales go in, and where their inverse is folded so that nothing changes.
 
 A group has a producer, whose outputs are divided by s, and consumers, whose inputs are multiplied by it; in exact
-arithmetic the block computes what it did before. Groups follow from `ModelConfig`, so that every architecture has them.
+arithmetic the block computes what it did before. Linears that nothing can be folded for are groups without a producer.
+Groups follow from `ModelConfig`, so that every architecture has them.
 """
 
 from __future__ import annotations

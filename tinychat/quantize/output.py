@@ -118,9 +118,9 @@ class Output:
         config = {**self.source.hf_config, "torch_dtype": "float16"}
         if "dtype" in config:
             config["dtype"] = "float16"
-        found = _linears(self.source)
-        left = {linear.module for linear in found if _misfit(self.source, self.layout, linear)}
-        others = dict.fromkeys(linear.module for linear in found if not _misfit(self.source, self.layout, linear))
+        reasons = [(linear.module, _misfit(self.source, self.layout, linear)) for linear in _linears(self.source)]
+        left = {module for module, reason in reasons if reason}
+        others = dict.fromkeys(module for module, reason in reasons if not reason)
         return writer.finish(config, self.layout.excluding(report.kept, () if left & others.keys() else others))
 
     def _stored(self, name: str, values: np.ndarray) -> np.ndarray:
